@@ -1,0 +1,74 @@
+# Two commands: `make run` (train, evaluate and plot one variant) and `make test`. `make help` says more.
+# Settings: make run VARIANT=topk IDEA=my_idea PYTHON=python3.12 SAE_CACHE_DIR=/large/disk
+PYTHON ?= python3
+VARIANT ?= standard
+IDEA ?= $(VARIANT)
+export PYTHON VARIANT IDEA SAE_CACHE_DIR
+.PHONY: help env run test
+.DEFAULT_GOAL := help
+
+# What every target begins with: a way to stop with one line, the cache's folder, the path of the environment.
+define BEGIN
+set -eu; die() { echo "make: $$*" >&2; exit 1; }; \
+"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+    || die "Python 3.11 or newer is needed, and '$$PYTHON' is not that: make $@ PYTHON=/path/to/python3.11"; \
+SAE_CACHE_DIR="$${SAE_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}/temporal-sae-runner}"; \
+case "$$SAE_CACHE_DIR" in /*) ;; *) SAE_CACHE_DIR="$$PWD/$$SAE_CACHE_DIR" ;; esac; export SAE_CACHE_DIR; \
+name_of() { "$$PYTHON" -c 'import hashlib, sys; print("%d.%d-" % sys.version_info[:2] \
+    + hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest()[:12])' "$$1"; }; \
+env="$$SAE_CACHE_DIR/venv-$$(name_of requirements.txt)"; python="$$env/bin/python"
+endef
+
+# The environment is trusted only with the file "complete" in it, written last. One make at a time builds it.
+define BUILD
+mkdir -p "$$SAE_CACHE_DIR" || die "the cache cannot be at $$SAE_CACHE_DIR: set SAE_CACHE_DIR to another folder"; \
+if ! [ -e "$$env/complete" ]; then ( \
+    if command -v flock >/dev/null; then exec 9>"$$env.lock"; flock 9; fi; \
+    if [ -e "$$env/complete" ]; then exit 0; fi; \
+    echo "Making the virtual environment $$env (once for these requirements; takes some minutes)"; \
+    rm -rf "$$env"; \
+    "$$PYTHON" -m venv "$$env" || die "no virtual environment could be made: on Debian install python3-venv"; \
+    echo "Installing the pinned requirements"; \
+    "$$python" -m pip install -q --disable-pip-version-check -r requirements.txt \
+        || die "the requirements could not be installed (see above); the same command tries again"; \
+    : > "$$env/complete" ); fi
+endef
+
+help:
+	@echo "make run [VARIANT=standard] [IDEA=VARIANT]  trains, evaluates and plots VARIANT in a copy under ideas/IDEA"
+	@echo "make test                                   runs the whole test suite"
+	@echo "make env                                    makes the virtual environment that both use and says where it is"
+	@echo "All take PYTHON=python3 (3.11 or newer) and SAE_CACHE_DIR=~/.cache/temporal-sae-runner (environment, caches)."
+
+env:
+	@$(BEGIN); $(BUILD); echo "The environment is ready: . '$$env/bin/activate'"
+
+run:
+	@$(BEGIN); \
+	case "$$VARIANT" in ''|*[!A-Za-z0-9_]*) die "VARIANT='$$VARIANT': only letters, digits and _" ;; esac; \
+	case "$$IDEA" in ''|.*|-*|*[!A-Za-z0-9_.-]*) die "IDEA='$$IDEA': only letters, digits, _, - and ." ;; esac; \
+	$(BUILD); \
+	idea="ideas/$$IDEA"; mkdir -p "$$idea"; \
+	echo "Copying the template to $$idea, with SAE_VARIANT = \"$$VARIANT\""; \
+	sed "s/^SAE_VARIANT = \"[^\"]*\"/SAE_VARIANT = \"$$VARIANT\"/" experiment.py > "$$idea/.experiment.py"; \
+	grep -q "^SAE_VARIANT = \"$$VARIANT\"" "$$idea/.experiment.py" \
+	    || { rm "$$idea/.experiment.py"; die "experiment.py has no line that begins with SAE_VARIANT = \"...\""; }; \
+	place() { if [ -e "$$2" ] && ! cmp -s "$$1" "$$2"; then mv "$$2" "$$2.old"; \
+	    echo "$$2 was another: kept as $$2.old"; fi; cp "$$1" "$$2"; }; \
+	place "$$idea/.experiment.py" "$$idea/experiment.py"; rm "$$idea/.experiment.py"; \
+	for file in plot.py notes.txt requirements.txt; do place "$$file" "$$idea/$$file"; done; \
+	for folder in embedded assets run_0; do if [ -d "$$folder" ]; then cp -R "$$folder" "$$idea/"; fi; done; \
+	cd "$$idea"; \
+	echo "Running python experiment.py --out_dir=run_1"; "$$python" experiment.py --out_dir=run_1; \
+	echo "Running python plot.py"; "$$python" plot.py; \
+	echo "Done. Results: $$idea/run_1/final_info.json; figures, beside run_0 where it exists: $$idea/*.png"
+
+test:
+	@$(BEGIN); $(BUILD); \
+	tested="$$env/tests-$$(name_of tests/requirements.txt)"; \
+	if ! [ -e "$$tested" ]; then \
+	    echo "Installing the tests' requirements"; \
+	    "$$python" -m pip install -q --disable-pip-version-check -r requirements.txt -r tests/requirements.txt \
+	        || die "the tests' requirements could not be installed (see above)"; \
+	    : > "$$tested"; fi; \
+	echo "Running python -m pytest tests -q"; "$$python" -m pytest tests -q

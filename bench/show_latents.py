@@ -1,0 +1,104 @@
+"""Unselected latents of a finished run, with the contexts that fire them most: for reading, in Markdown.
+
+usage: python bench/show_latents.py RUN_FOLDER [--n 15] [--contexts 4] [--seed 0]
+
+The latents are a random draw from the live ones, made before any look. Reads the run's own experiment.py, its weights and
+the activation cache (so the run's model and data are needed, as for the run).
+"""
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_runner(run):
+    """The run's experiment.py as a module, reading models and data from the project folder."""
+    sys.path.insert(0, str(ROOT / "embedded"))
+    spec = importlib.util.spec_from_file_location("experiment", run / "experiment.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["experiment"] = module
+    spec.loader.exec_module(module)
+    module.HERE = ROOT
+    return module
+
+
+def load_run(E, run):
+    """The SAE (weights unfolded to the scaled inputs that the store gives), the store and the tokenizer."""
+    cfg = json.loads((run / "cfg.json").read_text())
+    config = E.load_pretrained(transformers.AutoConfig, "config.json")
+    tokenizer = E.load_pretrained(transformers.AutoTokenizer, "tokenizer")
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    windows, key = E.load_windows(tokenizer, bos, E.cache_folder())
+    layer, dtype = cfg["metadata"]["hook_layer"], torch.bfloat16 if E.DEVICE == "cuda" else torch.float32
+    folder = E.cache_folder() / "activations" / E.fingerprint(key, E.model_identity(config), layer, str(dtype))
+    store = E.Store(folder, windows, cfg["d_in"], dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    store.collect(E.load_model, layer)
+    sae = E.make_sae(cfg["d_in"], cfg["d_sae"], 0)
+    saved = load_file(run / "sae_weights.safetensors")
+    unfolded = {"W_enc": saved["W_enc"] * store.scale, "W_dec": saved["W_dec"] / store.scale,
+                "b_dec": (saved["b_dec"] - store.mean.cpu()) / store.scale}
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            value = unfolded.get(name, saved.get(name))
+            if name == "log_threshold":
+                value = saved["threshold"].log()
+            if name == "b_enc" and value is None:
+                value = saved["b_gate"]
+            parameter.copy_(value)
+        if hasattr(sae, "threshold"):
+            sae.threshold.copy_(saved["threshold"][0])
+    return sae.eval(), store, tokenizer, layer
+
+
+def context(tokenizer, tokens, position, width=12):
+    """The text around one position, the firing token between markers."""
+    def text(ids):
+        return tokenizer.decode(ids).replace("\n", "⏎").replace("`", "'").replace("|", "¦")
+    start = max(1, position - width)
+    return f"{text(tokens[start:position])}**⟦{text(tokens[position:position + 1])}⟧**{text(tokens[position + 1:position + 5])}"
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--n", type=int, default=15)
+    parser.add_argument("--contexts", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    E = load_runner(args.run.resolve())
+    sae, store, tokenizer, layer = load_run(E, args.run.resolve())
+    run = E.Run(sae, store, E.load_model, layer, E.LIVE)
+    codes, _ = E.encode_heldout(run)
+    live, rate = E.live_latents(codes, run)
+    chosen = np.random.default_rng(args.seed).choice(np.flatnonzero(live), args.n, replace=False)
+    tokens = store.windows.tokens[np.concatenate(store.heldout(64))]
+    files = store.windows.doc_ids[np.concatenate(store.heldout(64))]
+    per_window = E.CONTEXT_LENGTH - 1
+    for latent in sorted(chosen):
+        of = codes.latent == latent
+        token, value = codes.token[of], codes.value[of]
+        print(f"\n**Latent {latent}**, fires on {100 * rate[latent]:.2f} % of tokens; strongest firing of each of "
+              f"{args.contexts} files:\n")
+        seen = set()
+        for i in np.argsort(-value):
+            window, place = divmod(int(token[i]), per_window)
+            if files[window] in seen:
+                continue
+            seen.add(files[window])
+            name = str(store.windows.names[files[window]])
+            print(f"- {value[i]:.2f} `{name}`: {context(tokenizer, tokens[window], place + 1)}")
+            if len(seen) == args.contexts:
+                break
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,547 @@
+"""Whole runs, started as a harness starts them: every variant, killed and resumed runs, mistakes of all kinds."""
+import json
+import math
+import random
+import re
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from copies import PROJECT, TAIL, copy_template, edit, results, run, run_in_turn, start, substitute, write_text_data
+from safetensors.torch import load_file
+
+VARIANTS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka")
+TIMES = ("total_train_time", "avg_inference_tokens_per_second")         # results that speak of time
+
+
+class Lab:
+    """One cache and one data set for all runs here, and each variant's run, done once."""
+
+    def __init__(self, root):
+        self.root, self.cache, self.runs = root, root / "cache", {}
+        self.data = str(write_text_data(root / "library.jsonl"))
+
+    def copy(self, name, **constants):
+        return copy_template(self.root / name, **{"DATASET": self.data} | constants)
+
+    def variant(self, name):
+        """(folder, Finished) of a variant's run; "standard" on the embedded corpus, "topk" with two seeds."""
+        if name not in self.runs:
+            special = {"standard": dict(DATASET="embedded"), "topk": dict(SEEDS=(3, 5))}.get(name, {})
+            folder = self.copy(name, SAE_VARIANT=name, **special)
+            self.runs[name] = folder, run(folder, self.cache)
+        return self.runs[name]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return Lab(tmp_path_factory.mktemp("runs"))
+
+
+def succeeded(finished):
+    assert finished.code == 0, finished.stderr
+    assert finished.stderr == ""                     # it is no terminal: no bars, and nothing to say
+    return finished
+
+
+def timeless(value):
+    """Results without what speaks of time."""
+    if isinstance(value, dict):
+        return {key: timeless(part) for key, part in value.items() if not key.startswith(TIMES)}
+    return [timeless(part) for part in value] if isinstance(value, list) else value
+
+
+def numbers(value):
+    """Every number in nested results, with the path to it."""
+    if isinstance(value, (dict, list)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from ((f"{key}.{path}", number) for path, number in numbers(part))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield "", value
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- what a run leaves -----------------------------------------------------------------------------------------------
+def test_every_variant_is_tested_here(E):
+    assert set(VARIANTS) == set(E.SAE_VARIANTS)
+    assert sum(map(len, E.HEADLINES.values())) <= 16 and set(E.HEADLINES) == set(E.EVALUATIONS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_whole_run(lab, variant):
+    folder, finished = lab.variant(variant)
+    succeeded(finished)
+    assert "://" not in finished.stdout
+    made, seeds = folder / "run_1", 2 if variant == "topk" else 1
+    wanted = {"final_info.json", "all_results.npy", "experiment.py", "sae_weights.safetensors", "cfg.json",
+              "timing.json"}
+    assert wanted <= {path.name for path in made.iterdir()}
+    assert (made / "experiment.py").read_bytes() == (folder / "experiment.py").read_bytes()
+    kept = {"experiment.py", "embedded", "run_1", "stdout.log", "stderr.log", "__pycache__"}
+    assert {path.name for path in folder.iterdir()} <= kept
+
+    info, headlines = results(folder), 0
+    for entry in info.values():
+        assert isinstance(entry, dict) and isinstance(entry["means"], dict) and entry["means"]
+        headlines += len(entry["means"])
+        assert all(type(value) is float and math.isfinite(value) for value in entry["means"].values())
+        assert all(type(value) is float and math.isfinite(value) for value in entry["metrics"].values())
+        assert len(entry["final_info_dict"]) == len(entry["means"])
+        assert ("stderrs" in entry) == (seeds > 1)
+        for name, values in entry["final_info_dict"].items():
+            assert len(values) == seeds and entry["means"][f"{name}_mean"] == pytest.approx(np.mean(values), rel=1e-12)
+            assert entry["metrics"][name] == entry["means"][f"{name}_mean"]
+            if seeds > 1:
+                error = np.std(values, ddof=1) / math.sqrt(seeds)
+                assert entry["stderrs"][f"{name}_stderr"] == pytest.approx(error, rel=1e-9)
+        assert len(entry["curves"]) == len(entry["per_sequence"]) == seeds
+        for table in entry["per_sequence"]:
+            assert table and {len(values) for values in table.values()} == {24}
+    assert 0 < headlines <= 16
+    assert all(math.isfinite(number) for _, number in numbers(info))
+    everything = np.load(made / "all_results.npy", allow_pickle=True).item()
+    assert len(everything) == seeds
+    for seed, result in zip(((3, 5) if seeds > 1 else (0,)), everything.values()):
+        assert f"seed_{seed}" in everything and result["core"]["metrics"]["l0"] > 0
+    config = info["core"]["config"]
+    assert config["SAE_VARIANT"] == variant and config["TARGET_L0"] == 8
+    assert config["SEEDS"] == ([3, 5] if seeds > 1 else [0])
+    assert config["steps_done"] == config["steps_planned"] and sum(config["steps_done"]) > 50
+    assert config["budget_hit"] is False
+    assert config["d_in"] == 192 and config["d_sae"] == 384 and config["layer"] == 2
+    timing = json.loads((made / "timing.json").read_text())
+    assert all(value >= 0 for _, value in numbers(timing)) and list(numbers(timing))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_did_something(lab, variant):
+    """In a few steps every variant learns to beat the untrained dictionary, and loses less than the mean does."""
+    folder, _ = lab.variant(variant)
+    entry = results(folder)["core"]
+    metrics, training = entry["metrics"], entry["curves"][0]["training"]
+    assert metrics["explained_variance"] > metrics["untrained_explained_variance"] + 0.1
+    assert metrics["ce_model"] < metrics["ce_sae"] < metrics["ce_mean"]
+    assert metrics["permuted_decoder_explained_variance"] < metrics["explained_variance"] - 0.1
+    assert training["val_loss"][-1] < training["val_loss"][0]
+    assert len(training["step"]) == len(training["losses"]["reconstruction"]) == len(training["l0"])
+    if variant in ("topk", "batch_topk", "matryoshka"):
+        assert metrics["l0"] == pytest.approx(8, rel=0.01 if variant == "topk" else 0.3)     # thresholds settle later
+
+
+def reconstruct(weights, cfg, x):
+    """Latents and reconstruction of raw activations x [n, d_in] by SAELens's inference formulas."""
+    x_in = x - weights["b_dec"]
+    if cfg["architecture"] == "gated":
+        gate = x_in @ weights["W_enc"] + weights["b_gate"] > 0
+        z = gate * torch.relu(x_in @ (weights["W_enc"] * weights["r_mag"].exp()) + weights["b_mag"])
+    else:
+        pre = x_in @ weights["W_enc"] + weights["b_enc"]
+        if cfg["architecture"] == "topk":
+            top = pre.topk(cfg["k"], dim=1)
+            z = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+        elif cfg["architecture"] == "jumprelu":
+            z = pre.relu() * (pre > weights["threshold"])
+        else:
+            assert cfg["architecture"] == "standard"
+            z = pre.relu()
+    return z, z @ weights["W_dec"] + weights["b_dec"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exported_weights_give_the_reported_figures(E, lab, variant):
+    """From the files alone, on the language model's own activations, in float64."""
+    folder, _ = lab.variant(variant)
+    entry, cfg = results(folder)["core"], json.loads((folder / "run_1" / "cfg.json").read_text())
+    config = entry["config"]
+    files = [np.load(path) for path in (lab.cache / "tokens").glob("*.npz")]
+    windows = next(f for f in files if E.fingerprint(zlib.crc32(f["tokens"].tobytes())) == config["data_hash"])
+    heldout = slice(int(windows["n_train"]), None)
+    tokens, lengths, documents = (windows[name][heldout] for name in ("tokens", "lengths", "doc_ids"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(PROJECT / "embedded" / "model", dtype=torch.float32)
+    with torch.no_grad():
+        states = model(torch.from_numpy(tokens).long(), output_hidden_states=True).hidden_states
+    assert cfg["metadata"]["hook_name"] == f"blocks.{config['layer']}.hook_resid_post"
+    position = np.arange(tokens.shape[1])
+    counts = torch.from_numpy((position > 0) & (position < lengths[:, None]))
+    x = states[config["layer"] + 1][counts].double()
+    variance = (x - x.mean(0)).square().sum(1).mean().item()
+    first = np.sort(np.unique(documents, return_index=True)[1])
+    for i, seed_folder in enumerate([folder / "run_1"] + [folder / "run_1" / "seed_5"] * (len(config["SEEDS"]) - 1)):
+        weights = {name: value.double() for name, value in load_file(seed_folder / "sae_weights.safetensors").items()}
+        assert weights["W_enc"].shape == (cfg["d_in"], cfg["d_sae"]) == weights["W_dec"].T.shape
+        z, x_hat = reconstruct(weights, cfg, x)
+        error, l0 = torch.full(counts.shape, torch.nan).double(), torch.full(counts.shape, torch.nan).double()
+        error[counts], l0[counts] = (x - x_hat).square().sum(1) / variance, (z != 0).sum(1).double()
+        sequences = entry["per_sequence"][i]
+        np.testing.assert_allclose(error[first].nanmean(1), sequences["fvu"], rtol=2e-3)
+        np.testing.assert_allclose(l0[first].nanmean(1), sequences["l0"], atol=0.04)
+        reported = entry["final_info_dict"]
+        assert 1 - error.nanmean().item() == pytest.approx(reported["explained_variance"][i], abs=5e-4)
+        assert l0.nanmean().item() == pytest.approx(reported["l0"][i], rel=2e-3)
+
+
+# --- the same command again ------------------------------------------------------------------------------------------
+def test_the_same_command_again(lab):
+    """The same numbers, a new folder in place of the old, and what was put beside the results is kept."""
+    folder, _ = lab.variant("standard")
+    made = folder / "run_1"
+    before, weights = results(folder), (made / "sae_weights.safetensors").read_bytes()
+    (made / "human_ratings_a.json").write_text('{"mine": 1}')
+    (made / "notes").mkdir()
+    (made / "notes" / "a.txt").write_text("kept")
+    (made / "timing.json").write_text("{}")
+    finished = succeeded(run(folder, lab.cache))
+    assert "collected" not in finished.stdout and "tokenising" not in finished.stdout
+    after = results(folder)
+    assert timeless(after) == timeless(before) and after != before
+    assert (made / "sae_weights.safetensors").read_bytes() == weights
+    assert (made / "human_ratings_a.json").read_text() == '{"mine": 1}'
+    assert (made / "notes" / "a.txt").read_text() == "kept"
+    assert (made / "timing.json").read_text() != "{}"
+    assert {path.name for path in folder.iterdir()} & {"run_1.partial", "run_1.replaced"} == set()
+
+
+def kill_at_step(E, lab, folder, seed, step):
+    """Starts the run and kills it once the checkpoint of `seed` has come to `step`; what it had printed."""
+    checkpoint = f"{E.fingerprint(str(folder / 'run_1'))}/*/seed_{seed}.pt"
+    process, reached = start(folder, lab.cache), 0
+    while reached < step:
+        assert not process.ended(), f"it ended before step {step} of seed {seed}: {process.wait()}"
+        time.sleep(0.01)
+        for path in (lab.cache / "runs").glob(checkpoint):
+            reached = torch.load(path, weights_only=True)["step"]
+    process.kill()
+    finished = process.wait()
+    assert finished.code == -9 and not (folder / "run_1").exists()
+    return finished.stdout
+
+
+SETTINGS = dict(SEEDS=(0, 1), CHECKPOINT_SECONDS=0)
+
+
+@pytest.fixture(scope="module")
+def unbroken(lab):
+    """A run with checkpoints that nothing interrupted."""
+    folder = lab.copy("unbroken", **SETTINGS)
+    succeeded(run(folder, lab.cache))
+    return folder
+
+
+def same_results(folder, other):
+    assert timeless(results(folder)) == timeless(results(other))
+    for name in ("sae_weights.safetensors", "seed_1/sae_weights.safetensors"):
+        assert (folder / "run_1" / name).read_bytes() == (other / "run_1" / name).read_bytes()
+
+
+def test_a_run_killed_twice_ends_with_the_same_numbers(E, lab, unbroken):
+    folder = lab.copy("killed", **SETTINGS)
+    steps = sum(results(unbroken)["core"]["config"]["steps_done"])
+    chance = random.Random()
+    moments = [(seed, chance.randint(1, 3 * steps // 4)) for seed in (0, 1)]
+    print("killed at", moments)
+    kill_at_step(E, lab, folder, *moments[0])
+    said = kill_at_step(E, lab, folder, *moments[1])
+    carried = re.search(r"seed 0: carrying on at step (\d+)", said)
+    assert carried and moments[0][1] <= int(carried[1]) <= steps, said
+    finished = succeeded(run(folder, lab.cache))
+    carried = re.search(r"seed 1: carrying on at step (\d+)", finished.stdout)
+    assert carried and moments[1][1] <= int(carried[1]) <= steps, finished.stdout
+    assert "afresh" not in finished.stdout
+    same_results(folder, unbroken)
+    assert {path.name for path in folder.iterdir()} & {"run_1.partial", "run_1.replaced"} == set()
+    state = E.fingerprint(str(folder / "run_1"))
+    assert not list((lab.cache / "runs").glob(f"{state}/*"))                     # nothing is left to resume
+
+
+def test_other_constants_after_a_kill_start_afresh(E, lab, unbroken):
+    folder = lab.copy("changed", TARGET_L0=5, **SETTINGS)
+    kill_at_step(E, lab, folder, 0, 6)
+    edit(folder, TARGET_L0=8)
+    finished = succeeded(run(folder, lab.cache))
+    assert "starting afresh" in finished.stdout and "carrying on" not in finished.stdout
+    same_results(folder, unbroken)
+
+
+def test_a_failure_at_the_end_loses_nothing(lab):
+    """A full disk while the results are written: the completed run stays, and the next attempt need not train again."""
+    folder = lab.copy("full", SAE_VARIANT="topk")
+    substitute(folder, 'info = write_results(', 'full_disk()\n                info = write_results(')
+    substitute(folder, "def write_results(", """def full_disk():
+    if (HERE / "full").exists():
+        raise OSError(28, "No space left on device")
+
+
+def write_results(""")
+    (folder / "run_1").mkdir()
+    for name in ("final_info.json", "human_ratings.json"):
+        (folder / "run_1" / name).write_text('{"earlier": 1}')
+    before = contents(folder / "run_1")
+    (folder / "full").touch()
+    finished = run(folder, lab.cache)
+    assert finished.code not in (0, None), finished.stdout
+    assert "No space left" in finished.tail and "writing the results" in finished.tail
+    assert re.search(r"free disk space|SAE_CACHE_DIR", finished.tail) and "Traceback" not in finished.stderr
+    assert contents(folder / "run_1") == before and not (folder / "run_1.partial").exists()
+    (folder / "full").unlink()
+    finished = succeeded(run(folder, lab.cache))
+    assert "carrying on at step" in finished.stdout
+    after = contents(folder / "run_1")
+    assert after["human_ratings.json"] == before["human_ratings.json"]
+    others, wanted = results(folder)["core"], results(lab.variant("topk")[0])["core"]
+    assert others["means"].keys() == wanted["means"].keys()
+
+
+# --- a folder takes another's place (without a run) -------------------------------------------------------------------
+def publish(E, out_dir, text):
+    with E.publishing(out_dir) as partial:
+        (partial / "final_info.json").write_text(text)
+
+
+def listing(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_publishing_replaces_and_keeps(E, tmp_path):
+    out_dir = tmp_path / "deep" / "run_1"
+    publish(E, out_dir, "first")
+    (out_dir / "human_ratings.json").write_text("ratings")
+    publish(E, out_dir, "second")
+    assert (out_dir / "final_info.json").read_text() == "second"
+    assert (out_dir / "human_ratings.json").read_text() == "ratings"
+    with pytest.raises(ZeroDivisionError), E.publishing(out_dir) as partial:
+        (partial / "final_info.json").write_text("third")
+        1 / 0
+    assert (out_dir / "final_info.json").read_text() == "second"
+    assert listing(out_dir.parent) == ["run_1"]
+
+
+@pytest.mark.parametrize("left", [
+    {"run_1": "first", "run_1.partial": "second"},               # killed before the old folder moves away
+    {"run_1.replaced": "first", "run_1.partial": "second"},      # between the two renames
+    {"run_1": "second", "run_1.replaced": "first"},              # before the old folder is deleted
+    {"run_1": "first", "run_1.partial": "second", "run_1.replaced": "older"},
+], ids=lambda left: " ".join(left))
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_kill_while_publishing_loses_nothing(E, tmp_path, left, fails):
+    for name, text in left.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "final_info.json").write_text(text)
+        (tmp_path / name / "human_ratings.json").write_text("ratings")
+    completed = left.get("run_1") or left["run_1.replaced"]
+    if fails:
+        with pytest.raises(ZeroDivisionError), E.publishing(tmp_path / "run_1"):
+            1 / 0
+    else:
+        publish(E, tmp_path / "run_1", "third")
+    assert (tmp_path / "run_1" / "final_info.json").read_text() == (completed if fails else "third")
+    assert (tmp_path / "run_1" / "human_ratings.json").read_text() == "ratings"
+    assert fails or listing(tmp_path) == ["run_1"]
+
+
+# --- the time budget -------------------------------------------------------------------------------------------------
+def test_a_small_time_budget_is_kept(lab):
+    folder = lab.copy("hurry", SAE_VARIANT="topk", TIME_BUDGET_MINUTES=0.35, EPOCHS_SCALE=200.0, SEEDS=(0, 1))
+    whole = 'Stage("autoencoder", 20, {"reconstruction": 1.0, "auxk": AUXK_WEIGHT})'
+    first, second = whole.replace("20", "15"), whole.replace("20", "5").replace("autoencoder", "second")
+    substitute(folder, whole, f"{first}, {second}")
+    succeeded(run(folder, lab.cache))
+    timing, entry = json.loads((folder / "run_1" / "timing.json").read_text()), results(folder)["core"]
+    config = entry["config"]
+    assert config["budget_hit"] is True
+    assert all(0 < done < planned for done, planned in zip(config["steps_done"], config["steps_planned"]))
+    for curves in entry["curves"]:                                     # of each seed
+        training, second = curves["training"], curves["training"]["stage_starts"][1]
+        assert training["stages"] == ["autoencoder", "second"]
+        assert 0 < second < training["step"][-1]
+    assert timing["total_seconds"] < 1.2 * 60 * 0.35
+
+
+# --- mistakes in the settings ----------------------------------------------------------------------------------------
+NAN = float("nan")
+BAD = [                                   # constant, bad values, what the message must say besides its name
+    ("SAE_VARIANT", ["topkk", "", None, 3, ["topk"]], VARIANTS),
+    ("ABLATE", [("attention",), "sparsity", ("sparsity", "sparsity"), None, ["sparsity"], (["sparsity"],)],
+     ["tuple", "sparsity"]),
+    ("MODEL_NAME", ["", None, 3, "../no/such/folder"], []),
+    ("LAYER", [-1, 6, 2.0, "2", True], []),
+    ("DATASET", ["", None, "no/such/file.jsonl", 3], []),
+    ("TRAIN_TOKENS", [0, -1, 1e5, "100", None, True], ["whole number"]),
+    ("TRAIN_TOKENS", [10 ** 9], ["ran dry", "training tokens"]),
+    ("CONTEXT_LENGTH", [0, 4, 64.0, "128"], ["whole number"]),
+    ("EXPANSION", [0, -2, NAN, math.inf, "8", None], ["above 0"]),
+    ("TARGET_L0", [0, 2.5, "8", None], ["whole number"]),
+    ("TARGET_L0", [385], ["384"]),
+    ("SEEDS", [(), (0, 0), 0, (-1,), [0], (0.5,), ("a",), ([0],)], ["tuple"]),
+    ("TIME_BUDGET_MINUTES", [0, -5, "90", NAN, math.inf, None], ["above 0"]),
+    ("EVALS", [(), ("nope",), "core", None, ["core"]], ["core"]),
+    ("EPOCHS_SCALE", [0, -1, NAN, "1"], ["above 0"]),
+    ("EPOCHS_SCALE", [1e-6], ["no step"]),
+    ("BATCH_TOKENS", [0, 16, 512.0, "2048"], ["CONTEXT_LENGTH"]),
+    ("BATCH_TOKENS", [10 ** 9], ["no step", "TRAIN_TOKENS"]),
+    ("LEARNING_RATE", [0, -1e-3, "fast", NAN], ["above 0"]),
+    ("EVAL_FILES", [1, 0, 2.5], []),
+]
+
+
+def test_bad_constants_are_named_with_the_good_values(lab):
+    cases = {(name, i, j): (value, parts)
+             for i, (name, values, parts) in enumerate(BAD) for j, value in enumerate(values)}
+    folders = {key: lab.copy("bad_{}_{}_{}".format(*key), **{key[0]: value}) for key, (value, _) in cases.items()}
+    finished, wrong = run_in_turn(list(folders.values()), lab.cache), []
+    for key, (value, parts) in cases.items():
+        one = finished[folders[key]]
+        missing = [part for part in (key[0], *parts) if part not in one.tail]
+        clean = "://" not in one.stderr and "Traceback" not in one.stderr and len(one.stderr) <= TAIL
+        if one.code != 2 or missing or not clean or one.cpu > 15 or (folders[key] / "run_1").exists():
+            wrong.append(f"{key[0]} = {value!r}: exit {one.code}, {one.cpu:.1f} s, lacks {missing}\n    {one.stderr}")
+    assert not wrong, f"{len(wrong)} of {len(cases)}\n" + "\n".join(wrong)
+
+
+@pytest.mark.xfail(reason="open: the error is not yet as short and clear as it must be", strict=False)
+def test_an_out_dir_that_cannot_be(lab):
+    file = lab.root / "a_file"
+    file.write_text("mine")
+    out_dirs = {"file": "run_1", "below_a_file": str(file / "run_1"), "here": ".", "above": "..",
+                "no_place": "/proc/self/run_1"}
+    folders = {lab.copy(f"out_{name}"): out_dir for name, out_dir in out_dirs.items()}
+    (lab.root / "out_file" / "run_1").write_text("mine")
+    before = {folder: listing(folder) for folder in folders}
+    finished, wrong = run_in_turn(folders, lab.cache), []
+    for folder, one in finished.items():
+        left = [name for name in listing(folder) if name not in ("outcome.json", "__pycache__")]
+        clear = "Traceback" not in one.stderr and folders[folder] in one.tail and "://" not in one.stderr
+        early = "preflight passed" not in one.stdout and left == before[folder]
+        if one.code not in (1, 2) or not clear or not early:
+            wrong.append(f"--out_dir={folders[folder]}: exit {one.code}, {left}\n{one.stdout}\n{one.stderr}")
+    assert (lab.root / "out_file" / "run_1").read_text() == file.read_text() == "mine"
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.xfail(reason="open: the error is not yet as short and clear as it must be", strict=False)
+def test_a_cache_that_cannot_be(lab):
+    folder = lab.copy("no_cache")
+    file = folder / "file"
+    file.write_text("mine")
+    finished = run(folder, file / "cache")
+    assert finished.code == 2 and "SAE_CACHE_DIR" in finished.tail and str(file) in finished.tail, finished.stderr
+
+
+# --- mistakes in the code --------------------------------------------------------------------------------------------
+HEAD = '''class Mine(TopK):
+    """A variant with a mistake."""
+'''
+MISTAKES = {                              # body of the class; what an agent must be shown; text of the line to point at
+    "name": ('''
+    def losses(self, batch, latents):
+        x_hat = self.decode(latents)
+        return {"reconstruction": squared_eror(batch, x_hat), "auxk": self.auxk_loss(batch, x_hat)}
+''', ["NameError", "squared_eror"], "squared_eror("),
+    "attribute": ('''
+    def decode(self, latents):
+        return latents.decode(self.W_decoder) + self.b_dec
+''', ["AttributeError", "W_decoder"], "W_decoder"),
+    "width of x_hat": ('''
+    def decode(self, latents):
+        return latents.decode(self.W_dec)[..., :-1] + self.b_dec[:-1]
+''', ["191", "192", "x_hat"], 'squared_error(batch, x_hat)'),
+    "product": ('''
+    def decode(self, latents):
+        return latents.dense() @ self.W_enc + self.b_dec
+''', ["cannot be multiplied", "384", "192"], "latents.dense() @ self.W_enc"),
+    "not a scalar": ('''
+    def losses(self, batch, latents):
+        return {"reconstruction": (batch.x - self.decode(latents)).square().sum(-1), "auxk": self.b_dec.sum() * 0}
+''', ["scalar"], None),
+    "detached": ('''
+    def losses(self, batch, latents):
+        return {"reconstruction": squared_error(batch, self.decode(latents).detach()), "auxk": self.b_dec.sum() * 0}
+''', ["detached", "W_dec", "W_enc"], None),
+    "all detached": ('''
+    def losses(self, batch, latents):
+        x_hat = self.decode(latents).detach()
+        return {"reconstruction": squared_error(batch, x_hat), "auxk": self.auxk_loss(batch, x_hat)}
+''', ["detach"], None),
+    "not a number": ('''
+    def losses(self, batch, latents):
+        penalty = (self.b_dec.square().sum() - 1).log()
+        return {"reconstruction": squared_error(batch, self.decode(latents)) + penalty, "auxk": penalty}
+''', ["reconstruction = nan"], None),
+    "unknown loss": ('''
+    curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "orthogonality": 0.1}),)
+''', ["orthogonality", "reconstruction", "auxk"], None),
+    "unused parameter": ('''
+    def __init__(self, d_in, d_sae, target_l0):
+        super().__init__(d_in, d_sae, target_l0)
+        self.gate_weight = nn.Parameter(torch.zeros(d_sae))
+''', ["gate_weight"], None),
+    "no latents": ('''
+    def encode(self, batch):
+        return F.relu(batch.x @ self.W_enc + self.b_enc)
+''', ["AttributeError", "Tensor"], None),
+    "documents mixed": ('''
+    def encoder_input(self, batch):
+        return batch.x + batch.x[:1]
+''', ["rows", "documents"], None),
+}
+NO_LINE = ("unknown loss", "unused parameter", "documents mixed", "no latents")     # no one line is to blame
+
+
+def add_mistake(folder, name):
+    substitute(folder, "SAE_VARIANTS = {", HEAD + MISTAKES[name][0] + '\n\nSAE_VARIANTS = {"mine": Mine, ')
+    edit(folder, SAE_VARIANT="mine")
+
+
+def shows_the_cause(folder, finished, name):
+    _, parts, pointed = MISTAKES[name]
+    assert finished.code not in (0, None), finished.stdout
+    assert "preflight" in finished.tail and "'mine'" in finished.tail, finished.stderr
+    assert "://" not in finished.stderr and len(finished.stderr) <= TAIL and finished.cpu < 20, finished.stderr
+    for part in parts:
+        assert part in finished.tail, f"{part!r} is not in\n{finished.tail}"
+    lines = (folder / "experiment.py").read_text().splitlines()
+    named = {int(number) for number in re.findall(r"\bline (\d+)", finished.tail)}
+    mine = lines.index(HEAD.splitlines()[0]) + 1
+    inside = any(mine <= number <= mine + 8 for number in named)
+    assert inside or name in NO_LINE, f"no line of Mine in\n{finished.tail}"
+    if pointed:
+        assert any(pointed in lines[number - 1] for number in named), f"no line with {pointed!r} in\n{finished.tail}"
+    assert not (folder / "run_1").exists() and not (folder / "run_1.partial").exists()
+
+
+def test_a_mistake_in_the_code_shows_within_seconds(lab):
+    folder = lab.copy("mistake")
+    add_mistake(folder, "product")
+    shows_the_cause(folder, run(folder, lab.cache), "product")
+
+
+@pytest.mark.xfail(reason="open: the error is not yet as short and clear as it must be", strict=False)
+def test_mistakes_in_the_code(lab):
+    folders = {name: lab.copy(f"mistake_{name.replace(' ', '_')}") for name in MISTAKES}
+    for name, folder in folders.items():
+        add_mistake(folder, name)
+    finished, wrong = run_in_turn(list(folders.values()), lab.cache), []
+    for name, folder in folders.items():
+        try:
+            shows_the_cause(folder, finished[folder], name)
+        except AssertionError as error:
+            wrong.append(f"{name}: {error}")
+    assert not wrong, f"{len(wrong)} of {len(MISTAKES)}\n" + "\n\n".join(wrong)
+
+
+@pytest.mark.xfail(reason="open: the error is not yet as short and clear as it must be", strict=False)
+def test_a_loss_that_is_no_number_only_later_ends_the_run(lab):
+    """What the preflight cannot see: the loss breaks in the middle of training."""
+    folder = lab.copy("breaks", SAE_VARIANT="topk")
+    whole = "losses, total = sae.losses(batch, latents), 0.0"
+    substitute(folder, whole, whole + """
+    if done > 0.6:
+        losses = {name: loss * float("nan") for name, loss in losses.items()}""")
+    finished = run(folder, lab.cache)
+    assert finished.code not in (0, None) and "training, seed 0" in finished.tail, finished.stderr
+    assert "reconstruction = nan" in finished.tail and not (folder / "run_1").exists()
