@@ -24,6 +24,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -723,6 +724,16 @@ def fingerprint(*parts):
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:20]
 
 
+def make_folder(folder, advice):
+    """Makes a folder, or says at once why nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunnerError(f"{folder} cannot be written ({reason}): {advice}.") from None
+
+
 @contextmanager
 def replacing(path):
     """A partial file that becomes `path` only when it is whole and on the disk."""
@@ -1372,13 +1383,15 @@ def write_results(folder, per_seed, config, timing):
 def publishing(out_dir):
     """A folder that takes out_dir's place only when all went well; files of an earlier run that
     this one does not write (ratings) are kept."""
+    if out_dir == HERE or out_dir in HERE.parents or out_dir.exists() and not out_dir.is_dir():
+        raise RunnerError(f"--out_dir={out_dir} must be a folder for the results alone.")
     partial, old = (out_dir.with_name(out_dir.name + end) for end in (".partial", ".replaced"))
     if old.exists() and not out_dir.exists():        # killed between the two renames below
         os.replace(old, out_dir)
     for rest in (partial, old):
         shutil.rmtree(rest, ignore_errors=True)
+    make_folder(partial, "choose another --out_dir")
     try:
-        partial.mkdir(parents=True)
         yield partial
         for kept in out_dir.iterdir() if out_dir.exists() else ():
             if not (partial / kept.name).exists():
@@ -1435,8 +1448,8 @@ def expect_shape(name, tensor, wanted):
     """Raises where a tensor's shape is not `wanted`; None stands for any size."""
     got = tuple(tensor.shape)
     if len(got) != len(wanted) or any(w not in (None, g) for w, g in zip(wanted, got)):
-        raise RunnerError(f"{name} has shape {got}, wanted {tuple(w or 'any' for w in wanted)}, "
-                          "[batch, seq, width].")
+        form = "a scalar" if not wanted else f"{tuple(w or 'any' for w in wanted)}"
+        raise RunnerError(f"{name} has shape {got}, wanted {form}.")
 
 
 def check_variant(sae, store, stages):
@@ -1448,7 +1461,10 @@ def check_variant(sae, store, stages):
         if missing := sorted(set(stage.weights) - set(losses)):
             raise RunnerError(f"stage {stage.name!r} weighs {missing}, but `losses` of "
                               f"{SAE_VARIANT} has {sorted(losses)}.")
-        sum(losses[name] for name in stage.weights).backward()
+        for name in stage.weights:
+            expect_shape(f"the loss {name!r}", losses[name], ())
+        if (total := sum(losses[name] for name in stage.weights)).requires_grad:
+            total.backward()
         reached |= {name for name, parameter in sae.named_parameters()
                     if parameter.grad is not None and name.startswith(stage.trains)}
         sae.zero_grad(set_to_none=True)
@@ -1560,10 +1576,11 @@ def open_store(config, layer, cache):
 def main():
     parser = argparse.ArgumentParser(description="everything else is a constant in experiment.py")
     parser.add_argument("--out_dir", default="run_0", help="folder for the results")
-    out_dir = Path(parser.parse_args().out_dir).absolute()
+    out_dir = Path(parser.parse_args().out_dir).resolve()
     began, cache, timing = time.time(), cache_folder(), {}
     with doing("checking the settings"):
         check_config()
+        make_folder(cache, "set SAE_CACHE_DIR to another folder")
         config = load_pretrained(transformers.AutoConfig, "config.json").get_text_config()
         layer = config.num_hidden_layers // 2 - 1 if LAYER is None else LAYER
         if not 0 <= layer < config.num_hidden_layers:
@@ -1606,14 +1623,18 @@ def main():
 
 def describe(error):
     """At most 1,400 characters: stage, variant, lines of experiment.py, tensors, the cause."""
-    stages = ", ".join(getattr(error, "__notes__", ["start"]))
-    report = [f"experiment.py failed in: {stages}; SAE_VARIANT = {SAE_VARIANT!r}"]
-    if isinstance(error, (RunnerError, corpus.DataError)):
-        return f"{report[0]}\n{str(error)[:1200]}"
-    source, frames = SOURCE.splitlines(), list(traceback.walk_tb(error.__traceback__))
-    frames = [(frame, line) for frame, line in frames if frame.f_code.co_filename == __file__]
+    stages, source = ", ".join(getattr(error, "__notes__", ["start"])), SOURCE.splitlines()
+    known = isinstance(error, (RunnerError, corpus.DataError))
+    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
+              if frame.f_code.co_filename == __file__
+              and (not known or isinstance(frame.f_locals.get("self"), SAE))]
+    variant = SAE_VARIANTS.get(SAE_VARIANT) if isinstance(SAE_VARIANT, str) else None
+    at = f" (line {inspect.getsourcelines(variant)[1]})" if variant else ""
+    report = [f"experiment.py failed in: {stages}; SAE_VARIANT = {SAE_VARIANT!r}{at}"]
     report += [f"  line {line} in {frame.f_code.co_name}: {source[line - 1].strip()[:110]}"
                for frame, line in frames[-4:]]
+    if known:
+        return "\n".join(report) + f"\n{str(error)[:900]}"
     tensors = [f"{name} {tuple(value.shape)} {value.dtype}"
                for name, value in (frames[-1][0].f_locals if frames else {}).items()
                if isinstance(value, (torch.Tensor, np.ndarray))]
