@@ -243,24 +243,37 @@ def group_top_k(values, k, groups=16):
     return top, candidates.gather(1, where)
 
 
-def top_k_pairs(x, W_enc, b_enc, k):
+def top_k_pairs(x, W_enc, b_enc, k, groups=16):
     """The k largest pre-activations x @ W_enc + b_enc of each token, exact in fp32.
 
-    With bf16 units, bf16 proposes 2k latents and fp32 rescores them. A latent that was not proposed
-    lies at most one rounding error above the last proposal; rows where that could matter are
+    With bf16 units, bf16 proposes all latents that reach the 2k-th best group, and fp32 rescores
+    them. Another latent lies at most one rounding error above that; rows where it could matter are
     computed again in fp32.
     """
-    if not BF16_UNITS or W_enc.shape[1] < 8 * k:
+    (n, _), (_, width) = x.shape, W_enc.shape
+    if not BF16_UNITS or width % groups or width < 4 * groups * k:
         pre_acts, ids = group_top_k(torch.addmm(b_enc, x, W_enc), k)
         return Pairs.from_ids(ids, pre_acts)
-    coarse, ids = group_top_k(torch.addmm(b_enc.bfloat16(), x.bfloat16(), W_enc.bfloat16()), 2 * k)
-    proposed = Pairs.from_ids(ids)
-    exact = (proposed.dots(x, W_enc.t()) + b_enc[proposed.ids]).view_as(ids)
-    pre_acts, where = exact.topk(k, dim=1, sorted=False)
-    ids, last = ids.gather(1, where), coarse.amin(1).float()
-    products = 2 * x.norm(dim=1) * W_enc.norm(dim=0).max()
-    rounding = 2 ** -8 * (products + b_enc.abs().max() + last.abs())
-    doubtful = (pre_acts.amin(1) < last + rounding).nonzero().flatten()
+    x_coarse, W_coarse = x.bfloat16(), W_enc.bfloat16()
+    coarse = torch.addmm(b_enc.bfloat16(), x_coarse, W_coarse)
+    best = coarse.view(n, groups, -1).amax(1).topk(2 * k, dim=1, sorted=False)
+    members = torch.arange(0, width, width // groups, device=x.device)
+    candidates = (best.indices[:, None, :] + members[None, :, None]).flatten(1)
+    last = best.values.amin(1, keepdim=True)
+    flat = (coarse.gather(1, candidates) >= last).flatten().nonzero().flatten()
+    proposed = Pairs.from_flat(flat, candidates)
+    row, proposed.ids = proposed.rows, proposed.pre_acts        # from candidates' columns to latents
+    exact = proposed.dots(x, W_enc.t()) + b_enc[proposed.ids]
+    place = torch.arange(len(flat), device=x.device) - proposed.starts[row]
+    width = int(place.max()) + 1                                # [n, width]: proposals, left-aligned
+    pre_acts, ids = exact.new_full((n, width), NEVER), flat.new_zeros(n, width)
+    pre_acts[row, place], ids[row, place] = exact, proposed.ids
+    pre_acts, where = pre_acts.topk(k, dim=1, sorted=False)
+    ids, last = ids.gather(1, where), last[:, 0].float()
+    rounding = ((x - x_coarse).norm(dim=1) * W_enc.norm(dim=0).max()
+                + x.norm(dim=1) * (W_enc - W_coarse).norm(dim=0).max()
+                + 2 ** -8 * (b_enc.abs().max() + last.abs()))
+    doubtful = (pre_acts.amin(1) < last + 1.01 * rounding).nonzero().flatten()
     if len(doubtful):
         pre_acts[doubtful], ids[doubtful] = group_top_k(torch.addmm(b_enc, x[doubtful], W_enc), k)
     return Pairs.from_ids(ids, pre_acts)

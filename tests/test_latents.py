@@ -257,7 +257,7 @@ KINDS = ["random", "correlated", "near ties", "pairs of ties", "large biases", "
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("d_sae, k", [(512, 16), (500, 4), (512, 64), (512, 65), (20, 4), (9, 9), (512, 1)])
+@pytest.mark.parametrize("d_sae, k", [(512, 16), (512, 8), (512, 3), (500, 4), (512, 64), (512, 65), (20, 4), (9, 9), (512, 1)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_top_k_is_that_of_fp32(E, monkeypatch, kind, d_sae, k, bf16):
     """The chosen latents are the k largest. Tolerance: fp32 itself cannot order pre-activations that
@@ -290,12 +290,11 @@ def test_bf16_proposes_and_few_rows_are_done_again(E, monkeypatch):
         calls.append((values.dtype, len(values)))
         return group_top_k(values, k, *args)
     monkeypatch.setattr(E, "group_top_k", spy)
-    E.top_k_pairs(*make_input("random", 0, 80, 48, 512), 16)
-    assert calls[0] == (torch.bfloat16, 80)
-    assert sum(n for dtype, n in calls[1:]) < 40
+    E.top_k_pairs(*make_input("random", 0, 80, 48, 512), 7)
+    assert sum(n for dtype, n in calls) < 40
     calls.clear()
-    E.top_k_pairs(*make_input("near ties", 0, 80, 48, 512), 16)
-    assert calls == [(torch.bfloat16, 80), (torch.float32, 80)]
+    E.top_k_pairs(*make_input("near ties", 0, 80, 48, 512), 7)
+    assert calls == [(torch.float32, 80)]
 
 
 def test_more_than_all_latents_is_an_error(E):
