@@ -28,7 +28,6 @@ import tempfile
 import time
 import traceback
 import warnings
-import zipfile
 import zlib
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -554,65 +553,21 @@ SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprel
 
 
 # ---- Data and model ----
-class Windows(NamedTuple):
-    """Windows of tokens, training ones first: BOS, tokens of one document, padding."""
-    tokens: np.ndarray      # [n, CONTEXT_LENGTH] int32
-    lengths: np.ndarray     # [n] tokens before the padding
-    doc_ids: np.ndarray     # [n] document of each window
-    n_train: int            # windows from here on are held out
-    names: list             # document -> its name
-    domains: list           # document -> its domain
-
-
-def make_windows(documents, tokenizer, bos):
-    """Windows, a random choice from each document, of the first documents that give TRAIN_TOKENS
-    training tokens and EVAL_FILES held-out files; `seen` counts these two."""
-    rng, body = np.random.default_rng(DATA_SEED), CONTEXT_LENGTH - 1
-    rows, seen, names, domains = ([], []), [0, 0], [], []
-    wanted, most = (TRAIN_TOKENS, EVAL_FILES), (TRAIN_WINDOWS_PER_FILE, EVAL_WINDOWS_PER_FILE)
-    for document in documents:
-        split = int(document.heldout)
-        if seen[0] >= wanted[0] and seen[1] >= wanted[1]:
-            break
-        if seen[split] >= wanted[split]:
-            continue
-        ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
-        ids = [i for i in ids if i != bos]          # a document may spell the token out
-        starts = [i for i in range(0, len(ids), body) if len(ids) - i >= min(body, MIN_WINDOW)]
-        chosen = sorted(rng.permutation(len(starts))[:most[split]])
-        found = [[bos] + ids[starts[c]:starts[c] + body] for c in chosen]
-        seen[split] += bool(found) if split else sum(len(window) - 1 for window in found)
-        rows[split].extend((window, len(names)) for window in found)
-        names.append(document.name)
-        domains.append(document.domain)
-    if seen[0] < TRAIN_TOKENS or seen[1] < 2:
-        raise RunnerError(
-            f"DATASET = {DATASET!r} ran dry: {len(names):,} documents gave {seen[0]:,} training "
-            f"tokens and {seen[1]} held-out documents (1 in {corpus.HELDOUT_ONE_IN}); TRAIN_TOKENS "
-            f"= {TRAIN_TOKENS:,} and 2 are needed. Lower it or take a larger data set.")
-    windows, doc_ids = zip(*rows[0], *rows[1])
-    tokens = np.full((len(windows), CONTEXT_LENGTH), bos, dtype=np.int32)
-    for i, window in enumerate(windows):
-        tokens[i, :len(window)] = window
-    lengths = np.array([len(window) for window in windows])
-    return Windows(tokens, lengths, np.array(doc_ids), len(rows[0]), names, domains)
-
-
 def load_windows(tokenizer, bos, cache):
     """The windows of this configuration, from the cache where they are known, and their key."""
+    wanted = corpus.Wanted(CONTEXT_LENGTH, TRAIN_TOKENS, EVAL_FILES, TRAIN_WINDOWS_PER_FILE,
+                           EVAL_WINDOWS_PER_FILE, MIN_WINDOW, DATA_SEED)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else MODEL_NAME
-    key = fingerprint(corpus.data_identity(DATASET), vocabulary, bos, CONTEXT_LENGTH, TRAIN_TOKENS,
-                      DATA_SEED, EVAL_FILES, EVAL_WINDOWS_PER_FILE, TRAIN_WINDOWS_PER_FILE,
-                      MIN_WINDOW, inspect.getsource(make_windows), inspect.getsource(corpus))
+    source = inspect.getsource(corpus)
+    key = fingerprint(corpus.data_identity(DATASET), vocabulary, bos, wanted, source)
     path = cache / "tokens" / f"{key}.npz"
-    if not (zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is None):      # or damaged
+    windows = corpus.read_windows(path)
+    if windows is None:
         print(f"tokenising {DATASET}", flush=True)
-        windows = make_windows(corpus.load_documents(DATASET, DATA_SEED), tokenizer, bos)
+        windows = corpus.make_windows(DATASET, tokenizer, bos, wanted)
         with replacing(path) as partial, open(partial, "wb") as file:
             np.savez(file, **windows._asdict())
-    with np.load(path) as file:
-        windows = Windows(**{name: file[name] for name in file.files})
-    return windows._replace(n_train=int(windows.n_train)), key
+    return windows, key
 
 
 def model_folder():
@@ -1503,7 +1458,7 @@ def preflight(config, cache):
         tokens = np.random.default_rng(0).integers(1, 256, (8, CONTEXT_LENGTH)).astype(np.int32)
         lengths = np.full(8, CONTEXT_LENGTH)
         lengths[3] //= 2        # one is padded
-        windows = Windows(tokens, lengths, np.arange(8) // 2, 4, list("abcd"), list("abcd"))
+        windows = corpus.Windows(tokens, lengths, np.arange(8) // 2, 4, list("abcd"), list("abcd"))
         store = Store(folder / "activations", windows, d_in, torch.float32)
         store.collect(lambda: model, 0)
         sae = make_sae(d_in, min(round(EXPANSION * d_in), max(1024, 4 * TARGET_L0)), 0)

@@ -92,7 +92,7 @@ def ours(model, layer, windows, d_in):
 
     def collect():
         n, length = windows.shape
-        table = E.Windows(tokens=windows.numpy().astype(np.int32), lengths=np.full(n, length), doc_ids=np.arange(n), n_train=n,
+        table = E.corpus.Windows(tokens=windows.numpy().astype(np.int32), lengths=np.full(n, length), doc_ids=np.arange(n), n_train=n,
                           names=[str(i) for i in range(n)], domains=[""] * n)
         E.CONTEXT_LENGTH = length
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

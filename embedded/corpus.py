@@ -15,6 +15,7 @@ import re
 import sys
 import sysconfig
 import threading
+import zipfile
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -447,3 +448,72 @@ def _datasets_library():
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
     huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)
     return datasets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows of tokens
+# ---------------------------------------------------------------------------------------------------------------------
+class Windows(NamedTuple):
+    """Windows of tokens, training ones first: BOS, tokens of one document, padding."""
+    tokens: np.ndarray      # [n, context_length] int32
+    lengths: np.ndarray     # [n] tokens before the padding
+    doc_ids: np.ndarray     # [n] document of each window
+    n_train: int            # windows from here on are held out
+    names: list             # document -> its name
+    domains: list           # document -> its domain
+
+
+class Wanted(NamedTuple):
+    """How much of a data set is taken, and how it is cut."""
+    context_length: int     # tokens in a window, BOS included
+    train_tokens: int       # distinct training tokens, at least
+    eval_files: int         # held-out documents, where there are as many
+    train_windows_per_file: int
+    eval_windows_per_file: int
+    min_window: int         # a document's tail shorter than this is left out
+    seed: int               # order of documents, choice of windows
+
+
+def make_windows(dataset: str, tokenizer, bos: int, wanted: Wanted) -> Windows:
+    """Windows, a random choice from each document, of the first documents that give what is wanted.
+
+    Raises DataError where the data set runs dry.
+    """
+    rng, body = np.random.default_rng(wanted.seed), wanted.context_length - 1
+    most = wanted.train_windows_per_file, wanted.eval_windows_per_file
+    rows, seen, names, domains = ([], []), [0, 0], [], []           # seen: training tokens, held-out files
+    enough = wanted.train_tokens, wanted.eval_files
+    for document in load_documents(dataset, wanted.seed):
+        split = int(document.heldout)
+        if seen[0] >= enough[0] and seen[1] >= enough[1]:
+            break
+        if seen[split] >= enough[split]:
+            continue
+        ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        ids = [i for i in ids if i != bos]          # a document may spell the token out
+        starts = [i for i in range(0, len(ids), body) if len(ids) - i >= min(body, wanted.min_window)]
+        chosen = sorted(rng.permutation(len(starts))[:most[split]])
+        found = [[bos] + ids[starts[c]:starts[c] + body] for c in chosen]
+        seen[split] += bool(found) if split else sum(len(window) - 1 for window in found)
+        rows[split].extend((window, len(names)) for window in found)
+        names.append(document.name)
+        domains.append(document.domain)
+    if seen[0] < wanted.train_tokens or seen[1] < 2:
+        raise DataError(f"DATASET = {dataset!r} ran dry: {len(names):,} documents gave {seen[0]:,} training tokens and "
+                        f"{seen[1]} held-out documents (1 in {HELDOUT_ONE_IN}); TRAIN_TOKENS = {wanted.train_tokens:,} "
+                        "and 2 are needed. Lower it or take a larger data set.")
+    windows, doc_ids = zip(*rows[0], *rows[1])
+    tokens = np.full((len(windows), wanted.context_length), bos, dtype=np.int32)
+    for i, window in enumerate(windows):
+        tokens[i, :len(window)] = window
+    lengths = np.array([len(window) for window in windows])
+    return Windows(tokens, lengths, np.array(doc_ids), len(rows[0]), names, domains)
+
+
+def read_windows(path: Path) -> Windows | None:
+    """Windows saved with np.savez; None where there are none, or damaged ones."""
+    if not (zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is None):
+        return None
+    with np.load(path) as file:
+        windows = Windows(**{name: file[name] for name in file.files})
+    return windows._replace(n_train=int(windows.n_train))

@@ -34,7 +34,7 @@ def make_store(E, tmp_path, monkeypatch):
         lengths = np.full(n, context) if lengths is None else np.asarray(lengths)
         doc_ids = np.arange(n) if doc_ids is None else np.asarray(doc_ids)
         names = [f"document {i}" for i in range(doc_ids.max() + 1)]
-        windows = E.Windows(np.asarray(tokens, np.int32), lengths, doc_ids, n_train, names, names)
+        windows = E.corpus.Windows(np.asarray(tokens, np.int32), lengths, doc_ids, n_train, names, names)
         store, rest = E.Store(tmp_path / name, windows, d_in, torch.float32), [x.float()]
 
         def next_rows(model, layer, tokens):

@@ -46,7 +46,7 @@ def spoken(E, model, text, tmp_path, monkeypatch):
         tokens = np.where(np.arange(CONTEXT) < lengths[:, None], text, filler).astype(np.int32)
         doc_ids = np.concatenate([np.arange(24), 24 + np.arange(32) // 2])
         names = [str(i) for i in range(40)]
-        windows = E.Windows(tokens, lengths, doc_ids, N_TRAIN, names, names)
+        windows = E.corpus.Windows(tokens, lengths, doc_ids, N_TRAIN, names, names)
         store = E.Store(tmp_path / f"store-{filler}-{lengths.sum()}", windows, D_IN, torch.float32)
         store.collect(lambda: model, 0)
         return store

@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +39,14 @@ def settings(E, monkeypatch, **constants):
         monkeypatch.setattr(E, name, value)
 
 
+def make_windows(E, monkeypatch, found, tokenizer=Numbering(), bos=BOS):
+    """What the runner makes of these documents, by its own constants."""
+    monkeypatch.setattr(E.corpus, "load_documents", lambda dataset, seed: iter(found))
+    monkeypatch.setattr(E.corpus, "data_identity", lambda dataset: "")
+    with tempfile.TemporaryDirectory() as cache:
+        return E.load_windows(tokenizer, bos, Path(cache))[0]
+
+
 @pytest.fixture
 def windows(E, monkeypatch):
     """Windows of 60 documents of 0 to 300 tokens."""
@@ -44,7 +54,7 @@ def windows(E, monkeypatch):
              TRAIN_WINDOWS_PER_FILE=8, EVAL_WINDOWS_PER_FILE=3)
     lengths = np.random.default_rng(0).integers(0, 300, 60)
     lengths[[0, 2, 5]] = 0, 5, 3                         # two for training and one held out without a window
-    return E.make_windows(documents(E, lengths), Numbering(), BOS), lengths
+    return make_windows(E, monkeypatch, documents(E, lengths)), lengths
 
 
 def test_a_window_is_bos_then_a_stretch_of_one_document_then_padding(windows):
@@ -78,18 +88,18 @@ def test_training_and_heldout_documents(windows):
 
 def test_windows_are_spread_over_a_document(E, monkeypatch):
     settings(E, monkeypatch, CONTEXT_LENGTH=16, TRAIN_TOKENS=2_000, EVAL_FILES=2, TRAIN_WINDOWS_PER_FILE=2)
-    found = E.make_windows(documents(E, [1_500] * 90), Numbering(), BOS)
+    found = make_windows(E, monkeypatch, documents(E, [1_500] * 90))
     places = (found.tokens[:found.n_train, 1] - 1_000) % 10_000 / 1_500
     assert len(places) == 134 and np.histogram(places, 4, (0, 1))[0].min() > 15
-    again = E.make_windows(documents(E, [1_500] * 90), Numbering(), BOS)
+    again = make_windows(E, monkeypatch, documents(E, [1_500] * 90))
     assert (again.tokens == found.tokens).all()
     monkeypatch.setattr(E, "DATA_SEED", E.DATA_SEED + 1)
-    assert (E.make_windows(documents(E, [1_500] * 90), Numbering(), BOS).tokens != found.tokens).any()
+    assert (make_windows(E, monkeypatch, documents(E, [1_500] * 90)).tokens != found.tokens).any()
 
 
 def test_a_short_context_keeps_short_windows_out_too(E, monkeypatch):
     settings(E, monkeypatch, CONTEXT_LENGTH=8, TRAIN_TOKENS=60, EVAL_FILES=2, MIN_WINDOW=32)
-    found = E.make_windows(documents(E, [20] * 40), Numbering(), BOS)
+    found = make_windows(E, monkeypatch, documents(E, [20] * 40))
     assert (found.lengths == 8).all()                # no tail is as long as MIN_WINDOW: full windows only
 
 
@@ -100,8 +110,8 @@ def test_a_short_context_keeps_short_windows_out_too(E, monkeypatch):
 ])
 def test_exhausted_data_says_how_much_there_was(E, monkeypatch, lengths, parts):
     settings(E, monkeypatch, CONTEXT_LENGTH=16, TRAIN_TOKENS=1_500, EVAL_FILES=50, MIN_WINDOW=10, DATASET="my_data")
-    with pytest.raises(E.RunnerError) as error:
-        E.make_windows(documents(E, lengths), Numbering(), BOS)
+    with pytest.raises(E.corpus.DataError) as error:
+        make_windows(E, monkeypatch, documents(E, lengths))
     for part in ["'my_data'", *parts]:
         assert part in str(error.value)
 
@@ -116,8 +126,8 @@ def test_bos_stands_first_and_nowhere_else(E, monkeypatch, tokenizer):
     """Also where the text itself holds the characters of the special token."""
     settings(E, monkeypatch, CONTEXT_LENGTH=32, TRAIN_TOKENS=200, EVAL_FILES=2)
     text = f"the marker {tokenizer.bos_token} divides documents, and {tokenizer.bos_token} is text here " * 8
-    found = E.make_windows([E.corpus.Document(f"file {i}", text, "x", i % 2 == 1) for i in range(30)], tokenizer,
-                           tokenizer.bos_token_id)
+    texts = [E.corpus.Document(f"file {i}", text, "x", i % 2 == 1) for i in range(30)]
+    found = make_windows(E, monkeypatch, texts, tokenizer, tokenizer.bos_token_id)
     for row, length in zip(found.tokens, found.lengths):
         assert row[0] == tokenizer.bos_token_id
         assert (row[1:length] != tokenizer.bos_token_id).all()
@@ -183,7 +193,7 @@ def some_windows(E):
     lengths[::7] = rng.integers(5, CONTEXT, len(lengths[::7]))
     for row, length in zip(tokens, lengths):
         row[length:] = 0
-    return E.Windows(tokens, lengths, np.arange(N) // 2, N_TRAIN, [f"{i}" for i in range(N // 2)], ["x"] * (N // 2))
+    return E.corpus.Windows(tokens, lengths, np.arange(N) // 2, N_TRAIN, [f"{i}" for i in range(N // 2)], ["x"] * (N // 2))
 
 
 @pytest.fixture(scope="module")
