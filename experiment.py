@@ -13,18 +13,14 @@ override what differs: `encode` (or `select`, `activate`), `decode`, `losses`, `
 """
 import argparse
 import copy
-import ctypes
 import errno
-import fcntl
 import functools
-import hashlib
 import inspect
 import json
 import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -36,11 +32,17 @@ from typing import Callable, NamedTuple
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")    # spinning threads cost 4x on a busy machine
 import numpy as np
+import scipy.stats
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from scipy.sparse import csr_array
+from scipy.spatial.distance import cdist
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.preprocessing import MaxAbsScaler
 from torch import nn
 from tqdm import tqdm
 
@@ -48,9 +50,11 @@ HERE = Path(__file__).resolve().parent
 SOURCE = Path(__file__).read_text()
 sys.path.insert(0, str(HERE / "embedded"))
 import corpus
+from corpus import cache_folder, fingerprint, locked, make_folder, replacing
 
 # ---- CONFIG: edit here; there is no command line for these ----
-SAE_VARIANT = "standard"      # standard, topk, batch_topk, jumprelu, gated, matryoshka
+SAE_VARIANT = "standard"      # standard, topk, batch_topk, jumprelu, gated, matryoshka, temporal,
+                              # temporal_adaptation, tsae
 ABLATE = ()                   # losses or components of the variant to switch off, e.g. ("auxk",)
 MODEL_NAME = "embedded/model" # a local folder or a hub id, e.g. "google/gemma-2-2b"
 LAYER = None                  # residual stream after this block, from 0; None: the middle one
@@ -61,10 +65,23 @@ EXPANSION = 8                 # d_sae / d_in
 TARGET_L0 = 48                # active latents per token, the same for every variant
 SEEDS = (0,)                  # one SAE is trained and evaluated per seed
 TIME_BUDGET_MINUTES = 90      # the whole run; training shrinks where it would take longer
-EVALS = ("core",)             # names in EVALUATIONS
+EVALS = ("core", "temporal", "probes")             # names in EVALUATIONS
 EPOCHS_SCALE = 1.0            # multiplies the epochs of every stage
 BATCH_TOKENS = 1024           # tokens per training step (whole windows)
 LEARNING_RATE = None          # Adam; None: 3e-3 * sqrt(1536 / d_sae)
+TRAIN_POSITIONS = None        # None: all; (low, high): train on these positions alone, from 1
+WINDOW = 5                    # temporal: positions that attention sees
+ATTENTION = "causal"          # temporal: the window ends at its token; "centred": lies around it
+HEADS, HEAD_WIDTH = 1, 32     # temporal: attention heads and the width of each
+CONSISTENT_FRACTION = 0.2     # temporal: share of the latents that the consistency loss binds
+CONSISTENCY_WEIGHT = 0.1      # temporal
+CONTRAST_WEIGHT = 1.0         # temporal
+HIGH_WEIGHT = 0.3             # temporal: of the reconstruction by the bound latents alone
+CONTRAST_SPAN = 16            # temporal: positions back to which two tokens should agree
+TSAE_READING = "paper"        # tsae: or "code", as its authors released it
+TEMPERATURE = "learned"       # temporal_adaptation: "learned", "scheduled" or a fixed number
+DRIVE = "u"                   # temporal_adaptation: the trace follows u, or the latents: "z"
+REGULARISATION = 1e-3         # temporal_adaptation: pull of its parameters to their starts
 
 # FIXED PROTOCOL: runs compare only while these stay as they are
 DATA_SEED = 42                # order of documents, choice of windows
@@ -77,6 +94,9 @@ DECAY_FRACTION = 0.2          # of all steps: linear fall to zero
 GRADIENT_CLIP = 1.0           # norm over all parameters
 DEAD_AFTER_FRACTION = 0.05    # dead: has not fired for this share of all training tokens
 AUXK_WEIGHT = 1 / 32          # Gao et al. 2024 (arXiv 2406.04093)
+STABILITY_LAGS = (5, 16)      # beyond every window
+NULL_DRAWS = 50               # permutations
+PROBE_EVERY = 8               # held-out tokens
 LIVE = (50, 10)               # firings, and held-out files with one, for a latent to be live
 EVALUATION_RESERVE = 0.15     # share of the time budget kept for evaluation
 LOG_EVERY = 20                # steps
@@ -214,12 +234,20 @@ class Latents(NamedTuple):
         pairs = Pairs(self.pairs.ids[keep], counts.cumsum(0) - counts)
         return Latents(self.values[keep], self.pre_acts[keep], pairs, self.shape)
 
-    def dense(self):                # -> [batch, seq, d_sae]
-        z = self.values
+    def dense(self, width=None):    # -> the first `width` latents (None: all) [batch, seq, width]
+        width, z = width or self.shape[2], self.values[..., :width]
         if self.pairs is not None:
-            zeros = z.new_zeros(math.prod(self.shape[:2]), self.shape[2])
-            z = zeros.index_put((self.pairs.rows, self.pairs.ids), z)
-        return z.view(self.shape)
+            part = self if width == self.shape[2] else self.within(0, width)
+            zeros = self.values.new_zeros(math.prod(self.shape[:2]), width)
+            z = zeros.index_put((part.pairs.rows, part.pairs.ids), part.values)
+        return z.reshape(*self.shape[:2], width)
+
+    def sparse(self):               # the same latents at pairs, where few are active
+        flat = self.values.detach().flatten().nonzero().flatten()
+        if len(flat) > MAX_DENSITY * self.values.numel():
+            return self
+        values = self.values.flatten().index_select(0, flat)
+        return Latents(values, values, Pairs.from_flat(flat, self.values.detach()), self.shape)
 
     def active(self):               # -> token [n], latent [n], value [n] of the non-zero latents
         if self.pairs is None:
@@ -261,10 +289,10 @@ def top_k_pairs(x, W_enc, b_enc, k, groups=16):
     last = best.values.amin(1, keepdim=True)
     flat = (coarse.gather(1, candidates) >= last).flatten().nonzero().flatten()
     proposed = Pairs.from_flat(flat, candidates)
-    row, proposed.ids = proposed.rows, proposed.pre_acts        # from candidates' columns to latents
+    row, proposed.ids = proposed.rows, proposed.pre_acts       # columns -> latents
     exact = proposed.dots(x, W_enc.t()) + b_enc[proposed.ids]
     place = torch.arange(len(flat), device=x.device) - proposed.starts[row]
-    width = int(place.max()) + 1                                # [n, width]: proposals, left-aligned
+    width = int(place.max()) + 1        # [n, width]: proposals, left-aligned
     pre_acts, ids = exact.new_full((n, width), NEVER), flat.new_zeros(n, width)
     pre_acts[row, place], ids[row, place] = exact, proposed.ids
     pre_acts, where = pre_acts.topk(k, dim=1, sorted=False)
@@ -313,6 +341,7 @@ class SAE(nn.Module):
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "sparsity": 1.0}),)
     components = ()             # what ABLATE may name besides losses
     resamples_dead = True       # dead latents are resampled in the first half of training
+    kept = ()                   # buffers that inference needs
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__()
@@ -332,13 +361,13 @@ class SAE(nn.Module):
     def resampled(self, dead):
         """Called when the latents `dead` were resampled, for what else keeps them from firing."""
 
-    def encoder_input(self, batch):
-        """What the encoder reads, [batch, seq, d_in]."""
-        return batch.x
+    def encoder(self, batch):
+        """What the encoder reads [batch, seq, d], its centre [d], its weights [d, d_sae]."""
+        return batch.x, self.b_dec, self.W_enc
 
-    def select(self, x, mask):
-        """Pairs at which to compute latents of x [n_tokens, d_in]; None: all. mask: [n_tokens]."""
-        pre_acts = torch.addmm(self.b_enc, x - self.b_dec, self.W_enc)
+    def select(self, x, W_enc, mask):
+        """Pairs at which to compute latents of x [n_tokens, d]; None: all. mask: [n_tokens]."""
+        pre_acts = torch.addmm(self.b_enc, x, W_enc)
         flat = (pre_acts > self.lowest_pre_act()).flatten().nonzero().flatten()
         dense = len(flat) > MAX_DENSITY * pre_acts.numel()
         return None if dense else Pairs.from_flat(flat, pre_acts)
@@ -352,15 +381,15 @@ class SAE(nn.Module):
 
     def encode(self, batch):
         """batch -> Latents [batch, seq, d_sae]; zero at padding."""
-        inputs = self.encoder_input(batch)
-        expect_shape("the encoder's input", inputs, (None, None, self.d_in))
+        inputs, centre, W_enc = self.encoder(batch)
+        expect_shape("the encoder's input", inputs, (*batch.x.shape[:2], len(W_enc)))
         x, mask = inputs.flatten(0, 1), None if batch.mask is None else batch.mask.flatten()
         with torch.no_grad():
-            pairs = self.select(x, mask)
+            pairs = self.select(x - centre, W_enc, mask)
         if pairs is None:
-            pre_acts = torch.addmm(self.b_enc - self.b_dec @ self.W_enc, x, self.W_enc)
+            pre_acts = torch.addmm(self.b_enc - centre @ W_enc, x, W_enc)
         else:
-            pre_acts = PairEncode.apply(x, self.b_dec, self.W_enc, self.b_enc, pairs)
+            pre_acts = PairEncode.apply(x, centre, W_enc, self.b_enc, pairs)
         if mask is not None:
             padding = ~(mask[:, None] if pairs is None else mask[pairs.rows])
             pre_acts = pre_acts.masked_fill(padding, NEVER)
@@ -382,9 +411,9 @@ class SAE(nn.Module):
     def dead_mask(self):             # [d_sae]
         return self.tokens_since_fired > self.dead_after
 
-    def saelens_layout(self):
-        """SAELens's name for the architecture, weights to add, and names of those to drop."""
-        return "standard", {}, ()
+    def exported(self):
+        """SAELens's name for the architecture where it has one, weights to add, names to drop."""
+        return SAE_VARIANT, {name: getattr(self, name) for name in self.kept}, ()
 
     def parameters_of_interest(self):
         """Scalars to follow through training, {name: float}."""
@@ -416,24 +445,21 @@ class TopK(SAE):
         super().__init__(d_in, d_sae, target_l0)
         self.k = target_l0
 
-    def select(self, x, mask):
-        return top_k_pairs(x - self.b_dec, self.W_enc, self.b_enc, self.k)
+    def select(self, x, W_enc, mask):
+        return top_k_pairs(x, W_enc, self.b_enc, self.k)
 
     def losses(self, batch, latents):
         x_hat = self.decode(latents)
         return {"reconstruction": squared_error(batch, x_hat), "auxk": self.auxk_loss(batch, x_hat)}
-
-    def saelens_layout(self):
-        return "topk", {}, ()
 
     def auxk_loss(self, batch, x_hat):
         """The residual as the top d_in / 2 dead latents reconstruct it: error over variance."""
         dead = self.dead_mask().nonzero().flatten()
         if not len(dead):
             return x_hat.new_zeros(())
-        x = self.encoder_input(batch)
+        x, centre, W_enc = self.encoder(batch)
         residual = batch._replace(x=valid(batch, (batch.x - x_hat).detach()))
-        pre_acts = (x - self.b_dec) @ self.W_enc[:, dead] + self.b_enc[dead]
+        pre_acts = (x - centre) @ W_enc[:, dead] + self.b_enc[dead]
         top = F.relu(pre_acts).topk(min(self.d_in // 2, len(dead)), dim=-1)
         latents = torch.zeros_like(pre_acts).scatter(-1, top.indices, top.values)
         error = squared_error(residual, latents @ self.W_dec[dead])
@@ -450,8 +476,8 @@ class BatchTopK(TopK):
         super().__init__(d_in, d_sae, target_l0)
         self.register_buffer("threshold", torch.tensor(0.0))
 
-    def select(self, x, mask):
-        pre_acts = torch.addmm(self.b_enc, x - self.b_dec, self.W_enc)
+    def select(self, x, W_enc, mask):
+        pre_acts = torch.addmm(self.b_enc, x, W_enc)
         if mask is not None:
             pre_acts.masked_fill_(~mask[:, None], NEVER)
         least = 0.8 * self.threshold if self.training else self.threshold
@@ -466,8 +492,9 @@ class BatchTopK(TopK):
             flat = flat[values >= least]
         return Pairs.from_flat(flat, pre_acts)
 
-    def saelens_layout(self):
-        return "jumprelu", {"threshold": self.threshold.expand(self.d_sae)}, ()
+    def exported(self):
+        threshold = {"threshold": self.threshold.expand(self.d_sae)}
+        return "jumprelu" if type(self) in (BatchTopK, Matryoshka, TSAE) else SAE_VARIANT, threshold, ()
 
 
 class Matryoshka(BatchTopK):
@@ -519,7 +546,7 @@ class JumpReLU(SAE):
         return {"reconstruction": squared_error(batch, self.decode(latents)),
                 "l0": (l0 / self.target_l0 - 1).square()}
 
-    def saelens_layout(self):
+    def exported(self):
         return "jumprelu", {"threshold": self.log_threshold.exp()}, ("log_threshold",)
 
 
@@ -544,12 +571,219 @@ class Gated(SAE):
         return {"reconstruction": squared_error(batch, self.decode(latents)),
                 "sparsity": self.l1(batch, gate), "gate": squared_error(batch, frozen)}
 
-    def saelens_layout(self):
+    def exported(self):
         return "gated", {"b_gate": self.b_enc}, ("b_enc",)
 
 
+class Temporal(BatchTopK):
+    """pre_i = (x_t - b_dec + tanh(gate_i) sum_s a_ts (x_s - b_dec)) . W_enc_i + b_enc_i, s in the
+    WINDOW at t, a = softmax((x_t W_q) . (x_s + P_{t-s}) W_k / sqrt(HEAD_WIDTH)); then BatchTopK.
+
+    Bound are the first CONSISTENT_FRACTION of the latents, H: consistency = mean of
+    1 - cos(zH_t, zH_{t-1}); contrastive = InfoNCE between zH_t and zH_s, s at most CONTRAST_SPAN before.
+    Gates start at 0: the second stage begins with the function that the first one learned.
+    """
+    plain = {"reconstruction": 1.0, "auxk": AUXK_WEIGHT}
+    bound = plain | {"consistency": CONSISTENCY_WEIGHT, "contrastive": CONTRAST_WEIGHT,
+                     "high": HIGH_WEIGHT}
+    on = {"attends": lambda done: True}
+    curriculum = (Stage("autoencoder", 10, plain), Stage("attention", 5, plain, anneals=on),
+                  Stage("consistency", 5, bound, anneals=on))
+    components = ("attention", "positions")
+
+    def __init__(self, d_in, d_sae, target_l0):
+        super().__init__(d_in, d_sae, target_l0)
+        self.attends, self.n_high = False, round(CONSISTENT_FRACTION * d_sae)
+        if "attention" in ABLATE:
+            return
+        self.W_q, self.W_k = (nn.Parameter(torch.randn(d_in, HEADS * HEAD_WIDTH) * d_in ** -0.5)
+                              for _ in range(2))
+        self.gate = nn.Parameter(torch.zeros(HEADS, d_sae))
+        if "positions" not in ABLATE:       # one for each place in the window
+            self.P = nn.Parameter(torch.randn(WINDOW, d_in) * 0.1 * d_in ** -0.5)
+
+    def attention(self, batch):
+        """Weights [batch, seq, HEADS, WINDOW], inputs [batch, seq, d_in, WINDOW] of the window."""
+        before = WINDOW - 1 if ATTENTION == "causal" else WINDOW // 2
+
+        def windows(a):         # [batch, seq, n] -> [batch, seq, n, WINDOW]; zero outside
+            return F.pad(a, (0, 0, before, WINDOW - 1 - before)).unfold(1, WINDOW, 1)
+
+        places = (self.P @ self.W_k).t() if "positions" not in ABLATE else 0.0
+        keys = (windows(batch.x @ self.W_k) + places).unflatten(2, (HEADS, HEAD_WIDTH))
+        queries = (batch.x @ self.W_q).unflatten(2, (HEADS, HEAD_WIDTH))
+        scores = torch.einsum("bthd,bthdw->bthw", queries, keys) / math.sqrt(HEAD_WIDTH)
+        inside = windows(valid(batch, torch.ones_like(batch.x[..., :1])))
+        return (scores + NEVER * (1 - inside)).softmax(-1), windows(valid(batch, batch.x))
+
+    def encoder(self, batch):
+        if not self.attends or "attention" in ABLATE:
+            return super().encoder(batch)
+        weights, inputs = self.attention(batch)
+        context = (weights @ inputs.transpose(2, 3)).flatten(2)         # [batch, seq, HEADS * d_in]
+        rows = self.W_enc.t()
+        W_enc = torch.cat([rows, *(rows * g.tanh()[:, None] for g in self.gate)], 1).t()
+        return torch.cat([batch.x, context], -1), self.b_dec.repeat(1 + HEADS), W_enc
+
+    def losses(self, batch, latents):
+        found = super().losses(batch, latents) | consistency(batch, latents, self.n_high)
+        z = F.normalize(latents.dense(self.n_high), dim=-1)
+        x_hat = latents.within(0, self.n_high).decode(self.W_dec) + self.b_dec
+        return found | {"contrastive": contrastive(batch, z, CONTRAST_SPAN),
+                        "high": squared_error(batch, x_hat)}
+
+    def parameters_of_interest(self):
+        gates = self.gate.tanh().tensor_split([self.n_high], 1) if "attention" not in ABLATE else ()
+        return {name: gate.mean().item() for name, gate in zip(("gate_bound", "gate_free"), gates)}
+
+
+def consistency(batch, latents, n_high):
+    """Mean over adjacent tokens, both with a high-level latent, of 1 - cos(zH_t, zH_{t-1}); and how
+    far that cosine lies above the one between documents: it falls where latents collapse."""
+    z = F.normalize(latents.dense(n_high), dim=-1)
+    live, other = z.detach().any(-1), (batch.doc_ids != batch.doc_ids.roll(1))[:, None]
+    both, across = live[:, 1:] & live[:, :-1], live & live.roll(1, 0) & other
+    near, far = (z[:, 1:] * z[:, :-1]).sum(-1), (z * z.roll(1, 0)).detach().sum(-1)
+    cosine = (near * both).sum() / both.sum().clamp_min(1)
+    gap = cosine.detach() - (far * across).sum() / across.sum().clamp_min(1)
+    return {"consistency": 1 - cosine, "consistency_gap": gap}
+
+
+class TSAE(Matryoshka):
+    """Temporal SAE (arXiv 2511.05541): L = |x - z_H W_H - b|^2 + |x - z W - b|^2 + auxk + alpha
+    InfoNCE, symmetric, between z_H at t and at an earlier position of its window.
+
+    TSAE_READING "paper": cosines, the position before, alpha 1; "code": dot products, a random
+    earlier position, alpha .1. Negatives come from other documents only."""
+    group_fractions = (0.2, 0.8)
+    curriculum = (Stage("autoencoder", 20, {
+        "reconstruction": 2.0, "auxk": AUXK_WEIGHT,
+        "contrastive": 1.0 if TSAE_READING == "paper" else 0.1}),)
+
+    def losses(self, batch, latents):
+        n_high, found = round(self.group_fractions[0] * self.d_sae), super().losses(batch, latents)
+        z, span = latents.dense(n_high), batch.x.shape[1]
+        if TSAE_READING == "paper":
+            z, span = F.normalize(z, dim=-1), 1
+        return found | consistency(batch, latents, n_high) | {"contrastive": contrastive(batch, z, span)}
+
+
+def contrastive(batch, z, span):
+    """Symmetric InfoNCE over z_t . z_s, z [batch, seq, d], s a random one of the `span` positions
+    before t; negatives come from other documents only."""
+    n, seq, width = z.shape
+    t = torch.arange(1, seq, device=z.device)
+    places = t - 1 - (torch.rand(n, seq - 1, device=z.device) * t.clamp_max(span)).long()
+    then = z.gather(1, places[..., None].expand(-1, -1, width)).flatten(0, 1)
+    now, docs = z[:, 1:].flatten(0, 1), batch.doc_ids.repeat_interleave(seq - 1)
+    if batch.mask is not None:              # padding lies behind: where `now` counts, `then` does
+        now, then, docs = (a[batch.mask[:, 1:].flatten()] for a in (now, then, docs))
+    same = (docs[:, None] == docs).fill_diagonal_(False)
+    logits, target = (now @ then.t()).masked_fill(same, NEVER), torch.arange(len(now), device=z.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+
+
+class Trace(torch.autograd.Function):
+    """h_{t-1} at every t, where h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0: u [batch, seq, d],
+    lam [d]. Exact; one fused operation a position."""
+
+    @staticmethod
+    def forward(ctx, u, lam):
+        h = torch.zeros_like(u)
+        for t in range(1, u.shape[1]):
+            torch.lerp(u[:, t - 1], h[:, t - 1], lam, out=h[:, t])
+        ctx.save_for_backward(u, h, lam)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        (u, h, lam), total = ctx.saved_tensors, torch.zeros_like(grad)      # total: dL / dh_t
+        for t in range(u.shape[1] - 2, -1, -1):
+            torch.addcmul(grad[:, t + 1], lam, total[:, t + 1], out=total[:, t])
+        return total * (1 - lam), (total * (h - u)).sum((0, 1))
+
+
+class TemporalAdaptation(SAE):
+    """u_t = ReLU(pre_t), h_t = lam_i h_{t-1} + (1 - lam_i) u_t, z_t = ReLU(pre_t - theta h_{t-1});
+    lam_i = exp(-softplus(beta) v_i^T), v_i = clamp(var(u_i) / geometric mean, 1/16, 16), running;
+    L = |x - x_hat|^2 + w |z|_1 + REGULARISATION (distance of beta, theta, T from their starts)^2.
+
+    beta, theta = tanh(theta_raw) and T are global. ABLATE "sharing": a beta and a theta for each
+    latent; "variance_scaling": v = 1; "trace": (beta x / Var^T + theta) W_enc, per input channel.
+    """
+    curriculum = (Stage("autoencoder", 20, {
+        "reconstruction": 1.0, "sparsity": 1.0, "regularisation": REGULARISATION},
+        anneals={"done": lambda done: done}),)
+    components, kept = ("trace", "sharing", "variance_scaling"), ("variance",)
+
+    def __init__(self, d_in, d_sae, target_l0):
+        super().__init__(d_in, d_sae, target_l0)
+        self.traces, self.done, learned = "trace" not in ABLATE, 0.0, isinstance(TEMPERATURE, str)
+        width, self.T = d_sae if self.traces else d_in, 0.5 if learned else TEMPERATURE
+        self.starts = {"beta": 0.0 if self.traces else 1.0, "theta_raw": 0.0}
+        if learned and "variance_scaling" not in ABLATE:
+            del self.T
+            self.starts |= {"T": 0.5} | ({"T_decay": 0.5} if TEMPERATURE == "scheduled" else {})
+        for name, start in self.starts.items():
+            wide = "sharing" in ABLATE and not name.startswith("T")
+            parameter = nn.Parameter(torch.full((width,) if wide else (), start))
+            self.register_parameter(name, parameter)
+        self.register_buffer("variance", torch.ones(width))
+
+    def temperature(self):
+        return self.T * torch.exp(-self.T_decay * self.done) if "T_decay" in self.starts else self.T
+
+    def scaled_variance(self, values=None):     # v [width]; values [tokens, width] to learn it from
+        if self.training and values is not None:
+            self.variance.lerp_(values.detach().var(0), 0.01)
+        if "variance_scaling" in ABLATE:
+            return torch.ones_like(self.variance)
+        live = self.variance.clamp_min(1e-9).log()
+        mean = live[live > math.log(2e-9)].mean().nan_to_num(0.0)
+        return (live - mean).exp().clamp(1 / 16, 16)
+
+    def decay(self, values=None):       # lam [d_sae]
+        v = self.scaled_variance(values)
+        return torch.exp(-F.softplus(self.beta) * v ** self.temperature())
+
+    def encoder(self, batch):
+        if self.traces:
+            return super().encoder(batch)
+        scale = self.scaled_variance(batch.x.flatten(0, 1)) ** -self.temperature()
+        return self.beta * scale * batch.x + self.theta_raw.tanh(), self.b_dec, self.W_enc
+
+    def encode(self, batch):
+        if not self.traces:
+            return super().encode(batch)
+        shape, x = (*batch.x.shape[:2], self.d_sae), batch.x.flatten(0, 1)
+        pre_acts = torch.addmm(self.b_enc - self.b_dec @ self.W_enc, x, self.W_enc)
+        if batch.mask is not None:
+            pre_acts = pre_acts.masked_fill(~batch.mask.flatten()[:, None], NEVER)
+        theta, lam = self.theta_raw.tanh(), self.decay(pre_acts.relu())
+        pre_acts = pre_acts.view(shape)
+        if DRIVE == "u":
+            z = F.relu(pre_acts - theta * Trace.apply(pre_acts.relu(), lam.expand(self.d_sae)))
+        else:
+            h, z = pre_acts.new_zeros(shape[0], self.d_sae), []
+            for pre in pre_acts.unbind(1):
+                z.append(F.relu(pre - theta * h))
+                h = torch.lerp(z[-1], h, lam)
+            z = torch.stack(z, 1)
+        z = z.flatten(0, 1)
+        return Latents(z, z, None, shape).sparse()
+
+    def losses(self, batch, latents):
+        moved = sum((getattr(self, name) - at).square().mean() for name, at in self.starts.items())
+        return super().losses(batch, latents) | {"regularisation": moved}
+
+    def parameters_of_interest(self):
+        return {"beta": self.beta.mean().item(), "theta": self.theta_raw.tanh().mean().item(),
+                "temperature": float(self.temperature())}
+
+
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
-                "gated": Gated, "matryoshka": Matryoshka}
+                "gated": Gated, "matryoshka": Matryoshka, "temporal": Temporal, "tsae": TSAE,
+                "temporal_adaptation": TemporalAdaptation}
 
 
 # ---- Data and model ----
@@ -591,6 +825,11 @@ def load_pretrained(loader, what, **kwargs):
             "Names that work: 'embedded/model', 'EleutherAI/pythia-70m-deduped', "
             "'google/gemma-2-2b', or a folder with config.json, model.safetensors and "
             "tokenizer.json.") from None
+
+
+@functools.cache
+def load_tokenizer():
+    return load_pretrained(transformers.AutoTokenizer, "tokenizer")
 
 
 def load_model():
@@ -683,52 +922,6 @@ def logits_from(model, layer, hidden, tokens):
 
 
 # ---- Activations: collected once, cached by content in shards, shared by all runs ----
-def cache_folder():
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("SAE_CACHE_DIR") or user / "temporal-sae-runner").absolute()
-
-
-def fingerprint(*parts):
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:20]
-
-
-def make_folder(folder, advice):
-    """Makes a folder, or says at once why nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = error.strerror or error
-        raise RunnerError(f"{folder} cannot be written ({reason}): {advice}.") from None
-
-
-@contextmanager
-def replacing(path):
-    """A partial file that becomes `path` only when it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(path):
-    """Waits until no other process holds the lock at `path`; a killed process holds none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"waiting for another run at {path}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 class Store:
     """Cached activations of all windows, [window, CONTEXT_LENGTH, d_in] in shards; hands out
     batches, centred and scaled."""
@@ -742,23 +935,12 @@ class Store:
     def path(self, start):
         return self.folder / f"{start:09d}.bin"
 
-    def intact(self, start):
-        """Whether a shard is there with the checksum that was written after it."""
-        shard, checksum = self.path(start), self.path(start).with_suffix(".crc32")
-        if not (checksum.exists() and shard.exists()):
-            return False
-        found = zlib.crc32(np.memmap(shard, np.uint8, "r")) if shard.stat().st_size else 0
-        if str(found).encode() == checksum.read_bytes():
-            return True
-        print(f"{self.path(start)} is damaged: collecting it again", flush=True)
-        return False
-
     def collect(self, get_model, layer):
         """Fills in the missing shards, under a lock that other runs wait for; then opens all."""
         with locked(self.folder / "lock"):
             for killed in self.folder.glob("*.partial"):
                 killed.unlink()
-            missing = [(a, b) for a, b in self.shards if not self.intact(a)]
+            missing = [(a, b) for a, b in self.shards if not corpus.intact(self.path(a))]
             if missing:
                 model, began = get_model(), time.time()
                 tokens = sum(b - a for a, b in missing) * CONTEXT_LENGTH
@@ -775,23 +957,19 @@ class Store:
         self.open()
 
     def collect_shard(self, model, layer, start, end, batch=32):
-        with replacing(self.path(start)) as partial:
-            with open(partial, "wb") as file:
-                for i in range(start, end, batch):
-                    hidden = residual_after(model, layer, self.tokens[i:min(i + batch, end)])
-                    if not torch.isfinite(hidden).all():
-                        raise RunnerError(f"non-finite activations after block {layer}.")
-                    file.write(hidden.to(self.dtype).cpu().contiguous().view(torch.uint8).numpy())
-            checksum = zlib.crc32(np.memmap(partial, np.uint8, "r"))
-        with replacing(self.path(start).with_suffix(".crc32")) as partial:
-            partial.write_text(str(checksum))
+        with corpus.checked(self.path(start)) as file:
+            for i in range(start, end, batch):
+                hidden = residual_after(model, layer, self.tokens[i:min(i + batch, end)])
+                if not torch.isfinite(hidden).all():
+                    raise RunnerError(f"non-finite activations after block {layer}.")
+                file.write(hidden.to(self.dtype).cpu().contiguous().view(torch.uint8).numpy())
 
     def open(self):
         """Maps the shards; takes the mean and the scale from the first 2^18 training tokens."""
         row = CONTEXT_LENGTH * self.d_in
         self.maps = [torch.from_file(str(self.path(a)), size=(b - a) * row, dtype=self.dtype)
                      .view(b - a, CONTEXT_LENGTH, self.d_in) for a, b in self.shards]
-        room = torch.cuda.mem_get_info()[0] // 2 if DEVICE == "cuda" else free_memory() // 4
+        room = torch.cuda.mem_get_info()[0] // 2 if DEVICE == "cuda" else corpus.free_memory() // 4
         size = len(self.tokens) * row * self.dtype.itemsize
         self.resident = torch.cat(self.maps).to(DEVICE) if size < room else None
         self.mean, self.scale = torch.zeros(self.d_in, device=DEVICE), 1.0
@@ -804,16 +982,15 @@ class Store:
         """Over windows, by position: sum of x [seq, d_in], of |x|^2 [seq], and tokens [seq]."""
         sums, squares, n = 0.0, 0.0, 0
         for ids in chunks:
-            x, keep = self.batch(ids).x.double(), self.valid(ids)[:, 1:].to(DEVICE)
+            x, keep = self.batch(ids).x.double(), self.valid(ids)
             sums = sums + (x * keep[..., None]).sum(0)
             squares = squares + (x.square().sum(-1) * keep).sum(0)
             n = n + keep.sum(0)
         return sums, squares, n
 
     def valid(self, ids):
-        """[len(ids), CONTEXT_LENGTH] True at tokens that count: not the first, not padding."""
-        position = torch.arange(CONTEXT_LENGTH)
-        return (position > 0) & (position < torch.from_numpy(self.windows.lengths[ids])[:, None])
+        """[len(ids), seq] False at padding."""
+        return torch.from_numpy(self.windows.valid(ids)[:, 1:]).to(DEVICE)
 
     def raw(self, ids):
         """Activations as the model made them, BOS included: [len(ids), CONTEXT_LENGTH, d_in]."""
@@ -826,7 +1003,7 @@ class Store:
         ids = np.asarray(ids)
         x = (self.raw(ids)[:, 1:] - self.mean) / self.scale
         full = (self.windows.lengths[ids] == CONTEXT_LENGTH).all()
-        mask = None if full else self.valid(ids)[:, 1:].to(DEVICE)
+        mask = None if full else self.valid(ids)
         doc_ids = torch.as_tensor(self.windows.doc_ids[ids], device=DEVICE)
         positions = torch.arange(1, CONTEXT_LENGTH, device=DEVICE)
         return Batch(x, self.tokens_of(ids)[:, 1:], doc_ids, positions, mask)
@@ -840,12 +1017,7 @@ class Store:
 
     def heldout(self, size):
         """Held-out window ids in chunks of `size`."""
-        ids = np.arange(self.windows.n_train, len(self.windows.tokens))
-        return [ids[i:i + size] for i in range(0, len(ids), size)]
-
-
-def free_memory():
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return np.array_split(ids := self.windows.heldout(), range(size, len(ids), size))
 
 
 # ---- Trainer: knows no variant ----
@@ -925,6 +1097,15 @@ def batch_ids(seed, step, n_windows, size):
     return epoch_order(seed, epoch, n_windows)[place * size:(place + 1) * size]
 
 
+def only_positions(batch):
+    """The batch with all positions but TRAIN_POSITIONS treated as padding."""
+    if TRAIN_POSITIONS is None:
+        return batch
+    low, high = TRAIN_POSITIONS
+    inside = ((batch.positions >= low) & (batch.positions <= high)).expand(batch.x.shape[:2])
+    return batch._replace(mask=inside if batch.mask is None else inside & batch.mask)
+
+
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, n_windows):
     return np.random.default_rng((seed, epoch)).permutation(n_windows)
@@ -991,7 +1172,7 @@ def train(sae, store, stages, seed, size, deadline, state_path):
     n_windows, step, current = store.windows.n_train, 0, None
     per_epoch, planned = n_windows // size, plan_steps(stages, n_windows, size)
     sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(planned) * size * CONTEXT_LENGTH))
-    sae.initialise(store.batch(batch_ids(seed, 0, n_windows, size)))
+    sae.initialise(only_positions(store.batch(batch_ids(seed, 0, n_windows, size))))
     seconds, optimizer = seconds_per_step(sae, store, stages, size), make_optimizer(sae, 1e-4)
     steps = fit_to_deadline(planned, 0, seconds, deadline)
     log = {"losses": {}, "parameters": {}, "val_step": [], "val_loss": []}
@@ -1016,7 +1197,7 @@ def train(sae, store, stages, seed, size, deadline, state_path):
                 parameter.requires_grad_(name.startswith(stage.trains))
         torch.manual_seed(seed * 1_000_003 + step)      # a function of the step: nothing to resume
         optimizer.param_groups[0]["lr"] = stage.lr * learning_rate(step / sum(steps), sae.d_sae)
-        batch = store.batch(batch_ids(seed, step, n_windows, size))
+        batch = only_positions(store.batch(batch_ids(seed, step, n_windows, size)))
         losses = train_step(sae.train(), optimizer, batch, stage, (step - first) / steps[index])
         step, now = step + 1, time.time()
         if step % LOG_EVERY == 0 or step == sum(steps):
@@ -1055,6 +1236,7 @@ class Run(NamedTuple):
     get_model: Callable     # -> the language model
     layer: int
     live: tuple             # (firings, files) that a latent needs to count as live
+    log: dict               # of the training
 
 
 class Result(NamedTuple):
@@ -1083,7 +1265,7 @@ def encode_heldout(run):
         l0 = torch.bincount(token, minlength=x.shape[0] * x.shape[1]).view(x.shape[:2])
         rows = {"error": (x - x_hat).square().sum(-1), "norm": x.square().sum(-1), "l0": l0,
                 "norm_hat": x_hat.square().sum(-1), "dot": (x * x_hat).sum(-1)}
-        padding = ~run.store.valid(ids)[:, 1:].to(DEVICE)
+        padding = ~run.store.valid(ids)
         for name, values in rows.items():
             values = values.double().masked_fill(padding, torch.nan)
             sums.setdefault(name, []).append(values.cpu().numpy())
@@ -1098,38 +1280,23 @@ def variance_by_position(store):
     return (total / n.clamp_min(1)).tolist(), (total.sum() / n.sum()).item()
 
 
-def sample_windows(store):
-    """The first held-out window of each held-out file: the per-sequence sample."""
-    heldout = np.concatenate(store.heldout(64))
-    return heldout[np.unique(store.windows.doc_ids[heldout], return_index=True)[1]]
-
-
 @torch.no_grad()
 def next_token_losses(run, splice):
     """Cross-entropy after each position >= 1, and KL from the model's own prediction to the spliced
     one: [sample, CONTEXT_LENGTH - 2], NaN at padding. splice(batch) gives the residual stream
     [batch, seq, d_in] in the model's own scale; BOS is left alone."""
-    losses, divergences, model, sample = [], [], run.get_model(), sample_windows(run.store)
+    losses, divergences, model, sample = [], [], run.get_model(), run.store.windows.sample()
     for ids in np.array_split(sample, len(sample) // 16 + 1):
         hidden, tokens = run.store.raw(ids), run.store.tokens_of(ids)
         own = logits_from(model, run.layer, hidden, tokens)[:, 1:-1].log_softmax(-1)
         hidden = torch.cat([hidden[:, :1], splice(run.store.batch(ids))], 1)
         spliced = logits_from(model, run.layer, hidden, tokens)[:, 1:-1].log_softmax(-1)
-        padding = ~run.store.valid(ids)[:, 2:].to(DEVICE)
+        padding = ~run.store.valid(ids)[:, 1:]
         loss = -spliced.gather(2, tokens[:, 2:, None])[..., 0]
         kl = (own.exp() * (own - spliced)).sum(-1)
         for parts, values in ((losses, loss), (divergences, kl)):
             parts.append(values.double().masked_fill(padding, torch.nan).cpu().numpy())
     return np.concatenate(losses), np.concatenate(divergences)
-
-
-def unigram_losses(store, vocabulary):
-    """Cross-entropy as above under the training tokens' frequencies, one added to each count."""
-    train, sample = np.arange(store.windows.n_train), sample_windows(store)
-    tokens = store.windows.tokens[train][store.valid(train).numpy()]
-    counts = np.bincount(tokens, minlength=vocabulary) + 1.0
-    losses = -np.log(counts / counts.sum())[store.windows.tokens[sample][:, 2:]]
-    return np.where(store.valid(sample)[:, 2:].numpy(), losses, np.nan)
 
 
 @torch.no_grad()
@@ -1140,7 +1307,7 @@ def bigram_explained_variance(store, variance):
 
     def rows(ids):          # pair key, token and activation of each valid token
         before, after = store.tokens_of(ids)[:, :-1], store.tokens_of(ids)[:, 1:]
-        keep = store.valid(ids)[:, 1:].to(DEVICE)
+        keep = store.valid(ids)
         return (before * vocabulary + after)[keep], after[keep], store.batch(ids).x[keep]
 
     train = np.arange(min(store.windows.n_train, 2 ** 18 // CONTEXT_LENGTH))
@@ -1158,14 +1325,21 @@ def bigram_explained_variance(store, variance):
     return 1 - error / count / variance
 
 
+def cached(run, compute, *depends):
+    """compute(run), kept beside the activations; made again where it or what it calls changes."""
+    source = SOURCE[SOURCE.index("# ---- Data and model"):SOURCE.index("# ---- Results")]
+    key = fingerprint(compute.__name__, source, inspect.getsource(TopK), *depends)
+    path = run.store.folder / f"{compute.__name__}-{key}.json"
+    if not path.exists():
+        found = compute(run)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(found))
+    return json.loads(path.read_text())
+
+
 def controls(run):
-    """What does not depend on the SAE, cached beside the activations: the model's own loss, losses
-    under ablations and unigrams, the bigram bar, an untrained TopK."""
-    functions = (controls, next_token_losses, unigram_losses, bigram_explained_variance, TopK)
-    key = fingerprint(*map(inspect.getsource, functions), TARGET_L0, run.sae.d_sae)
-    path = run.store.folder / f"controls-{key}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    """What does not depend on the SAE: the model's own loss, losses under ablations and unigrams,
+    the bigram bar, an untrained TopK."""
     print("computing the model's own loss and the controls", flush=True)
     store = run.store
     by_position, variance = variance_by_position(store)
@@ -1178,13 +1352,11 @@ def controls(run):
         "ce_by_position": np.nanmean(own, 0).tolist(),
         "ce_zero": next_token_losses(run, lambda batch: torch.zeros_like(batch.x))[0],
         "ce_mean": next_token_losses(run, lambda batch: store.mean.expand_as(batch.x))[0],
-        "ce_unigram": unigram_losses(store, len(run.get_model().get_output_embeddings().weight)),
+        "ce_unigram": corpus.unigram_losses(store.windows, len(run.get_model().get_output_embeddings().weight)),
         "bigram_explained_variance": bigram_explained_variance(store, variance),
         "untrained_explained_variance": explained_variance(run._replace(sae=untrained), variance)}
     for name in ("ce", "ce_zero", "ce_mean", "ce_unigram"):
         found[name] = float(np.nanmean(found[name]))
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(found))
     return found
 
 
@@ -1196,7 +1368,7 @@ def explained_variance(run, variance):
 def live_latents(codes, run):
     """[d_sae] whether a latent fired often enough, in enough files, on at most half the tokens; and
     [d_sae] firing rates."""
-    heldout = np.concatenate(run.store.heldout(64))
+    heldout = run.store.windows.heldout()
     file = run.store.windows.doc_ids[heldout][codes.token // (CONTEXT_LENGTH - 1)].astype(np.int64)
     n_files, d_sae = file.max(initial=0) + 1, run.sae.d_sae
     firings = np.bincount(codes.latent, minlength=d_sae)
@@ -1210,7 +1382,7 @@ def single_token_fraction(codes, run, live):
     order = np.lexsort((-codes.value, codes.latent))
     latent = codes.latent[order]
     keep = (np.arange(len(latent)) - np.searchsorted(latent, latent) < 40) & live[latent]
-    tokens = run.store.windows.tokens[np.concatenate(run.store.heldout(64))][:, 1:].flatten()
+    tokens = run.store.windows.tokens[run.store.windows.heldout()][:, 1:].flatten()
     pairs = np.stack([latent[keep], tokens[codes.token[order][keep]]])
     (of, _), counts = np.unique(pairs, axis=1, return_counts=True)
     most = np.zeros(len(live))
@@ -1220,7 +1392,8 @@ def single_token_fraction(codes, run, live):
 
 def eval_core(run):
     """Reconstruction, sparsity and next-token loss, beside controls (README: result keys)."""
-    base, sae, store = controls(run), run.sae, run.store
+    base = cached(run, controls, TARGET_L0, run.sae.d_sae)
+    sae, store = run.sae, run.store
     began = time.perf_counter()
     codes, rows = encode_heldout(run)
     seconds = time.perf_counter() - began
@@ -1250,26 +1423,308 @@ def eval_core(run):
         "avg_inference_tokens_per_second": rows["error"].size / seconds}
     metrics |= {name: base[name] for name in ("bigram_explained_variance", "ce_unigram", "ce_mean",
                                               "untrained_explained_variance", "ce_zero")}
-    first = sample_windows(store) - store.windows.n_train
+    first = store.windows.sample() - store.windows.n_train
     by_position = 1 - np.nanmean(rows["error"], 0) / np.array(base["variance_by_position"])
     curves = {"explained_variance_by_position": by_position, "firing_rates": np.sort(rate)[::-1],
               "loss_increase_by_position": np.nanmean(losses, 0) - np.array(base["ce_by_position"])}
     per_sequence = {"fvu": np.nanmean(rows["error"][first], 1) / base["variance"],
                     "l0": np.nanmean(rows["l0"][first], 1),
                     "loss_increase_nats": np.nanmean(losses, 1) - np.array(base["ce_by_sequence"])}
-    return Result(metrics, lists(curves), lists(per_sequence))
+    return Result(metrics, plain(curves), plain(per_sequence))
 
 
-def lists(arrays):          # NaN, where there was no token, becomes None
-    return {name: [v if math.isfinite(v) else None for v in values.tolist()]
-            for name, values in arrays.items()}
+def plain(value):
+    """Arrays and what holds them as lists for JSON; NaN, where there was no token, becomes None."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-EVALUATIONS = {"core": eval_core}
+# ---- Temporal evaluation, of every variant, on held-out windows without padding ----
+def full_windows(store):
+    """Held-out windows without padding, counted from the first held-out one."""
+    rows = np.flatnonzero(store.windows.lengths[store.windows.n_train:] == CONTEXT_LENGTH)
+    if len(rows) < 2:
+        raise RunnerError("the temporal evaluation needs two held-out documents that fill "
+                          f"CONTEXT_LENGTH = {CONTEXT_LENGTH} tokens: lower it.")
+    return rows
+
+
+def stability(active, rate, draws=0):
+    """Autocorrelation of each latent's activity over that of permuted positions, mean over the lags
+    STABILITY_LAGS: by window [window, d], and by latent for random permutations [draws, d].
+
+    active [window, seq, d] is 0 or 1, or the probability of firing; rate [d] its mean."""
+    n, seq, _ = active.shape
+    lag = torch.arange(seq, device=DEVICE)[None] - torch.arange(seq, device=DEVICE)[:, None]
+    band = ((lag >= STABILITY_LAGS[0]) & (lag <= STABILITY_LAGS[1])).to(active.dtype)
+    total = active.sum(1, dtype=torch.float32)          # exact mean over all permutations:
+    shuffled = (total ** 2 - active.float().square().sum(1)) / (seq * (seq - 1))
+
+    def excess(pairs):      # mean of a_t a_s over the pairs of positions, in units of the variance
+        chunks = zip(active.split(32), pairs.split(32))
+        sums = [(torch.bmm(p, a) * a).sum(1, dtype=torch.float32) for a, p in chunks]
+        means = torch.cat(sums) / band.sum().float().clamp_min(1)
+        return (means - shuffled) / (rate * (1 - rate)).clamp_min(1e-9)
+
+    orders = (torch.rand(n, seq, device=DEVICE).argsort(1) for _ in range(draws))
+    null = [excess(band[order[:, :, None], order[:, None]]).mean(0) for order in orders]
+    return excess(band.expand(n, seq, seq)), torch.stack(null) if null else None
+
+
+def fire_given_token(active, tokens, fold, rate):
+    """P(fire | token) at every position, counted in the other fold of files: [window, seq, d]."""
+    known, index = tokens.unique(return_inverse=True)
+    expected = torch.empty_like(active)
+    for held in (fold, ~fold):
+        at, counted = index[~held].flatten(), active[~held].flatten(0, 1).float()
+        sums = rate.expand(len(known), -1).clone().index_add_(0, at, counted)
+        seen = torch.bincount(at, minlength=len(known)) + 1.0
+        expected[held] = (sums / seen[:, None]).to(active.dtype)[index[held]]
+    return expected
+
+
+def smoothness(z, x, scale):
+    """max_t |z_t+1 - z_t| / scale / |x_t+1 - x_t|, summed over latents: [window]."""
+    change = x.diff(dim=1).norm(dim=-1, keepdim=True).clamp_min(1e-9)
+    return torch.cat([((a.diff(dim=1).abs() / c).amax(1) / scale).sum(1)
+                      for a, c in zip(z.split(64), change.split(64))])
+
+
+def coherence(firings, classes, files, rate, rng, n_firings=50, group=100):
+    """How often a latent is recognised among `group` of like rate by the classes it fires on, from
+    positions 1-32 to 64 and later of other files; over the same from 1-32 to 1-32; each above
+    chance. None where too few latents fire often enough.
+
+    firings: of each latent, token indices [n]; files: of each held-out window."""
+    roles = []
+    for latent in sorted(range(len(firings)), key=lambda i: rate[i]):
+        window, position = np.divmod(firings[latent], CONTEXT_LENGTH - 1)
+        other = files[window] % 2 == 1
+        blocks = ((position < 32) & ~other, (position < 32) & other, (position >= 63) & other)
+        if min(block.sum() for block in blocks) >= n_firings:
+            drawn = (rng.choice(firings[latent][b], n_firings, replace=False) for b in blocks)
+            roles.append([np.bincount(classes[at], minlength=classes.max() + 1) for at in drawn])
+    n, hits = min(group, len(roles)), np.zeros(2)
+    if n < 10:
+        return None
+    for low in range(0, len(roles) - n + 1, n):
+        first, same, later = np.array(roles[low:low + n]).swapaxes(0, 1)
+        for i, block in enumerate((later, same)):
+            hits[i] += (cdist(block, first, "jensenshannon").argmin(1) == np.arange(n)).sum()
+    chance = len(roles) // n
+    return float((hits[0] - chance) / max(hits[1] - chance, 1e-9))
+
+
+def entropy(values):
+    """Miller-Madow entropy in nats of a sample."""
+    share = np.unique(values, return_counts=True)[1] / len(values)
+    return -(share * np.log(share)).sum() + (len(share) - 1) / (2 * len(values))
+
+
+def polysemanticity(firings, kinds, rng, n=64):
+    """Mean over units of the smaller of the entropies of token and of class at n firings, each over
+    that at random positions. firings: of each unit, token indices; kinds: [token] arrays."""
+    null = [np.mean([entropy(rng.choice(kind, n)) for _ in range(NULL_DRAWS)]) for kind in kinds]
+    samples = [rng.choice(unit, n, replace=False) for unit in firings if len(unit) >= n]
+    ratios = [min(entropy(kind[at]) / base for kind, base in zip(kinds, null)) for at in samples]
+    return float(np.mean(ratios)) if ratios else 1.0
+
+
+@torch.no_grad()
+def similarity_matrix(run, ids):
+    """Mean over windows of cos(z_t, z_s), minus that between different windows: [seq, seq]."""
+    same, total, n = 0.0, 0.0, len(ids)
+    for chunk in np.array_split(ids, n // 16 + 1):
+        z = F.normalize(run.sae.encode(run.store.batch(chunk)).dense(), dim=-1)
+        same, total = same + torch.bmm(z, z.transpose(1, 2)).sum(0), total + z.sum(0)
+    return same / n - (total @ total.t() - same) / (n * (n - 1))
+
+
+def follow(run):
+    """What the training did to the parameters of interest, and the collapse alarm of METRICS 5."""
+    found, steps, log = {}, run.log["step"], run.log
+    for name, values in log["parameters"].items():
+        off = np.abs(np.array(values) - values[-1]) > 0.05 * max(abs(values[-1]), 1e-3)
+        found[f"{name}_final"] = values[-1]
+        last = np.flatnonzero(off).max(initial=-1)
+        found[f"{name}_converged_at"] = steps[min(last + 1, len(off) - 1)]
+    for name, p in run.sae.named_parameters():
+        if p.numel() == 1:
+            at, d = p.data.clone(), 0.1 * max(abs(p.item()), 0.1)
+            losses = [p.data.copy_(at + sign * d) is None or validation_loss(run.sae, run.store)
+                      for sign in (1, -1)]
+            p.data.copy_(at)
+            found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
+    if gaps := log["losses"].get("consistency_gap"):
+        border = log["stage_starts"][-1] if len(log["stages"]) > 1 else 0
+        before = gaps[int(np.searchsorted(steps, border, side="right")) - 1 if border else 0]
+        found |= {"consistency_gap": gaps[-1], "consistency_gap_before": before,
+                  "collapse_alarm": float(gaps[-1] < before)}
+    if hasattr(run.sae, "decay"):
+        with torch.no_grad():
+            lam, v = run.sae.decay(), run.sae.scaled_variance()
+        x, y = (a.double().log().expand(run.sae.d_sae).cpu().numpy() for a in (v, -lam.log()))
+        if x.std() > 0:
+            fit = scipy.stats.linregress(x, y)
+            found |= {"decay_slope": fit.slope, "decay_r2": fit.rvalue ** 2}
+    return found
+
+
+def latent_statistics(run, codes, full, alive, spans):
+    """By live latent: stability [latent, window] and under the null [latent, draws], that of the
+    token surrogate, autocorrelation [latent, lag], rate, energy E[z^2]; by window: smoothness,
+    scaled by a latent's 95th percentile, and raw."""
+    store, ids, found = run.store, full + run.store.windows.n_train, []
+    tokens, lags = store.tokens_of(ids)[:, 1:], range(1, min(33, CONTEXT_LENGTH - 1))
+    fold = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(DEVICE)
+    parts = np.array_split(ids, len(ids) // 64 + 1)
+    x = torch.cat([store.batch(part).x for part in parts])
+    q95 = torch.tensor([np.quantile(codes.value[span], 0.95) for span in spans], device=DEVICE)
+    scaled, raw, present = torch.zeros(3, len(ids), device=DEVICE)
+    for at in np.array_split(np.arange(len(alive)), len(alive) // 2048 + 1):
+        z = torch.cat([run.sae.encode(store.batch(part)).dense()[..., alive[at]] for part in parts])
+        active = (z > 0).to(torch.bfloat16)
+        rate = active.mean((0, 1), dtype=torch.float32)
+        observed, null = stability(active, rate, NULL_DRAWS)
+        token, _ = stability(fire_given_token(active, tokens, fold, rate), rate)
+        both = [(active[:, :-l] * active[:, l:]).mean((0, 1), dtype=torch.float32) for l in lags]
+        r = (torch.stack(both, 1).t() - rate ** 2) / (rate * (1 - rate)).clamp_min(1e-9)
+        energy = z.square().mean((0, 1))
+        found.append((observed.t(), null.t(), token.mean(0), r.t(), rate, energy))
+        scaled += smoothness(z, x, q95[at].float())
+        raw += smoothness(z, x, 1.0)
+        present += active.amax(1).sum(1)
+    windows = [(total / present.clamp_min(1)).cpu().numpy() for total in (scaled, raw)]
+    return [torch.cat(part).cpu().double().numpy() for part in zip(*found)] + windows
+
+
+@torch.no_grad()
+def eval_temporal(run):
+    """Stability, smoothness, coherence, similarity between positions, polysemanticity, each beside
+    its null (README: result keys)."""
+    sae, store, rng = run.sae, run.store, np.random.default_rng(0)
+    torch.manual_seed(0)
+    (codes, errors), full = encode_heldout(run), full_windows(store)
+    base = cached(run, controls, TARGET_L0, sae.d_sae)
+    live, rates = live_latents(codes, run)
+    alive, ids = np.flatnonzero(live), full + store.windows.n_train
+    order = np.argsort(codes.latent, kind="stable")
+    starts = np.searchsorted(codes.latent[order], np.arange(sae.d_sae + 1))
+    spans = [order[starts[i]:starts[i + 1]] for i in alive]
+    observed, null, token, r, rate, energy, scaled, raw = latent_statistics(
+        run, codes, full, alive, spans)
+    mean, weight, early = observed.mean(1), energy / energy.sum(), alive < sae.d_sae / 5
+    p = scipy.stats.norm.sf((mean - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
+    heldout = store.windows.tokens[store.windows.n_train:, 1:].ravel()
+    kinds, firings = (heldout, corpus.token_classes(store.windows)), [codes.token[span] for span in spans]
+    half, error = (CONTEXT_LENGTH - 1) // 2, np.nanmean(errors["error"], 0)
+    variance = np.array(base["variance_by_position"])
+    metrics = {
+        "stability": mean @ weight, "stability_token": token @ weight,
+        "stability_null_95": np.quantile(weight @ null, 0.95),
+        "stability_first_fifth": (mean * weight)[early].sum() / max(weight[early].sum(), 1e-12),
+        "energy_first_fifth": weight[early].sum(),
+        "stable_fraction": (scipy.stats.false_discovery_control(p) < 0.05).mean(),
+        "autocorrelation_lag1": r[:, 0] @ weight,
+        "smoothness": scaled.mean(), "smoothness_raw": raw.mean(),
+        "polysemanticity": polysemanticity(firings, kinds, rng),
+        "polysemanticity_channels": channel_polysemanticity(store, rate.mean(), kinds, rng),
+        "explained_variance_early": 1 - error[:half].sum() / variance[:half].sum(),
+        "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()} | follow(run)
+    files = store.windows.doc_ids[store.windows.n_train:]
+    if (value := coherence(firings, kinds[1], files, rates[alive], rng)) is not None:
+        metrics["coherence"] = value
+    decile, by_file = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1))), {}
+    for name, values in (("stability", weight @ observed), ("smoothness", scaled)):
+        sums, counts = (np.bincount(files[full], w, files.max() + 1) for w in (values, None))
+        documents = store.windows.doc_ids[store.windows.sample()]
+        by_file[name] = np.where(counts, sums / np.maximum(counts, 1), np.nan)[documents]
+    deciles = np.bincount(decile, mean, 10) / np.maximum(np.bincount(decile, minlength=10), 1)
+    curves = {
+        "autocorrelation": weight @ r, "stability_null": weight @ null,
+        "stability_by_rate_decile": deciles,
+        "similarity_matrix": similarity_matrix(run, ids[:256]).cpu().numpy()[::2, ::2].round(4),
+        "evolution": evolution(run, ids[0], mean, alive)}
+    if hasattr(sae, "decay"):
+        adapted = zip(("variance", "scaled_variance", "decay"),
+                      (sae.variance, sae.scaled_variance(), sae.decay()))
+        curves |= {name: values.cpu().numpy() for name, values in adapted}
+    return Result(metrics, plain(curves), plain(by_file))
+
+
+def channel_polysemanticity(store, rate, kinds, rng):
+    """Of the residual stream's channels, both signs, each active where it is largest."""
+    ids = store.windows.heldout()
+    x = torch.cat([store.batch(part).x for part in np.array_split(ids, len(ids) // 64 + 1)])
+    x = x.flatten(0, 1).masked_fill(~store.valid(ids).flatten()[:, None], 0.0)
+    top = torch.cat([x, -x], 1).topk(max(1, int(rate * len(x))), dim=0, sorted=False).indices
+    return polysemanticity(list(top.t().cpu().numpy()), kinds, rng)
+
+
+def evolution(run, window, stable, alive, n=16):
+    """The latents that carry most of one window's stable energy, over its tokens."""
+    z = run.sae.encode(run.store.batch([window])).dense()[0].cpu().numpy()
+    top = alive[np.argsort(-np.square(z[:, alive]).sum(0) * np.maximum(stable, 1e-6))[:n]]
+    tokens = load_tokenizer().batch_decode(run.store.windows.tokens[window, 1:, None])
+    return {"tokens": tokens, "latents": top, "values": z[:, top].T.round(4)}
+
+
+# ---- Probes: what one token's latents tell about syntax and context ----
+def probe(features, labels, fold):
+    """Labels as logistic regressions predict them, each fitted on the other fold of files."""
+    predicted = np.empty_like(labels)
+    for held in (fold, ~fold):
+        model = LogisticRegression(max_iter=200, class_weight="balanced")
+        predicted[held] = model.fit(features[~held], labels[~held]).predict(features[held])
+    return predicted
+
+
+def probe_baselines(run):
+    """Balanced accuracy from the token alone, and from a bag of the last 8: {label: [2]}."""
+    windows = run.store.windows
+    places, fold, labels = corpus.probe_labels(windows, PROBE_EVERY)
+    bags = [corpus.bags_of_tokens(windows, places, last) for last in (1, 8)]
+    return {name: [balanced_accuracy_score(of, probe(bag, of, fold)) for bag in bags]
+            for name, of in labels.items()}
+
+
+def eval_probes(run):
+    """Balanced accuracy of linear probes on a token's latents, beside token identity and a bag of the
+    last 8 tokens; `probe_context` is the mean over all labels but the token's type."""
+    (codes, _), store = encode_heldout(run), run.store
+    places, fold, labels = corpus.probe_labels(store.windows, PROBE_EVERY)
+    base = cached(run, probe_baselines)
+    shape = places.max() + 1, run.sae.d_sae
+    keep = codes.token < shape[0]
+    latents = csr_array((codes.value[keep], (codes.token[keep], codes.latent[keep])), shape)[places]
+    features, metrics, right = MaxAbsScaler().fit_transform(latents), {}, {}
+    for name, of in labels.items():
+        predicted = probe(features, of, fold)
+        metrics[f"probe_{name}"] = balanced_accuracy_score(of, predicted)
+        metrics |= {f"probe_{name}_{what}": value for what, value in zip(("token", "bag"), base[name])}
+        right[name] = predicted == of
+    context = [metrics[f"probe_{name}"] for name in labels if name != "token_type"]
+    if context:
+        metrics["probe_context"] = float(np.mean(context))
+        right["context"] = np.mean([hit for name, hit in right.items() if name != "token_type"], 0)
+    docs = store.windows.doc_ids[store.windows.n_train:][places // (CONTEXT_LENGTH - 1)]
+    sample = store.windows.doc_ids[store.windows.sample()]
+    by_file = {f"probe_{name}": np.array([hits[docs == doc].mean() if (docs == doc).any() else np.nan
+                                          for doc in sample]) for name, hits in right.items()}
+    return Result(metrics, {}, plain(by_file))
+
+
+EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes}
 # The means that go into every agent's prompt: at most 16 over all evaluations
 HEADLINES = {"core": ("final_train_loss", "best_val_loss", "total_train_time",
                       "avg_inference_tokens_per_second", "explained_variance", "l0",
-                      "dead_fraction", "loss_increase_nats", "ce_recovered")}
+                      "dead_fraction", "loss_increase_nats", "ce_recovered"),
+             "temporal": ("stability", "smoothness", "coherence"),
+             "probes": ("probe_token_type", "probe_context")}
 
 
 # ---- Results ----
@@ -1281,9 +1736,10 @@ def finite(name, value):
     return value
 
 
-def evaluate(run, log, train_seconds):
+def evaluate(run, train_seconds):
     """{evaluation: Result as a dict} of one seed, the templates' training figures first."""
     run.sae.eval()
+    log = run.log
     results = {name: EVALUATIONS[name](run) for name in EVALS}
     figures = {"final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]),
                "best_val_loss": min(log["val_loss"]), "total_train_time": train_seconds}
@@ -1320,7 +1776,7 @@ def export(sae, store, layer, folder):
     """sae_weights.safetensors and cfg.json as SAELens lays them out, with the inputs' centring and
     scaling folded in."""
     folder.mkdir(parents=True, exist_ok=True)
-    architecture, added, dropped = sae.saelens_layout()
+    architecture, added, dropped = sae.exported()
     weights = dict(sae.named_parameters()) | added | {
         "W_enc": sae.W_enc / store.scale, "W_dec": sae.W_dec * store.scale,
         "b_dec": sae.b_dec * store.scale + store.mean}
@@ -1347,69 +1803,50 @@ def write_results(folder, per_seed, config, timing):
     return info
 
 
-@contextmanager
-def publishing(out_dir):
-    """A folder that takes out_dir's place only when all went well; files of an earlier run that
-    this one does not write (ratings) are kept."""
-    if out_dir == HERE or out_dir in HERE.parents or out_dir.exists() and not out_dir.is_dir():
-        raise RunnerError(f"--out_dir={out_dir} must be a folder for the results alone.")
-    partial, old = (out_dir.with_name(out_dir.name + end) for end in (".partial", ".replaced"))
-    if old.exists() and not out_dir.exists():        # killed between the two renames below
-        os.replace(old, out_dir)
-    for rest in (partial, old):
-        shutil.rmtree(rest, ignore_errors=True)
-    make_folder(partial, "choose another --out_dir")
-    try:
-        yield partial
-        for kept in out_dir.iterdir() if out_dir.exists() else ():
-            if not (partial / kept.name).exists():
-                (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, partial / kept.name)
-        if out_dir.exists():
-            os.replace(out_dir, old)
-        os.replace(partial, out_dir)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 # ---- Checks at the door ----
 def check_config():
     """Every constant: what is wrong with it, and what would be right."""
-    def whole(value, least=1):
-        return type(value) is int and value >= least
-
-    def positive(value):
-        return type(value) in (int, float) and 0 < value < math.inf
-
-    def subset(value, names):
-        return (isinstance(value, tuple)
-                and all(v in list(names) and value.count(v) == 1 for v in value))
-
-    known = SAE_VARIANT in list(SAE_VARIANTS)
-    variant = SAE_VARIANTS[SAE_VARIANT] if known else SAE
+    values, names = globals(), ", ".join
+    variant = SAE_VARIANTS[SAE_VARIANT] if SAE_VARIANT in list(SAE_VARIANTS) else SAE
     losses = {name for stage in variant.curriculum for name in stage.weights} - {"reconstruction"}
-    parts, names = sorted(losses | set(variant.components)), ", ".join
-    for name, valid, wanted in (
-            ("SAE_VARIANT", known, f"one of {names(SAE_VARIANTS)}"),
-            ("ABLATE", subset(ABLATE, parts), f"a tuple of names out of {parts} for {SAE_VARIANT}"),
-            ("MODEL_NAME", MODEL_NAME and isinstance(MODEL_NAME, str), "a hub id or a folder"),
-            ("LAYER", LAYER is None or whole(LAYER, 0), "None (the middle) or a whole number"),
-            ("DATASET", DATASET and isinstance(DATASET, str), "'embedded', a path or a hub name"),
-            ("TRAIN_TOKENS", whole(TRAIN_TOKENS), "a whole number of tokens"),
-            ("CONTEXT_LENGTH", whole(CONTEXT_LENGTH, 8), "a whole number from 8"),
-            ("EVAL_FILES", whole(EVAL_FILES, 2), "a whole number from 2"),
-            ("EXPANSION", positive(EXPANSION), "a number above 0"),
-            ("TARGET_L0", whole(TARGET_L0), "a whole number from 1"),
-            ("SEEDS", SEEDS and subset(SEEDS, SEEDS) and all(whole(seed, 0) for seed in SEEDS),
-             "a tuple of different whole numbers, e.g. (0, 1, 2)"),
-            ("TIME_BUDGET_MINUTES", positive(TIME_BUDGET_MINUTES), "minutes, above 0"),
-            ("EVALS", EVALS and subset(EVALS, EVALUATIONS), f"a tuple out of {names(EVALUATIONS)}"),
-            ("EPOCHS_SCALE", positive(EPOCHS_SCALE), "a number above 0"),
-            ("BATCH_TOKENS", whole(CONTEXT_LENGTH) and whole(BATCH_TOKENS, CONTEXT_LENGTH),
-             "at least CONTEXT_LENGTH, whole"),
-            ("LEARNING_RATE", LEARNING_RATE is None or positive(LEARNING_RATE), "None or above 0")):
+
+    def number(value, types=(int, float)):
+        return type(value) in types and 0 < value < math.inf
+
+    def subset(value, options):
+        return isinstance(value, tuple) and all(
+            v in list(options) and value.count(v) == 1 for v in value)
+
+    parts, span, rules = sorted(losses | set(variant.components)), TRAIN_POSITIONS, []
+    for name, options in (("SAE_VARIANT", SAE_VARIANTS), ("ATTENTION", ("causal", "centred")),
+                          ("TSAE_READING", ("paper", "code")), ("DRIVE", ("u", "z"))):
+        rules.append((name, values[name] in list(options), f"one of {names(options)}"))
+    for name, least in {"CONTEXT_LENGTH": 8, "TRAIN_TOKENS": 1, "EVAL_FILES": 2, "TARGET_L0": 1,
+                        "WINDOW": 1, "CONTRAST_SPAN": 1, "HEADS": 1, "HEAD_WIDTH": 1,
+                        "BATCH_TOKENS": CONTEXT_LENGTH}.items():
+        valid = type(least) is type(values[name]) is int and values[name] >= least
+        rules.append((name, valid, f"a whole number from {least}"))
+    for name in ("EXPANSION", "TIME_BUDGET_MINUTES", "EPOCHS_SCALE", "CONSISTENCY_WEIGHT",
+                 "CONTRAST_WEIGHT", "HIGH_WEIGHT", "REGULARISATION"):
+        rules.append((name, number(values[name]), "a number above 0"))
+    for name in ("MODEL_NAME", "DATASET"):
+        rules.append((name, values[name] and isinstance(values[name], str), "a path or a hub name"))
+    rules += [
+        ("ABLATE", subset(ABLATE, parts), f"a tuple of names out of {parts} for {SAE_VARIANT}"),
+        ("EVALS", EVALS and subset(EVALS, EVALUATIONS), f"a tuple out of {names(EVALUATIONS)}"),
+        ("LAYER", LAYER is None or type(LAYER) is int and LAYER >= 0, "None or a whole number"),
+        ("SEEDS", SEEDS and subset(SEEDS, SEEDS) and all(type(s) is int and s >= 0 for s in SEEDS),
+         "a tuple of different whole numbers, e.g. (0, 1, 2)"),
+        ("LEARNING_RATE", LEARNING_RATE is None or number(LEARNING_RATE), "None or above 0"),
+        ("TEMPERATURE", TEMPERATURE in ("learned", "scheduled") or number(TEMPERATURE),
+         "'learned', 'scheduled' or a number above 0"),
+        ("CONSISTENT_FRACTION", number(CONSISTENT_FRACTION) and CONSISTENT_FRACTION <= 1,
+         "above 0, at most 1"),
+        ("TRAIN_POSITIONS", span is None or subset(span, range(1, CONTEXT_LENGTH))
+         and len(span) == 2 and span[0] < span[1], "None or (low, high) within the window")]
+    for name, valid, wanted in rules:
         if not valid:
-            raise RunnerError(f"{name} = {globals()[name]!r} is not valid: it must be {wanted}.")
+            raise RunnerError(f"{name} = {values[name]!r} is not valid: it must be {wanted}.")
 
 
 def expect_shape(name, tensor, wanted):
@@ -1425,6 +1862,7 @@ def check_variant(sae, store, stages):
     other, padding is silent."""
     batch, reached = store.batch(np.arange(store.windows.n_train)), set()
     for stage in stages:
+        anneal(sae, stage, 0.0)
         losses = sae.train().losses(batch, sae.encode(batch))
         if missing := sorted(set(stage.weights) - set(losses)):
             raise RunnerError(f"stage {stage.name!r} weighs {missing}, but `losses` of "
@@ -1465,7 +1903,7 @@ def preflight(config, cache):
         stages = [stage._replace(epochs=1) for stage in planned_stages(type(sae))]
         check_variant(copy.deepcopy(sae), store, stages)
         log, _, _ = train(sae, store, stages, 0, 2, time.time() + 60, folder / "checkpoint.pt")
-        result = evaluate(Run(sae, store, lambda: model, 0, (1, 1)), log, 1.0)
+        result = evaluate(Run(sae, store, lambda: model, 0, (1, 1), log), 1.0)
         export(sae, store, 0, folder / "results")
         write_results(folder / "results", [result] * len(SEEDS), {}, {})
     finally:
@@ -1503,7 +1941,7 @@ def run_seed(seed, store, layer, get_model, state, deadline, timing):
     trained = time.time()
     with doing(f"evaluation, seed {seed}"):
         if not kept.exists():
-            result = evaluate(Run(sae, store, get_model, layer, LIVE), log, trained - began)
+            result = evaluate(Run(sae, store, get_model, layer, LIVE, log), trained - began)
             with replacing(kept) as partial:
                 partial.write_text(json.dumps(result))
     timing[f"train_seconds, seed {seed}"] = trained - began
@@ -1519,7 +1957,7 @@ def resolved_config(store, layer, seeds):
     sae, _, planned, done = seeds[0]
     return constants | {
         "layer": layer, "d_in": store.d_in, "d_sae": sae.d_sae, "steps_planned": planned,
-        "steps_done": done, "evaluation_files": len(sample_windows(store)),
+        "steps_done": done, "evaluation_files": len(store.windows.sample()),
         "budget_hit": any(planned != done for _, _, planned, done in seeds),
         "data_hash": fingerprint(zlib.crc32(store.windows.tokens.tobytes())),
         "torch": torch.__version__, "transformers": transformers.__version__}
@@ -1528,7 +1966,7 @@ def resolved_config(store, layer, seeds):
 def open_store(config, layer, cache):
     """Tokens and activations of this configuration, collected where they are not cached."""
     with doing("reading the data"):
-        tokenizer = load_pretrained(transformers.AutoTokenizer, "tokenizer")
+        tokenizer = load_tokenizer()
         if not tokenizer("text", add_special_tokens=False)["input_ids"]:
             raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r} has no tokenizer (tokenizer.json).")
         marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
@@ -1558,7 +1996,7 @@ def main():
         if CONTEXT_LENGTH > longest:
             raise RunnerError(f"CONTEXT_LENGTH = {CONTEXT_LENGTH} is more than the {longest} "
                               f"positions of {MODEL_NAME}.")
-    with publishing(out_dir) as partial:
+    with corpus.publishing(out_dir, HERE) as partial:
         with doing("preflight"):
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
                 preflight(config, cache)
@@ -1615,16 +2053,8 @@ def describe(error):
     return "\n".join(report)
 
 
-def keep_freed_memory():
-    """glibc returns large buffers at each free and faults them in again: that costs a third."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 1 << 30)                        # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)                  # M_TRIM_THRESHOLD
-
-
 if __name__ == "__main__":
-    keep_freed_memory()
+    corpus.keep_freed_memory()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

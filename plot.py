@@ -21,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import false_discovery_control
 
@@ -120,12 +121,29 @@ TITLES = {
     "explained_variance": "explained variance ↑", "loss_increase_nats": "loss increase (nats) ↓",
     "dead_fraction": "dead latents (fraction) ↓", "ce_recovered": "CE recovered (unigram) ↑",
     "avg_inference_tokens_per_second": "encoding speed (tokens/s) ↑",
+    "stability": "stability ↑", "smoothness": "smoothness ↓", "coherence": "coherence ↑",
 }
+SEEDS_NOTE = "lines: mean over seeds; bands: range of the seeds"
 
 
 def short(value, _=None):
     """Three significant digits, no exponent for thousands; also the format of ticks."""
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def panels(n, columns, height, **kwargs):
+    """A figure of n panels of that height (inches), at most `columns` in a row, and its axes."""
+    rows = math.ceil(n / min(columns, n))
+    figure, axes = plt.subplots(rows, min(columns, n), squeeze=False,
+                                figsize=(WIDTH, rows * height + 0.3), **kwargs)
+    for axis in axes.flat[n:]:
+        axis.remove()
+    return figure, axes
+
+
+def seed_values(run, name):
+    """A curve of each seed [seeds, ...], NaN for None; of length 0 where the run has none."""
+    return np.array([seed[name] for seed in run.curves if seed.get(name)], dtype=float)
 
 
 def draw_band(axis, run, x, values, every=1):
@@ -146,10 +164,20 @@ def legend(figure, runs, note, line="-"):
 
 # ---- Tests between runs --------------------------------------------------------------------------
 def sequences(run, metric):
-    """A metric of each held-out sequence [seeds, sequences], or None where the run has no such."""
+    """A metric of each held-out sequence [seeds, sequences], NaN for None; None where the run has
+    no such metric."""
     rows = [seed.get(metric) or () for seed in run.per_sequence]
     same = rows and len(rows[0]) > 0 and all(len(row) == len(rows[0]) for row in rows)
     return np.array(rows, dtype=float) if same else None
+
+
+def paired(run, other, metric):
+    """The metric of two runs at the sequences where all their seeds have it, or None."""
+    mine, theirs = sequences(run, metric), sequences(other, metric)
+    if mine is None or theirs is None or mine.shape[1] != theirs.shape[1]:
+        return None
+    both = np.isfinite(mine).all(0) & np.isfinite(theirs).all(0)
+    return (mine[:, both], theirs[:, both]) if both.any() else None
 
 
 def resampled(values, chosen, rng):
@@ -185,12 +213,11 @@ def compare(runs):
             notes.append(f"{run.folder} was not tested: other held-out data than {baseline.folder} "
                          f"(data_hash {run.config.get('data_hash')}, not {data}).")
             continue
-        for metric in baseline.per_sequence[0] if baseline.per_sequence else ():
-            mine, other = sequences(run, metric), sequences(baseline, metric)
-            if mine is None or other is None or mine.shape[1] != other.shape[1]:
-                notes.append(f"{run.folder} was not tested on {metric}: other sequences, or none.")
+        for metric in ChainMap(*run.per_sequence[:1], *baseline.per_sequence[:1]):
+            if pair := paired(run, baseline, metric):
+                rows.append((run, metric, *pair, *paired_test(*pair)))
             else:
-                rows.append((run, metric, mine, other, *paired_test(mine, other)))
+                notes.append(f"{run.folder} was not tested on {metric}: other sequences, or none.")
     return baseline, rows, notes
 
 
@@ -210,7 +237,8 @@ def comparison(runs):
     text = [f"# Runs against {baseline.folder}: {baseline.label}", ""]
     text += ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in table]
     text += ["", textwrap.fill(
-        "Difference = run - baseline, paired over the held-out sequences (one a file). p: "
+        "Difference = run - baseline, paired over the held-out sequences (one a file) that both "
+        "have. p: "
         f"permutation test ({RESAMPLES:,} sign flips) of the files' differences, seeds averaged "
         "first. Interval: bootstrap over files, and over seeds where there are several. q: p after "
         "Benjamini-Hochberg over all rows.", 100, break_on_hyphens=False)]
@@ -221,7 +249,7 @@ def comparison(runs):
 def training_curve(run, x_name, y_name):
     """(steps, values [seeds, steps]) of a quantity in the training log, or None."""
     logs = [seed["training"] for seed in run.curves if "training" in seed]
-    values = [(log | log.get("losses", {})).get(y_name) for log in logs]
+    values = [(log.get("parameters", {}) | log | log.get("losses", {})).get(y_name) for log in logs]
     pairs = [(log[x_name][-len(y):], y) for log, y in zip(logs, values) if y]
     if not pairs:
         return None
@@ -233,20 +261,22 @@ def draw_stages(axes, runs):
     """Vertical lines where stages begin, their names above the top panels; one row a curriculum."""
     plans = {}
     for run in runs:
-        starts = run.curves[0]["training"].get("stage_starts", [])
+        log = run.curves[0].get("training", {})
+        starts = log.get("stage_starts", [])
         if len(starts) > 1:
-            plans.setdefault((*starts, *run.config.get("stages", [])), []).append((run, starts))
-    for row, sharing in enumerate(plans.values()):
-        run, starts = sharing[0]
-        color = run.color if len(sharing) == 1 else NOTE["color"]
+            plans.setdefault((*zip(starts, log.get("stages", starts)),), []).append(run)
+    for row, (plan, sharing) in enumerate(plans.items()):
+        starts, stages = zip(*plan)
+        color = sharing[0].color if len(sharing) == 1 else NOTE["color"]
         for axis in axes.flat:
             for start in starts[1:]:
                 axis.axvline(start, color=color, linewidth=0.7, linestyle=(0, (4, 2)), zorder=0)
         for axis in axes[0]:
             left, right = axis.get_xlim()
-            for start, end, name in zip(starts, [*starts[1:], right], run.config.get("stages", [])):
-                room = int(45 * (end - start) / (right - left))         # letters up to the next one
-                name = textwrap.fill(name.replace("_", " "), max(room, 4), break_long_words=False)
+            for start, end, name in zip(starts, [*starts[1:], right], stages):
+                room = 90 / axes.shape[1] * (end - start) / (right - left)  # letters to the next
+                name = textwrap.fill(str(name).replace("_", " "), max(int(room), 4),
+                                     break_long_words=False)
                 axis.annotate(name, (start, 1), (1, 2 + 16 * row), fontsize=6, color=color,
                               xycoords=("data", "axes fraction"), textcoords="offset points")
 
@@ -283,7 +313,7 @@ def fig_training(runs):
                     **NOTE, xycoords=("axes fraction", "data"), textcoords="offset points")
     dead.set_ylim(-0.02 * max(0.05, dead.get_ylim()[1]), max(0.05, dead.get_ylim()[1]))
     draw_stages(axes, runs)
-    legend(figure, runs, "lines: mean over seeds; bands: range of the seeds")
+    legend(figure, runs, SEEDS_NOTE)
     return figure
 
 
@@ -293,13 +323,14 @@ def error_bar(run, entry, metric):
     error = entry.get("stderrs", {}).get(f"{metric}_stderr")
     if error is not None:
         return [error, error], True
-    values = sequences(run, "fvu" if metric == "explained_variance" else metric)
-    if values is None:
+    name = "fvu" if metric == "explained_variance" else metric
+    if (pair := paired(run, run, name)) is None:
         return None, False
-    rng = np.random.default_rng(0)
+    values, rng = pair[0], np.random.default_rng(0)
     draws = resampled(values, rng.integers(values.shape[1], size=(RESAMPLES, values.shape[1])), rng)
     low, high = np.percentile(draws, (2.5, 97.5)) - values.mean()
-    return ([high, -low] if metric == "explained_variance" else [-low, high]), False
+    ends = [max(-low, 0.0), max(high, 0.0)]
+    return (ends if name == metric else ends[::-1]), False
 
 
 def draw_bars(axis, runs, evaluation, metric):
@@ -333,11 +364,9 @@ def fig_headlines(runs):
                           for evaluation, entry in run.entries.items() for key in entry["means"])
     if not names:
         return None
-    columns, main_evaluation = min(3, len(names)), next(iter(names))[0]
-    rows, legends = math.ceil(len(names) / columns), [textwrap.fill(run.label, 28) for run in runs]
+    main_evaluation, legends = next(iter(names))[0], [textwrap.fill(run.label, 28) for run in runs]
     bar = 0.04 + 0.11 * max(text.count("\n") + 1 for text in legends)           # inches
-    figure, axes = plt.subplots(rows, columns, squeeze=False, sharey=True,
-                                figsize=(WIDTH, rows * (0.6 + bar * len(runs)) + 0.3))
+    figure, axes = panels(len(names), 3, 0.6 + bar * len(runs), sharey=True)
     for axis, (evaluation, metric) in zip(axes.flat, names):
         draw_bars(axis, runs, evaluation, metric)
         text = "" if evaluation == main_evaluation else f"{evaluation}: "
@@ -349,8 +378,6 @@ def fig_headlines(runs):
         axis.xaxis.set_major_locator(MaxNLocator(3))
         axis.xaxis.set_major_formatter(FuncFormatter(short))
     axes[0, 0].set_ylim(len(runs) - 0.5, -0.5)
-    for axis in axes.flat[len(names):]:
-        axis.remove()
     figure.supxlabel("Error bars: standard error over seeds (with caps); for a run with one seed, "
                      "95 % bootstrap interval over held-out sequences (no caps).", **NOTE)
     return figure
@@ -368,6 +395,17 @@ def draw_references(axis, references):
     axis.set_title(text, loc="right", **NOTE)
 
 
+def draw_point(axis, run, x, y):
+    """A run in the plane of two metrics, where it has both."""
+    if x in run.metrics and y in run.metrics:
+        axis.errorbar(run.metrics[x], run.metrics[y], xerr=run.errors.get(x),
+                      yerr=run.errors.get(y), color=run.color, marker=run.marker,
+                      markersize=6, markeredgecolor="white", markeredgewidth=0.4)
+    axis.margins(0.1, 0.12)
+    axis.set_xlabel(TITLES[x])
+    axis.set_ylabel(TITLES[y])
+
+
 def fig_sparsity_fidelity(runs):
     """The plane in which sparse autoencoders compete, with the controls that give it a scale."""
     runs = [run for run in runs if "l0" in run.metrics]
@@ -381,16 +419,10 @@ def fig_sparsity_fidelity(runs):
             (axes[0], "explained_variance", {k: v for k, v in controls.items() if v is not None}),
             (axes[1], "ce_recovered", {"the model's own loss": 1.0, "unigram loss": 0.0})):
         for run in runs:
-            if metric in run.metrics:
-                axis.errorbar(run.metrics["l0"], run.metrics[metric], xerr=run.errors.get("l0"),
-                              yerr=run.errors.get(metric), color=run.color, marker=run.marker,
-                              markersize=6, markeredgecolor="white", markeredgewidth=0.4)
-        axis.margins(y=0.12)
+            draw_point(axis, run, "l0", metric)
         l0 = [run.metrics["l0"] for run in runs]
         axis.set_xlim(0.94 * min(l0), 1.06 * max(l0))
         axis.xaxis.set_major_locator(MaxNLocator(6))
-        axis.set_xlabel(TITLES["l0"])
-        axis.set_ylabel(TITLES[metric])
         draw_references(axis, references)
     legend(figure, runs, "error bars: standard error over seeds", line="")
     return figure
@@ -398,10 +430,10 @@ def fig_sparsity_fidelity(runs):
 
 def by_position(run, name):
     """(positions, values [seeds, bins]) of a curve, averaged in bins of about half an octave."""
-    rows = [seed[name] for seed in run.curves if seed.get(name)]
-    if not rows:
+    values = seed_values(run, name)
+    if not len(values):
         return None
-    values, n = np.array(rows, dtype=float), len(rows[0])
+    n = values.shape[1]
     starts = np.round(2 ** np.arange(0, max(math.log2(n), 0.5), 0.5))
     edges = np.unique(np.append(starts, n + 1)).astype(int)
     bins = list(zip(edges, edges[1:] - 1))                     # first and last position, from 1
@@ -425,12 +457,187 @@ def fig_position(runs):
         axis.xaxis.set_major_formatter(FuncFormatter(short))
         axis.set_xlabel("position in the context (tokens, binned)")
         axis.set_ylabel(text)
-    legend(figure, runs, "lines: mean over seeds; bands: range of the seeds")
+    legend(figure, runs, SEEDS_NOTE)
+    return figure
+
+
+def fig_stability_fidelity(runs):
+    """What stability costs in reconstruction: up and right is better."""
+    runs = [run for run in runs if {"stability", "explained_variance"} <= run.metrics.keys()]
+    if not runs:
+        return None
+    figure, axis = plt.subplots(figsize=(WIDTH, 3))
+    for run in runs:
+        draw_point(axis, run, "explained_variance", "stability")
+    legend(figure, runs, "error bars: standard error over seeds", line="")
+    return figure
+
+
+def fig_autocorrelation(runs):
+    """How long latents stay active, and stability beside what chance and tokens alone give."""
+    runs = [run for run in runs
+            if len(seed_values(run, "autocorrelation")) or "stability" in run.metrics]
+    if not runs:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3), width_ratios=(3, 2))
+    low, high = next((run.config["STABILITY_LAGS"] for run in runs
+                      if "STABILITY_LAGS" in run.config), (5, 16))
+    left.axvspan(low, high, color="#f0f0f0", zorder=0)
+    for row, run in enumerate(runs):
+        if len(values := seed_values(run, "autocorrelation")):
+            draw_band(left, run, np.arange(1, values.shape[1] + 1), values, every=4)
+        if len(null := seed_values(run, "stability_null")):
+            right.plot(np.nanpercentile(null, (2.5, 97.5)), [row, row], color="#bbbbbb", lw=6)
+        if "stability_token" in run.metrics:
+            right.plot(run.metrics["stability_token"], row, "k|", markersize=6)
+        if "stability" in run.metrics:
+            bar, _ = error_bar(run, run.entries.get("temporal", {}), "stability")
+            right.errorbar(run.metrics["stability"], row, xerr=np.array([bar]).T if bar else None,
+                           color=run.color, marker=run.marker)
+    left.set_xlabel("lag (tokens)")
+    left.set_ylabel("autocorrelation of activity, energy-weighted")
+    right.set_xlabel(TITLES["stability"])
+    right.set_ylim(len(runs) - 0.5, -0.5)
+    right.set_yticks([])
+    legend(figure, runs, SEEDS_NOTE)
+    return figure
+
+
+GLYPHS = get_font(findfont("DejaVu Sans"))
+
+
+def visible(token):
+    """A token as a label: white space marked, what the font lacks boxed."""
+    token = token.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+    token = "".join(c if GLYPHS.get_char_index(ord(c)) else "□" for c in token)
+    return token if len(token) < 11 else f"{token[:9]}…"
+
+
+def fig_evolution(runs):
+    """Latents along a held-out passage, each over its maximum there, in the last two runs."""
+    runs = [run for run in runs
+            if run.curves and (run.curves[0].get("evolution") or {}).get("values")][-2:]
+    if not runs:
+        return None
+    figure, axes = panels(len(runs), 1, 2.4)
+    for axis, run in zip(axes.flat, runs):
+        found = run.curves[0]["evolution"]
+        values = np.array(found["values"], dtype=float)[:, :64]
+        values /= np.maximum(np.nanmax(values, 1, keepdims=True), 1e-9)
+        image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=1)
+        axis.set_title(run.label, loc="left")
+        axis.set_ylabel("latent")
+        axis.set_yticks(range(len(values)), found["latents"], fontsize=5)
+        axis.set_xticks(range(values.shape[1]), map(visible, found["tokens"][:64]), rotation=90,
+                        fontsize=5.5, parse_math=False)
+        axis.grid(False)
+        axis.tick_params(length=0, pad=1)
+    figure.colorbar(image, ax=axes, label="value / maximum in the passage", aspect=30, pad=0.01)
+    return figure
+
+
+def fig_similarity(runs):
+    """How alike the latents of two positions of a window are, beyond those of other windows."""
+    found = [(run, seed_values(run, "similarity_matrix")) for run in runs]
+    found = [(run, values.mean(0)) for run, values in found if len(values)]
+    if not found:
+        return None
+    figure, axes = panels(len(found), 4, 1.7)
+    apart = np.concatenate([m[~np.eye(len(m), dtype=bool)] for _, m in found])
+    low, high = np.nanpercentile(apart, (0.5, 99.5))
+    for axis, (run, matrix) in zip(axes.flat, found):
+        n = 2 * len(matrix)
+        image = axis.imshow(matrix, cmap="cividis", vmin=min(low, 0), vmax=high,
+                            extent=(0, n, n, 0))
+        axis.set_title(textwrap.fill(run.label, 24), loc="left")
+        axis.grid(False)
+    figure.supxlabel("position s")
+    figure.supylabel("position t")
+    figure.colorbar(image, ax=axes, label="cos($z_t$, $z_s$) beyond other windows'", extend="max")
+    return figure
+
+
+def fig_parameters(runs):
+    """The parameters of interest over training."""
+    logs = {run.folder: run.curves[0].get("training", {}) for run in runs if run.curves}
+    runs = [run for run in runs if logs.get(run.folder, {}).get("parameters")]
+    if not runs:
+        return None
+    names = list(dict.fromkeys(name for run in runs for name in logs[run.folder]["parameters"]))
+    figure, axes = panels(len(names), 3, 1.9)
+    for axis, name in zip(axes.flat, names):
+        for run in runs:
+            if found := training_curve(run, "step", name):
+                draw_band(axis, run, *found, every=math.ceil(len(found[0]) / 6))
+        axis.set_ylabel(name.replace("_", " "))
+        axis.set_xlabel("training step")
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.xaxis.set_major_formatter(FuncFormatter(short))
+    draw_stages(axes, runs)
+    legend(figure, runs, SEEDS_NOTE)
+    return figure
+
+
+def fig_variance_scaling(runs):
+    """Variances of the latents before and after scaling, and the decays that follow."""
+    parts = {"variance": "log10 variance", "scaled_variance": "log10 scaled variance",
+             "decay": "decay per token"}
+    runs = [run for run in runs if any(len(seed_values(run, name)) for name in parts)]
+    if not runs:
+        return None
+    figure, axes = panels(3, 3, 2.3)
+    for axis, (name, text) in zip(axes.flat, parts.items()):
+        found = {run: seed_values(run, name).ravel() for run in runs}
+        if name != "decay":
+            found = {run: np.log10(np.maximum(values, 1e-9)) for run, values in found.items()}
+        bins = np.histogram_bin_edges(np.concatenate([*found.values()]), 40)
+        for run, values in found.items():
+            axis.hist(values, bins, weights=np.full(len(values), 1 / max(len(values), 1)),
+                      histtype="step", color=run.color, linewidth=1.2)
+        axis.set_xlabel(text)
+    axes[0, 0].set_ylabel("share of the latents")
+    legend(figure, runs, None)
+    return figure
+
+
+def ablations(runs):
+    """(run, the unablated run from which its constants differ in ABLATE alone) of every such."""
+    def rest(run):
+        return {name: value for name, value in run.config.items()
+                if name == "data_hash" or name.isupper() and name not in ("ABLATE", "SEEDS")}
+
+    whole = [run for run in runs if "SAE_VARIANT" in run.config and not run.config.get("ABLATE")]
+    return [(run, full) for run in runs if run.config.get("ABLATE")
+            for full in whole if rest(full) == rest(run)]
+
+
+def fig_ablations(runs):
+    """What is lost where a part of a variant is switched off."""
+    known = {"fvu": "explained_variance", "loss_increase_nats": "loss_increase_nats",
+             "stability": "stability", "smoothness": "smoothness"}
+    cut = ablations(runs)
+    metrics = [name for name in known if any(paired(*pair, name) for pair in cut)]
+    if not metrics:
+        return None
+    figure, axes = panels(len(metrics), 2, 0.6 + 0.3 * len(cut), sharey=True)
+    for axis, metric in zip(axes.flat, metrics):
+        sign = -1 if metric == "fvu" else 1
+        for row, pair in enumerate(cut):
+            if values := paired(*pair, metric):
+                mean, *ends, _ = np.array(paired_test(*values)) * sign
+                axis.barh(row, mean, height=0.6, color=pair[0].color)
+                axis.plot(ends, [row, row], color="black", linewidth=0.8)
+        axis.axvline(0, color="black", linewidth=0.6)
+        axis.set_title(TITLES[known[metric]], loc="left")
     return figure
 
 
 FIGURES = {"training_curves": fig_training, "headline_metrics": fig_headlines,
-           "sparsity_fidelity": fig_sparsity_fidelity, "position": fig_position}
+           "sparsity_fidelity": fig_sparsity_fidelity, "position": fig_position,
+           "stability_fidelity": fig_stability_fidelity, "autocorrelation": fig_autocorrelation,
+           "feature_evolution": fig_evolution, "similarity": fig_similarity,
+           "parameters": fig_parameters, "variance_scaling": fig_variance_scaling,
+           "ablations": fig_ablations}
 
 
 def main():

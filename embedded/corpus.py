@@ -4,9 +4,18 @@ The embedded corpus is the Python source of the packages pinned in requirements.
 they are installed. Each package is a labelled domain, each file a document. The same versions give the same bytes on
 every machine, so the corpus needs no download and no copy; `corpus_hash` says whether yours is the one of run_0.
 """
+import ast
+import ctypes
+import fcntl
 import glob
 import hashlib
 import importlib.metadata
+import io
+import keyword
+import json
+import shutil
+import tempfile
+import zlib
 import logging
 import os
 import pickle
@@ -15,13 +24,18 @@ import re
 import sys
 import sysconfig
 import threading
+import tokenize
+import warnings
 import zipfile
+from contextlib import contextmanager
+from bisect import bisect_left, bisect_right
 from functools import lru_cache
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array
 
 # Domain (the folder that is imported) -> the distribution that requirements.txt pins.
 DOMAINS = {
@@ -451,6 +465,110 @@ def _datasets_library():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Labels of Python source
+# ---------------------------------------------------------------------------------------------------------------------
+# Label -> its classes. Syntax: token_type, what a character is part of; an f-string is string from end to end, a
+# backslash that joins lines is whitespace. Context, which may have begun far above: all the others. A docstring
+# includes its quotes, a call is from "(" to ")", a body from the colon before it to the end of its last line.
+LABELS = {
+    "token_type": ("whitespace", "comment", "string", "docstring", "keyword", "operator", "number", "name"),
+    "docstring": ("outside", "inside"),
+    "class": ("outside", "inside"),
+    "function": ("outside", "inside"),
+    "call": ("outside", "inside"),
+}
+# ERRORTOKEN: before Python 3.12 the letters that belong to names and are not in the re module's \w.
+TOKEN_TYPES = {tokenize.COMMENT: "comment", tokenize.STRING: "string", tokenize.OP: "operator",
+               tokenize.NUMBER: "number", tokenize.NAME: "name", tokenize.ERRORTOKEN: "name"}
+# From Python 3.12 on f-strings are tokens too, from 3.14 on t-strings, which contain their expressions' tokens.
+QUOTES_BEGIN = {getattr(tokenize, name, None) for name in ("FSTRING_START", "TSTRING_START")}
+QUOTES_END = {getattr(tokenize, name, None) for name in ("FSTRING_END", "TSTRING_END")}
+FORMATTED = (ast.JoinedStr, getattr(ast, "TemplateStr", ast.JoinedStr))
+
+
+def char_labels(text: str) -> np.ndarray | None:
+    """Class of each character for each of LABELS, [len(text), len(LABELS)] int8; None where the text is not Python.
+
+    Expressions in f-strings count as text: before Python 3.12 their places are not known.
+    """
+    # The parser ends lines at \n, \r\n and \r, tokenize not at \r, str.splitlines at form feeds and others too.
+    source = re.sub("\r\n?", "\n", text) + "\n"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # of invalid escapes
+            labels = _source_labels(source, ast.parse(source))
+    except Exception:            # a syntax error, a zero byte, a lone surrogate, too deep nesting, ...
+        return None
+    steps = np.ones(len(text), int)
+    steps[[match.start() + 1 for match in re.finditer("\r\n", text)]] = 0         # \r\n is one character of source
+    return labels[steps.cumsum() - 1]
+
+
+def _source_labels(source, tree):
+    lines = source.split("\n")
+    begins = np.cumsum([0, 0] + [len(line) + 1 for line in lines]).tolist()        # where line n = 1, 2, ... begins
+    labels = np.zeros((len(source), len(LABELS)), np.int8)
+    types, docstring, in_class, in_function, call = labels.T
+    type_ids = {name: i for i, name in enumerate(LABELS["token_type"])}
+    colons, line_ends, parentheses, opened, quotes = [], [], {}, [], 0
+    for kind, string, (line, column), _, _ in tokenize.generate_tokens(io.StringIO(source).readline):
+        start = begins[line] + column
+        end = start + len(string)        # tokenize's own end is wrong after some strings in early versions of 3.12
+        if kind in QUOTES_BEGIN:
+            quotes_start = quotes_start if quotes else start
+            quotes += 1
+        elif kind in QUOTES_END:
+            quotes -= 1
+            types[quotes_start:end] = type_ids["string"]
+        elif kind == tokenize.NEWLINE:
+            line_ends.append(start)
+        elif kind in TOKEN_TYPES and not quotes and not string.isspace():
+            types[start:end] = type_ids["keyword" if keyword.iskeyword(string) else TOKEN_TYPES[kind]]
+            if string == "(":
+                opened.append(start)
+            elif string == ")":
+                parentheses[end] = opened.pop()
+            elif string == ":":
+                colons.append(end)
+
+    def place(line, column):
+        """The character at a line and a column in bytes, as ast counts."""
+        return begins[line] + len(lines[line - 1].encode()[:column].decode())
+
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, FORMATTED):
+            continue
+        nodes.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Call):
+            end = place(node.end_lineno, node.end_col_offset)
+            call[parentheses[end]:end] = 1
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = (getattr(node.body[0], "decorator_list", None) or node.body)[0]
+            start = colons[bisect_right(colons, place(first.lineno, first.col_offset)) - 1]
+            end = line_ends[bisect_left(line_ends, place(node.end_lineno, node.end_col_offset))]
+            (in_class if isinstance(node, ast.ClassDef) else in_function)[start:end] = 1
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) \
+                and ast.get_docstring(node, clean=False) is not None:
+            found = node.body[0].value
+            start, end = place(found.lineno, found.col_offset), place(found.end_lineno, found.end_col_offset)
+            docstring[start:end] = 1
+    types[(docstring == 1) & (types == type_ids["string"])] = type_ids["docstring"]
+    return labels
+
+
+def _first_character(text, start, end):
+    """Where in the text the token at [start, end) has the character that its labels are those of.
+
+    Some tokenizers leave spaces out of a token's place: then that of spaces alone is empty and lies after them."""
+    if start == end and text[max(0, start - 1):start].isspace():
+        start -= 1
+    blank = end - start - len(text[start:end].lstrip())
+    return min(start + blank if start + blank < end else start, len(text) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Windows of tokens
 # ---------------------------------------------------------------------------------------------------------------------
 class Windows(NamedTuple):
@@ -461,6 +579,21 @@ class Windows(NamedTuple):
     n_train: int            # windows from here on are held out
     names: list             # document -> its name
     domains: list           # document -> its domain
+    # [n - n_train, context_length, len(LABELS)] int8 class of each held-out token; -1 unknown (BOS, padding, not Python)
+    labels: np.ndarray | None = None
+
+    def valid(self, ids):
+        """[len(ids), context_length] True at tokens that count: not the first, not padding."""
+        position = np.arange(self.tokens.shape[1])
+        return (position > 0) & (position < self.lengths[ids][:, None])
+
+    def heldout(self):
+        """Ids of the held-out windows."""
+        return np.arange(self.n_train, len(self.tokens))
+
+    def sample(self):
+        """The first held-out window of each held-out file: the per-sequence sample."""
+        return self.n_train + np.unique(self.doc_ids[self.n_train:], return_index=True)[1]
 
 
 class Wanted(NamedTuple):
@@ -482,6 +615,7 @@ def make_windows(dataset: str, tokenizer, bos: int, wanted: Wanted) -> Windows:
     rng, body = np.random.default_rng(wanted.seed), wanted.context_length - 1
     most = wanted.train_windows_per_file, wanted.eval_windows_per_file
     rows, seen, names, domains = ([], []), [0, 0], [], []           # seen: training tokens, held-out files
+    labels = []                                                     # of each held-out document's windows
     enough = wanted.train_tokens, wanted.eval_files
     for document in load_documents(dataset, wanted.seed):
         split = int(document.heldout)
@@ -489,13 +623,24 @@ def make_windows(dataset: str, tokenizer, bos: int, wanted: Wanted) -> Windows:
             break
         if seen[split] >= enough[split]:
             continue
-        ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
-        ids = [i for i in ids if i != bos]          # a document may spell the token out
+        labelled = document.heldout and getattr(tokenizer, "is_fast", False)
+        options = {"return_offsets_mapping": True} if labelled else {}
+        encoded = tokenizer(document.text, add_special_tokens=False, **options)
+        kept = [i != bos for i in encoded["input_ids"]]          # a document may spell the token out
+        ids = list(compress(encoded["input_ids"], kept))
         starts = [i for i in range(0, len(ids), body) if len(ids) - i >= min(body, wanted.min_window)]
-        chosen = sorted(rng.permutation(len(starts))[:most[split]])
-        found = [[bos] + ids[starts[c]:starts[c] + body] for c in chosen]
+        chosen = [starts[c] for c in sorted(rng.permutation(len(starts))[:most[split]])]
+        found = [[bos] + ids[start:start + body] for start in chosen]
         seen[split] += bool(found) if split else sum(len(window) - 1 for window in found)
         rows[split].extend((window, len(names)) for window in found)
+        if split:
+            labels.append(np.full((len(found), wanted.context_length, len(LABELS)), -1, dtype=np.int8))
+            of_characters = char_labels(document.text) if labelled and found else None
+            if of_characters is not None:
+                spans = list(compress(encoded["offset_mapping"], kept))
+                for row, start in zip(labels[-1], chosen):
+                    places = [_first_character(document.text, *span) for span in spans[start:start + body]]
+                    row[1:1 + len(places)] = of_characters[places]
         names.append(document.name)
         domains.append(document.domain)
     if seen[0] < wanted.train_tokens or seen[1] < 2:
@@ -507,7 +652,7 @@ def make_windows(dataset: str, tokenizer, bos: int, wanted: Wanted) -> Windows:
     for i, window in enumerate(windows):
         tokens[i, :len(window)] = window
     lengths = np.array([len(window) for window in windows])
-    return Windows(tokens, lengths, np.array(doc_ids), len(rows[0]), names, domains)
+    return Windows(tokens, lengths, np.array(doc_ids), len(rows[0]), names, domains, np.concatenate(labels))
 
 
 def read_windows(path: Path) -> Windows | None:
@@ -517,3 +662,160 @@ def read_windows(path: Path) -> Windows | None:
     with np.load(path) as file:
         windows = Windows(**{name: file[name] for name in file.files})
     return windows._replace(n_train=int(windows.n_train))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What windows tell by themselves
+# ---------------------------------------------------------------------------------------------------------------------
+def unigram_losses(windows, vocabulary):
+    """Cross-entropy of the sample's tokens from the third on, [sample, context_length - 2], under the training tokens'
+    frequencies, one added to each count; NaN at padding."""
+    train, sample = np.arange(windows.n_train), windows.sample()
+    counts = np.bincount(windows.tokens[train][windows.valid(train)], minlength=vocabulary) + 1.0
+    losses = -np.log(counts / counts.sum())[windows.tokens[sample][:, 2:]]
+    return np.where(windows.valid(sample)[:, 2:], losses, np.nan)
+
+
+def token_classes(windows):
+    """A class for each held-out token but BOS, [window * (context_length - 1) + position - 1]: its labels taken
+    together; without labels, the token where it is one of the 255 most frequent."""
+    tokens = windows.tokens[windows.n_train:, 1:].ravel()
+    if windows.labels is not None and (windows.labels >= 0).any():
+        labels = windows.labels[:, 1:].reshape(len(tokens), -1)
+        return np.unique(labels, axis=0, return_inverse=True)[1].ravel()
+    rank = np.argsort(np.argsort(-np.bincount(tokens), kind="stable"))
+    return np.minimum(rank[tokens], 255)
+
+
+def probe_labels(windows, every):
+    """Every `every`-th held-out token, as token_classes counts them [n]; whether its file is in the first of two folds
+    [n]; and {label: [n]}: the domain, and LABELS where the tokens have them. Labels of one class are left out."""
+    context = windows.tokens.shape[1] - 1
+    places = np.flatnonzero(windows.valid(windows.heldout())[:, 1:])[::every]
+    found = {}
+    if windows.labels is not None:
+        classes = windows.labels[:, 1:].reshape(-1, len(LABELS))
+        known = places[(classes[places] >= 0).all(1)]
+        if len(known) > len(places) / 2:
+            places, found = known, dict(zip(LABELS, classes[known].T))
+    docs = windows.doc_ids[windows.n_train:][places // context]
+    found["domain"] = np.unique(np.asarray(windows.domains)[docs], return_inverse=True)[1]
+    fold = docs % 2 == 0
+    return places, fold, {name: of for name, of in found.items()
+                          if min(len(np.unique(of[part])) for part in (fold, ~fold)) > 1}
+
+
+def bags_of_tokens(windows, places, last):
+    """Counts of the tokens at each place and the last - 1 before it, sparse [place, vocabulary]."""
+    row, position = np.divmod(places, windows.tokens.shape[1] - 1)
+    back = np.maximum(position[:, None] + 1 - np.arange(last), 0)
+    tokens = windows.tokens[windows.n_train:][row[:, None], back]
+    return csr_array((np.ones(tokens.size), tokens.ravel(), np.arange(len(places) + 1) * last))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of the cache
+# ---------------------------------------------------------------------------------------------------------------------
+def cache_folder():
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("SAE_CACHE_DIR") or user / "temporal-sae-runner").absolute()
+
+
+def fingerprint(*parts):
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:20]
+
+
+def free_memory():
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_folder(folder, advice):
+    """Makes a folder, or says at once why nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error.strerror or error}): {advice}.") from None
+
+
+@contextmanager
+def replacing(path):
+    """A partial file that becomes `path` only when it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path):
+    """Waits until no other process holds the lock at `path`; a killed process holds none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"waiting for another run at {path}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def publishing(out_dir, template):
+    """A folder that takes out_dir's place only when all went well; files of an earlier run that
+    this one does not write (ratings) are kept."""
+    if out_dir == template or out_dir in template.parents or out_dir.exists() and not out_dir.is_dir():
+        raise DataError(f"--out_dir={out_dir} must be a folder for the results alone.")
+    partial, old = (out_dir.with_name(out_dir.name + end) for end in (".partial", ".replaced"))
+    if old.exists() and not out_dir.exists():        # killed between the two renames below
+        os.replace(old, out_dir)
+    for rest in (partial, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    make_folder(partial, "choose another --out_dir")
+    try:
+        yield partial
+        for kept in out_dir.iterdir() if out_dir.exists() else ():
+            if not (partial / kept.name).exists():
+                (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, partial / kept.name)
+        if out_dir.exists():
+            os.replace(out_dir, old)
+        os.replace(partial, out_dir)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def keep_freed_memory():
+    """glibc returns large buffers at each free and faults them in again: that costs a third."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 30)                        # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)                  # M_TRIM_THRESHOLD
+
+
+def intact(path):
+    """Whether a file is there with the checksum that was written after it."""
+    checksum = path.with_suffix(".crc32")
+    if not (checksum.exists() and path.exists()):
+        return False
+    found = zlib.crc32(np.memmap(path, np.uint8, "r")) if path.stat().st_size else 0
+    if str(found).encode() == checksum.read_bytes():
+        return True
+    print(f"{path} is damaged: collecting it again", flush=True)
+    return False
+
+
+@contextmanager
+def checked(path):
+    """An open file that becomes `path`, with a checksum beside it, only when it is whole."""
+    with replacing(path) as partial:
+        with open(partial, "wb") as file:
+            yield file
+        checksum = zlib.crc32(np.memmap(partial, np.uint8, "r"))
+    with replacing(path.with_suffix(".crc32")) as partial:
+        partial.write_text(str(checksum))

@@ -484,8 +484,8 @@ MISTAKES = {                              # body of the class; what an agent mus
         return F.relu(batch.x @ self.W_enc + self.b_enc)
 ''', ["AttributeError", "Tensor"], None),
     "documents mixed": ('''
-    def encoder_input(self, batch):
-        return batch.x + batch.x[:1]
+    def encoder(self, batch):
+        return batch.x + batch.x[:1], self.b_dec, self.W_enc
 ''', ["rows", "documents"], None),
 }
 NO_LINE = ("unknown loss", "unused parameter", "documents mixed", "no latents")     # no one line is to blame
