@@ -341,7 +341,7 @@ class SAE(nn.Module):
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "sparsity": 1.0}),)
     components = ()             # what ABLATE may name besides losses
     resamples_dead = True       # dead latents are resampled in the first half of training
-    kept = ()                   # buffers that inference needs
+    architecture = "standard"   # SAELens's name for it, where it has one
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__()
@@ -412,8 +412,8 @@ class SAE(nn.Module):
         return self.tokens_since_fired > self.dead_after
 
     def exported(self):
-        """SAELens's name for the architecture where it has one, weights to add, names to drop."""
-        return SAE_VARIANT, {name: getattr(self, name) for name in self.kept}, ()
+        """Weights to add to the parameters at export, and names of those to drop."""
+        return {}, ()
 
     def parameters_of_interest(self):
         """Scalars to follow through training, {name: float}."""
@@ -439,7 +439,7 @@ class TopK(SAE):
     """z = TopK_k(ReLU((x - b_dec) W_enc + b_enc)), L = |x - x_hat|^2 + 1/32 auxk (Gao et al. 2024,
     arXiv 2406.04093)."""
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "auxk": AUXK_WEIGHT}),)
-    resamples_dead = False           # auxk revives them
+    resamples_dead, architecture = False, "topk"        # auxk revives them
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__(d_in, d_sae, target_l0)
@@ -472,6 +472,8 @@ class BatchTopK(TopK):
     """TopK over the whole batch: the k * n_tokens largest pre-activations (Bussmann et al. 2024,
     arXiv 2412.06410). In evaluation z = pre * 1[pre > threshold], the threshold a running mean of
     the least value kept in training."""
+    architecture = "jumprelu"
+
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__(d_in, d_sae, target_l0)
         self.register_buffer("threshold", torch.tensor(0.0))
@@ -493,8 +495,7 @@ class BatchTopK(TopK):
         return Pairs.from_flat(flat, pre_acts)
 
     def exported(self):
-        threshold = {"threshold": self.threshold.expand(self.d_sae)}
-        return "jumprelu" if type(self) in (BatchTopK, Matryoshka, TSAE) else SAE_VARIANT, threshold, ()
+        return {"threshold": self.threshold.expand(self.d_sae)}, ()
 
 
 class Matryoshka(BatchTopK):
@@ -515,7 +516,7 @@ class JumpReLU(SAE):
     """z = pre * 1[pre > theta], L = |x - x_hat|^2 + 3 (L0 / TARGET_L0 - 1)^2, straight-through
     gradients to theta (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "l0": 3.0}),)
-    bandwidth = 0.05
+    bandwidth, architecture = 0.05, "jumprelu"
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__(d_in, d_sae, target_l0)
@@ -547,7 +548,7 @@ class JumpReLU(SAE):
                 "l0": (l0 / self.target_l0 - 1).square()}
 
     def exported(self):
-        return "jumprelu", {"threshold": self.log_threshold.exp()}, ("log_threshold",)
+        return {"threshold": self.log_threshold.exp()}, ("log_threshold",)
 
 
 class Gated(SAE):
@@ -555,6 +556,7 @@ class Gated(SAE):
     L = |x - x_hat|^2 + w |ReLU(pi)|_1 + |x - x_hat_frozen(ReLU(pi))|^2, the last through a frozen
     decoder (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "sparsity": 1.0, "gate": 1.0}),)
+    architecture = "gated"
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__(d_in, d_sae, target_l0)
@@ -572,7 +574,7 @@ class Gated(SAE):
                 "sparsity": self.l1(batch, gate), "gate": squared_error(batch, frozen)}
 
     def exported(self):
-        return "gated", {"b_gate": self.b_enc}, ("b_enc",)
+        return {"b_gate": self.b_enc}, ("b_enc",)
 
 
 class Temporal(BatchTopK):
@@ -589,7 +591,7 @@ class Temporal(BatchTopK):
     on = {"attends": lambda done: True}
     curriculum = (Stage("autoencoder", 10, plain), Stage("attention", 5, plain, anneals=on),
                   Stage("consistency", 5, bound, anneals=on))
-    components = ("attention", "positions")
+    components, architecture = ("attention", "positions"), "temporal"
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__(d_in, d_sae, target_l0)
@@ -714,7 +716,8 @@ class TemporalAdaptation(SAE):
     curriculum = (Stage("autoencoder", 20, {
         "reconstruction": 1.0, "sparsity": 1.0, "regularisation": REGULARISATION},
         anneals={"done": lambda done: done}),)
-    components, kept = ("trace", "sharing", "variance_scaling"), ("variance",)
+    components = ("trace", "sharing", "variance_scaling")
+    architecture = "temporal_adaptation"
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__(d_in, d_sae, target_l0)
@@ -775,6 +778,9 @@ class TemporalAdaptation(SAE):
     def losses(self, batch, latents):
         moved = sum((getattr(self, name) - at).square().mean() for name, at in self.starts.items())
         return super().losses(batch, latents) | {"regularisation": moved}
+
+    def exported(self):
+        return {"variance": self.variance}, ()
 
     def parameters_of_interest(self):
         return {"beta": self.beta.mean().item(), "theta": self.theta_raw.tanh().mean().item(),
@@ -1776,19 +1782,19 @@ def export(sae, store, layer, folder):
     """sae_weights.safetensors and cfg.json as SAELens lays them out, with the inputs' centring and
     scaling folded in."""
     folder.mkdir(parents=True, exist_ok=True)
-    architecture, added, dropped = sae.exported()
+    added, dropped = sae.exported()
     weights = dict(sae.named_parameters()) | added | {
         "W_enc": sae.W_enc / store.scale, "W_dec": sae.W_dec * store.scale,
         "b_dec": sae.b_dec * store.scale + store.mean}
     save_file({name: value.detach().float().cpu().contiguous() for name, value in weights.items()
                if name not in dropped}, folder / "sae_weights.safetensors")
-    cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32",
+    cfg = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32",
            "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
            "reshape_activations": "none",
            "metadata": {"sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
                         "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
                         "context_size": CONTEXT_LENGTH, "prepend_bos": True}}
-    if architecture == "topk":
+    if sae.architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     (folder / "cfg.json").write_text(json.dumps(cfg, indent=1))
 

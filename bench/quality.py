@@ -58,7 +58,7 @@ def export(path):
         mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
         return {name: x.numpy(), name + "_mask": mask.numpy()}
     arrays = part("train", np.arange(store.windows.n_train))
-    arrays |= part("heldout", np.concatenate(store.heldout(64)))
+    arrays |= part("heldout", store.windows.heldout())
     arrays |= {"mean": store.mean.numpy(), "scale": store.scale, "k": E.TARGET_L0, "batch": E.BATCH_TOKENS}
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **arrays)

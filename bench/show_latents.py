@@ -80,8 +80,8 @@ def main():
     codes, _ = E.encode_heldout(run)
     live, rate = E.live_latents(codes, run)
     chosen = np.random.default_rng(args.seed).choice(np.flatnonzero(live), args.n, replace=False)
-    tokens = store.windows.tokens[np.concatenate(store.heldout(64))]
-    files = store.windows.doc_ids[np.concatenate(store.heldout(64))]
+    tokens = store.windows.tokens[store.windows.heldout()]
+    files = store.windows.doc_ids[store.windows.heldout()]
     per_window = E.CONTEXT_LENGTH - 1
     for latent in sorted(chosen):
         of = codes.latent == latent

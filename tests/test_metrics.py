@@ -67,7 +67,7 @@ def identity(E, decode=None):
 
 
 def run_of(E, store, sae, model=None, live=(1, 1)):
-    return E.Run(sae, store, lambda: model, 0, live)
+    return E.Run(sae, store, lambda: model, 0, live, {})
 
 
 # ---- Explained variance ----
@@ -194,7 +194,7 @@ def test_live_latents(E, make_store):
     fire(3, [10] * 11)              # exactly half of the 220 valid tokens
     fire(4, [10] * 10 + [11])       # more than half
     fire(6, [20] * 11)              # always
-    live, rate = E.live_latents(codes_of(E, planted), E.Run(SimpleNamespace(d_sae=8), store, None, 0, (6, 3)))
+    live, rate = E.live_latents(codes_of(E, planted), E.Run(SimpleNamespace(d_sae=8), store, None, 0, (6, 3), {}))
     assert live.tolist() == [True, False, False, True, False, False, False, False]
     assert rate == pytest.approx(np.array([6, 5, 12, 110, 111, 0, 220, 0]) / 220)
 
@@ -202,7 +202,7 @@ def test_live_latents(E, make_store):
 def test_no_firing_at_all(E, make_store):
     store, _ = planted_codes(E, make_store)
     nothing = E.Codes(np.zeros(0, int), np.zeros(0, int), np.zeros(0))
-    live, rate = E.live_latents(nothing, E.Run(SimpleNamespace(d_sae=3), store, None, 0, (1, 1)))
+    live, rate = E.live_latents(nothing, E.Run(SimpleNamespace(d_sae=3), store, None, 0, (1, 1), {}))
     assert not live.any() and not rate.any()
 
 
@@ -224,7 +224,7 @@ def test_single_token_fraction(E, make_store, firings, same, counts):
     live = np.array([True, True, True, False, False])
     if firings == 220:                              # the weaker ones do not matter
         assert len({*tokens.flatten()[:220]}) > 100
-    run = E.Run(SimpleNamespace(d_sae=5), store, None, 0, (1, 1))
+    run = E.Run(SimpleNamespace(d_sae=5), store, None, 0, (1, 1), {})
     wanted = (1 + counts) / 3
     assert E.single_token_fraction(codes_of(E, planted), run, live) == pytest.approx(wanted)
 
@@ -232,7 +232,7 @@ def test_single_token_fraction(E, make_store, firings, same, counts):
 def test_the_sample_is_the_first_held_out_window_of_each_file(E, make_store):
     doc_ids = np.array([0, 1, 1, 5, 5, 2, 2, 2, 9, 5])
     store = make_store(torch.randn(10, 8, 4), 3, doc_ids=doc_ids)
-    assert sorted(E.sample_windows(store).tolist()) == [3, 5, 8]
+    assert sorted(store.windows.sample().tolist()) == [3, 5, 8]
 
 
 # ---- Token tables ----
@@ -241,7 +241,7 @@ def test_unigram_losses_by_hand(E, make_store):
     tokens = np.array([[3, 1, 1, 1, 2, 0], [3, 2, 1, 3, 3, 3], [3, 0, 1, 2, 1, 3], [3, 3, 0, 2, 1, 1]])
     tokens[0, 5] = 1
     store = make_store(torch.randn(4, 6, 2), 2, tokens, [5, 3, 6, 4])
-    losses = E.unigram_losses(store, 4)
+    losses = E.corpus.unigram_losses(store.windows, 4)
     p = np.array([1, 5, 3, 1]) / 10
     wanted = -np.log([[p[1], p[2], p[1], p[3]], [p[0], p[2], np.nan, np.nan]])
     assert losses == pytest.approx(wanted, nan_ok=True)
@@ -255,7 +255,7 @@ def test_unigram_losses_against_a_loop(E, make_store):
     total = sum(counts.values())
     wanted = [[-math.log(counts[int(t)] / total) for t in tokens[w, 2:lengths[w]]] + [math.nan] * (9 - lengths[w])
               for w in range(80, 150, 2)]
-    assert E.unigram_losses(store, 9) == pytest.approx(np.array(wanted), nan_ok=True)
+    assert E.corpus.unigram_losses(store.windows, 9) == pytest.approx(np.array(wanted), nan_ok=True)
 
 
 def bigram_by_loop(store):
@@ -331,7 +331,7 @@ def spliced_by_hook(model, store, ids, x_hat):
 def test_next_token_losses_against_a_loop(E, model, spoken):
     store = spoken(UNEVEN)
     noise = 0.3 * torch.randn(56, CONTEXT - 1, D_IN, generator=torch.Generator().manual_seed(0))
-    sample = E.sample_windows(store)
+    sample = store.windows.sample()
     assert sample.tolist() == list(range(24, 56, 2))
     given = iter(np.array_split(sample, 2))
 
@@ -358,7 +358,7 @@ def test_the_identity_spliced_in_changes_nothing(E, model, spoken, lengths):
     store = spoken(lengths)
     own = E.next_token_losses(run_of(E, store, None, model), lambda batch: store.unscaled(batch.x))
     direct = model(input_ids=store.tokens).logits.log_softmax(-1)
-    sample = E.sample_windows(store)
+    sample = store.windows.sample()
     wanted = -direct[sample, 1:-1].gather(2, store.tokens[sample, 2:, None])[..., 0].numpy()
     kept = ~np.isnan(own[0])
     assert kept.sum() == np.maximum(store.windows.lengths[sample] - 2, 0).sum()
@@ -399,7 +399,7 @@ def test_every_ce_is_the_mean_over_the_same_tokens(E, model, spoken):
 
     def mean_of(splice):
         return np.nanmean(E.next_token_losses(run, splice)[0])
-    unigram = E.unigram_losses(store, VOCABULARY)
+    unigram = E.corpus.unigram_losses(store.windows, VOCABULARY)
     assert (np.isnan(unigram) == np.isnan(E.next_token_losses(run, lambda b: store.unscaled(b.x))[0])).all()
     for name, wanted in (("ce_model", mean_of(lambda b: store.unscaled(b.x))), ("ce_unigram", np.nanmean(unigram)),
                          ("ce_zero", mean_of(lambda b: 0 * b.x)),
@@ -482,15 +482,19 @@ def test_a_dictionary_without_live_latents_is_an_error(E, model, spoken):
         E.eval_core(run_of(E, spoken(), sae, model))
 
 
+def controls(E, run):
+    return E.cached(run, E.controls, E.TARGET_L0, run.sae.d_sae)
+
+
 def test_controls_are_computed_once(E, model, spoken, capsys):
     store, sae = spoken(), identity(E)
-    first = E.controls(run_of(E, store, sae, model))
+    first = controls(E, run_of(E, store, sae, model))
     assert "computing" in capsys.readouterr().out
-    run = E.Run(sae, store, lambda: pytest.fail("the model is asked for again"), 0, (1, 1))
-    assert E.controls(run) == first
+    run = E.Run(sae, store, lambda: pytest.fail("the model is asked for again"), 0, (1, 1), {})
+    assert controls(E, run) == first
     assert "computing" not in capsys.readouterr().out
     wider = E.SAE(D_IN, 48, 4)
-    assert E.controls(run_of(E, store, wider, model))["ce"] == first["ce"]
+    assert controls(E, run_of(E, store, wider, model))["ce"] == first["ce"]
     assert "computing" in capsys.readouterr().out
 
 
@@ -498,7 +502,7 @@ def test_controls_leave_the_run_as_it_was(E, model, spoken):
     """The untrained SAE among them is drawn with its own seed and touches neither the SAE nor the model."""
     store, sae = spoken(), noisy(E)
     before = [p.clone() for p in [*sae.parameters(), *model.parameters()]]
-    found = E.controls(run_of(E, store, sae, model))
+    found = controls(E, run_of(E, store, sae, model))
     assert all(torch.equal(a, b) for a, b in zip(before, [*sae.parameters(), *model.parameters()]))
     torch.manual_seed(0)
     untrained = E.TopK(D_IN, 64, 4).eval()

@@ -299,7 +299,7 @@ def write_results(""")
 
 # --- a folder takes another's place (without a run) -------------------------------------------------------------------
 def publish(E, out_dir, text):
-    with E.publishing(out_dir) as partial:
+    with E.corpus.publishing(out_dir, E.HERE) as partial:
         (partial / "final_info.json").write_text(text)
 
 
@@ -314,7 +314,7 @@ def test_publishing_replaces_and_keeps(E, tmp_path):
     publish(E, out_dir, "second")
     assert (out_dir / "final_info.json").read_text() == "second"
     assert (out_dir / "human_ratings.json").read_text() == "ratings"
-    with pytest.raises(ZeroDivisionError), E.publishing(out_dir) as partial:
+    with pytest.raises(ZeroDivisionError), E.corpus.publishing(out_dir, E.HERE) as partial:
         (partial / "final_info.json").write_text("third")
         1 / 0
     assert (out_dir / "final_info.json").read_text() == "second"
@@ -335,7 +335,7 @@ def test_a_kill_while_publishing_loses_nothing(E, tmp_path, left, fails):
         (tmp_path / name / "human_ratings.json").write_text("ratings")
     completed = left.get("run_1") or left["run_1.replaced"]
     if fails:
-        with pytest.raises(ZeroDivisionError), E.publishing(tmp_path / "run_1"):
+        with pytest.raises(ZeroDivisionError), E.corpus.publishing(tmp_path / "run_1", E.HERE):
             1 / 0
     else:
         publish(E, tmp_path / "run_1", "third")

@@ -280,7 +280,7 @@ def test_heldout_windows_in_chunks(store):
 def test_mapped_shards_give_what_resident_ones_give(E, model, store, tmp_path, monkeypatch, dtype):
     resident = new_store(E, tmp_path, dtype)
     resident.collect(lambda: model, 1)
-    monkeypatch.setattr(E, "free_memory", lambda: 0)
+    monkeypatch.setattr(E.corpus, "free_memory", lambda: 0)
     mapped = new_store(E, tmp_path, dtype)
     mapped.collect(no_model, 1)
     assert resident.resident is not None and mapped.resident is None
@@ -417,7 +417,7 @@ def test_a_kill_midway_keeps_the_finished_shards(E, store, tmp_path, monkeypatch
     process = start(tmp_path, 4, "killed")
     said = process.communicate(timeout=120)[0]
     assert process.returncode == -9, said
-    assert store.intact(0) and not store.path(64).exists() and not store.path(128).exists()
+    assert E.corpus.intact(store.path(0)) and not store.path(64).exists() and not store.path(128).exists()
     monkeypatch.setattr(E, "residual_after", lambda model, layer, tokens: table()[tokens])
     store.collect(lambda: None, 0)
     assert collected == [64, 128]

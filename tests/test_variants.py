@@ -669,7 +669,7 @@ def test_saelens_layout_holds_the_weights_of_its_architecture(E, name):
     sae, batch = make(E, name).eval(), make_batch(E)
     if hasattr(sae, "threshold"):
         sae.threshold.fill_(0.3)
-    architecture, added, dropped = sae.saelens_layout()
+    architecture, (added, dropped) = sae.architecture, sae.exported()
     weights = {n: p for n, p in (dict(sae.named_parameters()) | added).items() if n not in dropped}
     assert set(weights) == SAELENS[architecture]
     assert architecture == {"matryoshka": "jumprelu", "batch_topk": "jumprelu"}.get(name, name)
