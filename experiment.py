@@ -631,7 +631,7 @@ class Temporal(BatchTopK):
         found = super().losses(batch, latents) | consistency(batch, latents, self.n_high)
         z = F.normalize(latents.dense(self.n_high), dim=-1)
         x_hat = latents.within(0, self.n_high).decode(self.W_dec) + self.b_dec
-        return found | {"contrastive": contrastive(batch, z, CONTRAST_SPAN),
+        return found | {"contrastive": contrastive(batch, z, CONTRAST_SPAN, 2 * CONTRAST_SPAN),
                         "high": squared_error(batch, x_hat)}
 
     def parameters_of_interest(self):
@@ -670,17 +670,21 @@ class TSAE(Matryoshka):
         return found | consistency(batch, latents, n_high) | {"contrastive": contrastive(batch, z, span)}
 
 
-def contrastive(batch, z, span):
+def contrastive(batch, z, span, far=None):
     """Symmetric InfoNCE over z_t . z_s, z [batch, seq, d], s a random one of the `span` positions
-    before t; negatives come from other documents only."""
+    before t. Negatives: other documents, and positions of the same window more than `far` away."""
     n, seq, width = z.shape
     t = torch.arange(1, seq, device=z.device)
     places = t - 1 - (torch.rand(n, seq - 1, device=z.device) * t.clamp_max(span)).long()
     then = z.gather(1, places[..., None].expand(-1, -1, width)).flatten(0, 1)
     now, docs = z[:, 1:].flatten(0, 1), batch.doc_ids.repeat_interleave(seq - 1)
+    at = torch.arange(n, device=z.device).repeat_interleave(seq - 1) * 10 ** 6 + t.repeat(n)
     if batch.mask is not None:              # padding lies behind: where `now` counts, `then` does
-        now, then, docs = (a[batch.mask[:, 1:].flatten()] for a in (now, then, docs))
+        now, then, docs, at = (a[batch.mask[:, 1:].flatten()] for a in (now, then, docs, at))
     same = (docs[:, None] == docs).fill_diagonal_(False)
+    if far is not None:
+        apart = (at[:, None] - at).abs()
+        same &= (apart <= far) | (apart >= 1e5)
     logits, target = (now @ then.t()).masked_fill(same, NEVER), torch.arange(len(now), device=z.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 

@@ -107,7 +107,7 @@ NOTE = {"fontsize": 6.5, "color": "#555555"}        # what belongs to no run: ta
 WIDTH = 6.5             # inches, the text width of a paper
 STYLE = {
     "figure.constrained_layout.use": True, "savefig.dpi": 200, "font.size": 8,
-    "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "axes.labelsize": 8, "axes.titlesize": 8, "figure.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7.5, "legend.frameon": False, "legend.title_fontsize": 6.5,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.minor.size": 0,
@@ -266,19 +266,15 @@ def draw_stages(axes, runs):
         if len(starts) > 1:
             plans.setdefault((*zip(starts, log.get("stages", starts)),), []).append(run)
     for row, (plan, sharing) in enumerate(plans.items()):
-        starts, stages = zip(*plan)
         color = sharing[0].color if len(sharing) == 1 else NOTE["color"]
         for axis in axes.flat:
-            for start in starts[1:]:
+            for start, _ in plan[1:]:
                 axis.axvline(start, color=color, linewidth=0.7, linestyle=(0, (4, 2)), zorder=0)
         for axis in axes[0]:
-            left, right = axis.get_xlim()
-            for start, end, name in zip(starts, [*starts[1:], right], stages):
-                room = 90 / axes.shape[1] * (end - start) / (right - left)  # letters to the next
-                name = textwrap.fill(str(name).replace("_", " "), max(int(room), 4),
-                                     break_long_words=False)
-                axis.annotate(name, (start, 1), (1, 2 + 16 * row), fontsize=6, color=color,
-                              xycoords=("data", "axes fraction"), textcoords="offset points")
+            for start, name in plan:
+                axis.annotate(str(name).replace("_", " "), (start, 1), (2, 2 + 20 * row), rotation=25,
+                              xycoords=("data", "axes fraction"), textcoords="offset points",
+                              rotation_mode="anchor", fontsize=6, color=color)
 
 
 def fig_training(runs):
@@ -480,25 +476,36 @@ def fig_autocorrelation(runs):
     if not runs:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3), width_ratios=(3, 2))
-    low, high = next((run.config["STABILITY_LAGS"] for run in runs
-                      if "STABILITY_LAGS" in run.config), (5, 16))
-    left.axvspan(low, high, color="#f0f0f0", zorder=0)
+    lags = next((run.config["STABILITY_LAGS"] for run in runs if "STABILITY_LAGS" in run.config),
+                (5, 16))
+    left.axvspan(*lags, color="#eeeeee", zorder=0)
     for row, run in enumerate(runs):
         if len(values := seed_values(run, "autocorrelation")):
             draw_band(left, run, np.arange(1, values.shape[1] + 1), values, every=4)
         if len(null := seed_values(run, "stability_null")):
-            right.plot(np.nanpercentile(null, (2.5, 97.5)), [row, row], color="#bbbbbb", lw=6)
+            low, high = np.nanpercentile(null, (2.5, 97.5))
+            chance = right.barh(row, high - low, 0.5, low, color="#bbbbbb", edgecolor="#bbbbbb")
+            chance.set_label("permuted positions (95 %)" if row == 0 else None)
         if "stability_token" in run.metrics:
-            right.plot(run.metrics["stability_token"], row, "k|", markersize=6)
+            right.plot(run.metrics["stability_token"], row, "k|", markersize=8,
+                       label="from tokens alone" if row == 0 else None)
         if "stability" in run.metrics:
             bar, _ = error_bar(run, run.entries.get("temporal", {}), "stability")
             right.errorbar(run.metrics["stability"], row, xerr=np.array([bar]).T if bar else None,
-                           color=run.color, marker=run.marker)
+                           color=run.color, marker=run.marker, markersize=5)
+    left.set_title(f"shaded: lags {lags[0]}-{lags[1]} make stability", loc="right", **NOTE)
     left.set_xlabel("lag (tokens)")
-    left.set_ylabel("autocorrelation of activity, energy-weighted")
+    left.set_ylabel("autocorrelation (energy-weighted)")
+    left.set_yscale("log" if left.dataLim.y0 > 0 else "linear")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.set_xscale("symlog", linthresh=1e-3)
+    for axis in (left.yaxis, right.xaxis):
+        axis.set_major_formatter(FuncFormatter(short))
+        axis.set_minor_formatter(NullFormatter())
     right.set_xlabel(TITLES["stability"])
     right.set_ylim(len(runs) - 0.5, -0.5)
     right.set_yticks([])
+    right.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=6.5)
     legend(figure, runs, SEEDS_NOTE)
     return figure
 
@@ -508,7 +515,7 @@ GLYPHS = get_font(findfont("DejaVu Sans"))
 
 def visible(token):
     """A token as a label: white space marked, what the font lacks boxed."""
-    token = token.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+    token = token.replace(" ", "␣").replace("\n", "↵").replace("\t", "→")
     token = "".join(c if GLYPHS.get_char_index(ord(c)) else "□" for c in token)
     return token if len(token) < 11 else f"{token[:9]}…"
 
@@ -519,20 +526,20 @@ def fig_evolution(runs):
             if run.curves and (run.curves[0].get("evolution") or {}).get("values")][-2:]
     if not runs:
         return None
-    figure, axes = panels(len(runs), 1, 2.4)
+    figure, axes = panels(len(runs), 1, 2.2)
     for axis, run in zip(axes.flat, runs):
         found = run.curves[0]["evolution"]
-        values = np.array(found["values"], dtype=float)[:, :64]
-        values /= np.maximum(np.nanmax(values, 1, keepdims=True), 1e-9)
-        image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=1)
+        values = np.nan_to_num(np.array(found["values"], dtype=float))[:, -64:]
+        tokens = [visible(token) for token in found["tokens"][-64:]]
+        values /= np.maximum(values.max(1, keepdims=True), 1e-9)
+        image = axis.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=1)
         axis.set_title(run.label, loc="left")
         axis.set_ylabel("latent")
         axis.set_yticks(range(len(values)), found["latents"], fontsize=5)
-        axis.set_xticks(range(values.shape[1]), map(visible, found["tokens"][:64]), rotation=90,
-                        fontsize=5.5, parse_math=False)
+        axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=5.5, parse_math=False)
         axis.grid(False)
         axis.tick_params(length=0, pad=1)
-    figure.colorbar(image, ax=axes, label="value / maximum in the passage", aspect=30, pad=0.01)
+    figure.colorbar(image, ax=axes, label="value / its maximum here", shrink=0.6, aspect=25, pad=0.01)
     return figure
 
 
@@ -542,7 +549,7 @@ def fig_similarity(runs):
     found = [(run, values.mean(0)) for run, values in found if len(values)]
     if not found:
         return None
-    figure, axes = panels(len(found), 4, 1.7)
+    figure, axes = panels(len(found), 4, 0.4 + max(1.2, min(2.4, 4.8 / len(found))), sharey=True)
     apart = np.concatenate([m[~np.eye(len(m), dtype=bool)] for _, m in found])
     low, high = np.nanpercentile(apart, (0.5, 99.5))
     for axis, (run, matrix) in zip(axes.flat, found):
@@ -553,7 +560,8 @@ def fig_similarity(runs):
         axis.grid(False)
     figure.supxlabel("position s")
     figure.supylabel("position t")
-    figure.colorbar(image, ax=axes, label="cos($z_t$, $z_s$) beyond other windows'", extend="max")
+    figure.colorbar(image, ax=figure.axes, label="cosine, less that between windows",
+                    extend="max", aspect=25, pad=0.01)
     return figure
 
 
@@ -564,7 +572,7 @@ def fig_parameters(runs):
     if not runs:
         return None
     names = list(dict.fromkeys(name for run in runs for name in logs[run.folder]["parameters"]))
-    figure, axes = panels(len(names), 3, 1.9)
+    figure, axes = panels(len(names), 2, 1.8)
     for axis, name in zip(axes.flat, names):
         for run in runs:
             if found := training_curve(run, "step", name):
@@ -587,11 +595,11 @@ def fig_variance_scaling(runs):
         return None
     figure, axes = panels(3, 3, 2.3)
     for axis, (name, text) in zip(axes.flat, parts.items()):
-        found = {run: seed_values(run, name).ravel() for run in runs}
+        found = [seed_values(run, name).ravel() for run in runs]
         if name != "decay":
-            found = {run: np.log10(np.maximum(values, 1e-9)) for run, values in found.items()}
-        bins = np.histogram_bin_edges(np.concatenate([*found.values()]), 40)
-        for run, values in found.items():
+            found = [np.log10(np.maximum(values, 1e-9)) for values in found]
+        bins = np.histogram_bin_edges(np.concatenate(found), 40)
+        for run, values in zip(runs, found):
             axis.hist(values, bins, weights=np.full(len(values), 1 / max(len(values), 1)),
                       histtype="step", color=run.color, linewidth=1.2)
         axis.set_xlabel(text)
@@ -629,6 +637,12 @@ def fig_ablations(runs):
                 axis.plot(ends, [row, row], color="black", linewidth=0.8)
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set_title(TITLES[known[metric]], loc="left")
+        axis.set_yticks(range(len(cut)), [textwrap.fill(run.label, 28) for run, _ in cut])
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(FuncFormatter(short))
+    axes[0, 0].set_ylim(len(cut) - 0.5, -0.5)
+    figure.supxlabel("Difference to the same variant with nothing switched off; lines: 95 % "
+                     "intervals, paired over held-out sequences.", **NOTE)
     return figure
 
 

@@ -76,7 +76,7 @@ def main():
     args = parser.parse_args()
     E = load_runner(args.run.resolve())
     sae, store, tokenizer, layer = load_run(E, args.run.resolve())
-    run = E.Run(sae, store, E.load_model, layer, E.LIVE)
+    run = E.Run(sae, store, E.load_model, layer, E.LIVE, {})
     codes, _ = E.encode_heldout(run)
     live, rate = E.live_latents(codes, run)
     chosen = np.random.default_rng(args.seed).choice(np.flatnonzero(live), args.n, replace=False)

@@ -1,27 +1,55 @@
-"""The README's results table: trains variants with several seeds and prints one row each.
+"""The README's results tables: trains every row with several seeds and prints them, with paired tests against a peer.
 
-usage: python bench/table.py [--variants topk gated] [--seeds 0 1 2] [--folder ideas/table]
+    python bench/table.py                                   the seven variants of the README, seeds 0 1 2
+    python bench/table.py --rows ablations --seeds 0        the ablations; --rows controls; or names of rows
+    python bench/table.py --finished                        prints what is there
 
-Each variant runs in its own copy of the template, with SAE_VARIANT and SEEDS edited as an agent would. A finished run is
-not made again while experiment.py is the same, and a killed one carries on: the same command may be started any number
-of times. Writes bench/results/table.md. Intervals: standard error over seeds; with one seed a 95 % bootstrap over files.
+One run per row and seed, each in its own copy of the template under ideas/table, edited as an agent edits it. What a run
+found is kept in bench/results/runs/ROW.SEED.json; a run is not made again while the edited experiment.py is the same, and a
+killed one carries on: the same command may be started any number of times. Takes 3 to 8 minutes a run on two cores (--jobs 2
+trains two at a time). Writes bench/results/table.md, or table_ROWS.md.
 """
 import argparse
+import hashlib
 import json
+import os
 import re
-import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss increase (nats)",
-           "ce_recovered": "CE recovered vs unigram", "ce_recovered_vs_mean": "vs mean ablation",
-           "ce_recovered_vs_zero": "vs zero ablation", "dead_fraction": "dead", "live_fraction": "live",
-           "single_token_fraction": "single-token"}
-BASELINES = ["standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka"]
+sys.path.insert(0, str(ROOT))
+import plot
+
+KEPT = ROOT / "bench" / "results" / "runs"
+VARIANTS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae", "temporal", "temporal_adaptation")
+ROWS = {name: {"SAE_VARIANT": name} for name in VARIANTS}
+ROWS |= {f"temporal, no {part}": {"SAE_VARIANT": "temporal", "ABLATE": (part,)}
+         for part in ("attention", "positions", "consistency", "contrastive", "high")}
+ROWS |= {f"temporal_adaptation, no {part}": {"SAE_VARIANT": "temporal_adaptation", "ABLATE": (part,)}
+         for part in ("trace", "sharing", "variance_scaling", "regularisation")}
+ROWS |= {f"temporal_adaptation, T {value}": {"SAE_VARIANT": "temporal_adaptation", "TEMPERATURE": value}
+         for value in ("scheduled", 0.1, 0.5, 1.0)}
+ROWS |= {"tsae, as released": {"SAE_VARIANT": "tsae", "TSAE_READING": "code"},
+         "hysteresis": {"SAE_VARIANT": "hysteresis"},
+         "batch_topk, as many parameters as temporal": {"SAE_VARIANT": "batch_topk", "EXPANSION": 8.2},
+         "batch_topk, layer 4": {"SAE_VARIANT": "batch_topk", "LAYER": 4}, "temporal, layer 4": {"SAE_VARIANT": "temporal", "LAYER": 4},
+         "temporal, centred": {"SAE_VARIANT": "temporal", "ATTENTION": "centred"}}
+SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "temporal", "temporal_adaptation"],
+        "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if ", no " in row or ", T " in row],
+        "controls": ["hysteresis", "tsae, as released", "batch_topk, as many parameters as temporal", "batch_topk, layer 4",
+                     "temporal, layer 4", "temporal, centred"]}
+COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss increase (nats)", "ce_recovered": "CE recovered vs unigram",
+           "ce_recovered_vs_mean": "vs mean", "ce_recovered_vs_zero": "vs zero", "dead_fraction": "dead", "single_token_fraction": "single-token",
+           "stability": "stability", "smoothness": "smoothness", "smoothness_raw": "raw", "coherence": "coherence",
+           "polysemanticity": "polysemanticity", "probe_token_type": "syntax probe", "probe_context": "context probe"}
+TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", "stability": "stability", "smoothness": "smoothness",
+          "probe_token_type": "syntax probe", "probe_context": "context probe"}        # per file
+PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis"), "temporal_adaptation": ("standard",)}
 
 
 def edited(source, **constants):
@@ -32,52 +60,100 @@ def edited(source, **constants):
     return source
 
 
-def run(variant, seeds, folder, finished_only):
-    """The parsed final_info.json of a finished run of `variant`."""
-    place = folder / variant
+def source_of(row, seed):
+    source = (ROOT / "experiment.py").read_text()
+    if row == "hysteresis":
+        rival = (ROOT / "bench" / "hysteresis.py").read_text().split('"""', 2)[2]
+        source = source.replace("SAE_VARIANTS = {", rival.strip() + '\n\n\nSAE_VARIANTS = {"hysteresis": Hysteresis, ', 1)
+    return edited(source, **ROWS[row], SEEDS=(seed,))
+
+
+def run(row, seed, folder, finished_only):
+    """What the run of a row and seed found; None where it is not there and not to be made."""
+    source, name = source_of(row, seed), f"{re.sub('[^a-z0-9_.]+', '-', row.lower())}.{seed}"
+    kept, key = KEPT / f"{name}.json", hashlib.sha256(source.encode()).hexdigest()[:20]
+    if kept.exists() and (finished_only or json.loads(kept.read_text())["source"] == key):
+        return json.loads(kept.read_text())
+    if finished_only:
+        return None
+    place = folder / name
     place.mkdir(parents=True, exist_ok=True)
-    source, result = edited((ROOT / "experiment.py").read_text(), SAE_VARIANT=variant, SEEDS=tuple(seeds)), place / "run_1"
-    done = (result / "final_info.json").exists() and (result / "experiment.py").read_text() == source
-    if not done and not finished_only:
-        shutil.copytree(ROOT / "embedded", place / "embedded", dirs_exist_ok=True)
-        (place / "experiment.py").write_text(source)
-        print(f"{variant}: {len(seeds)} seeds", flush=True)
-        subprocess.run([sys.executable, "experiment.py", "--out_dir=run_1"], cwd=place, check=True)
-    return json.loads((result / "final_info.json").read_text())["core"], json.loads((result / "timing.json").read_text())
+    if not (place / "embedded").exists():
+        (place / "embedded").symlink_to(ROOT / "embedded", target_is_directory=True)
+    (place / "experiment.py").write_text(source)
+    print(f"{row}, seed {seed}", flush=True)
+    done = subprocess.run([sys.executable, "experiment.py", "--out_dir=run_1"], cwd=place, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(f"{row}, seed {seed} failed:\n{done.stderr[-1500:]}", flush=True)
+        return None
+    info = json.loads((place / "run_1" / "final_info.json").read_text())
+    found = {"source": key, "metrics": plot.merged(info, "metrics"), "per_file": {
+        metric: [None if v is None else round(v, 5) for v in values]
+        for metric, values in plot.per_seed(info, "per_sequence")[0].items() if metric in TESTED}}
+    KEPT.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(found) + "\n")
+    return found
 
 
-def interval(core, metric):
-    """The part of a cell after the mean: a standard error over seeds, or half a 95 % bootstrap interval over files."""
-    if "metric_stderrs" in core:
-        return f" ± {core['metric_stderrs'][metric]:.4f}"
-    per_file = {"explained_variance": "fvu", "loss_increase_nats": "loss_increase_nats", "l0": "l0"}.get(metric)
-    if per_file is None:
+def cell(runs, metric):
+    values = [run["metrics"][metric] for run in runs if metric in run["metrics"]]
+    if not values:
         return ""
-    values, rng = np.array(core["per_sequence"][0][per_file]), np.random.default_rng(0)
-    means = values[rng.integers(0, len(values), (2000, len(values)))].mean(1)
-    return f" (± {np.diff(np.percentile(means, [2.5, 97.5]))[0] / 2:.4f})"
+    digits = 2 if metric == "l0" else 4
+    error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{error}"
+
+
+def tests(found):
+    """Paired tests by file of the rows in PEERS against their peers, with BH-FDR over all of them."""
+    claims = []
+    for row, peers in PEERS.items():
+        for peer in peers:
+            if row in found and peer in found:
+                n = min(len(found[row]), len(found[peer]))
+                for metric, title in TESTED.items():
+                    a, b = (np.array([run["per_file"][metric] for run in found[name][:n]], dtype=float) for name in (row, peer))
+                    both = ~np.isnan(a + b).any(0)
+                    claims.append((row, peer, title, *plot.paired_test(a[:, both], b[:, both])))
+    if not claims:
+        return []
+    adjusted = plot.false_discovery_control([claim[-1] for claim in claims])
+    lines = ["", "| variant | against | metric | difference | 95 % interval | q (FDR) | |", "|---|---|---|---|---|---|---|"]
+    for (row, peer, title, mean, low, high, _), q in zip(claims, adjusted):
+        verdict = ("higher" if mean > 0 else "lower") if q < 0.05 else "no difference shown"
+        lines.append(f"| `{row}` | `{peer}` | {title} | {mean:+.4f} | {low:+.4f} to {high:+.4f} | {q:.2g} | {verdict} |")
+    return lines
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--variants", nargs="+", default=BASELINES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=["variants"], help=f"{', '.join(SETS)}, or names of rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--finished", action="store_true", help="print what is finished, whatever made it")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--finished", action="store_true", help="print what is there, whatever code made it")
     parser.add_argument("--folder", type=Path, default=ROOT / "ideas" / "table")
     args = parser.parse_args()
-    lines = ["| variant | " + " | ".join(COLUMNS.values()) + " | training, min |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for variant in args.variants:
-        core, timing = run(variant, args.seeds, args.folder, args.finished)
-        cells = [f"{core['metrics'][m]:.{2 if m == 'l0' else 4}f}{interval(core, m)}" for m in COLUMNS]
-        lines.append(f"| `{variant}` | " + " | ".join(cells) + f" | {core['metrics']['total_train_time'] / 60:.1f} |")
-    metrics = core["metrics"]
-    notes = (f"{len(args.seeds)} seeds; {core['config']['evaluation_files']} held-out files. Model's own loss {metrics['ce_model']:.3f} nats, "
-             f"unigram {metrics['ce_unigram']:.3f}, mean ablation {metrics['ce_mean']:.3f}, zero ablation {metrics['ce_zero']:.3f}. "
-             f"Explained variance of the bigram lookup {metrics['bigram_explained_variance']:.3f}, of an untrained TopK "
-             f"{metrics['untrained_explained_variance']:.3f}.")
-    text = "\n".join(lines) + f"\n\n{notes}\n"
-    (ROOT / "bench" / "results").mkdir(exist_ok=True)
-    (ROOT / "bench" / "results" / "table.md").write_text(text)
+    rows = [row for name in args.rows for row in SETS.get(name, [name])]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        made = {(row, seed): pool.submit(run, row, seed, args.folder, args.finished) for seed in args.seeds for row in rows}
+        found = {row: [made[row, seed].result() for seed in args.seeds if made[row, seed].result()] for row in rows}
+    found = {row: runs for row, runs in found.items() if runs}
+    if not found:
+        sys.exit("no run is finished")
+    columns = {metric: title for metric, title in COLUMNS.items() if any(metric in r["metrics"] for runs in found.values() for r in runs)}
+    lines = ["| variant | seeds | " + " | ".join(columns.values()) + " | training, min |", "|---" * (len(columns) + 3) + "|"]
+    for row, runs in found.items():
+        minutes = np.mean([run["metrics"]["total_train_time"] for run in runs]) / 60
+        lines.append(f"| `{row}` | {len(runs)} | " + " | ".join(cell(runs, m) for m in columns) + f" | {minutes:.1f} |")
+    m = found[next(iter(found))][0]["metrics"]
+    lines += ["", f"± is the standard error over seeds. Model's own loss {m['ce_model']:.3f} nats, unigram {m['ce_unigram']:.3f}, mean ablation "
+              f"{m['ce_mean']:.3f}, zero ablation {m['ce_zero']:.3f}. Explained variance of the bigram lookup {m['bigram_explained_variance']:.3f}, "
+              f"of an untrained TopK {m['untrained_explained_variance']:.3f}."]
+    text = "\n".join(lines + tests(found)) + "\n"
+    suffix = "" if args.rows == ["variants"] else "_" + "_".join(re.sub("[^a-z0-9_]+", "-", row.lower()) for row in args.rows)
+    (ROOT / "bench" / "results" / f"table{suffix}.md").write_text(text)
     print(text)
 
 

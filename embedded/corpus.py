@@ -579,7 +579,7 @@ class Windows(NamedTuple):
     n_train: int            # windows from here on are held out
     names: list             # document -> its name
     domains: list           # document -> its domain
-    # [n - n_train, context_length, len(LABELS)] int8 class of each held-out token; -1 unknown (BOS, padding, not Python)
+    # [n - n_train, context_length, len(LABELS)] int8 classes of held-out tokens; -1 unknown (BOS, padding, not Python)
     labels: np.ndarray | None = None
 
     def valid(self, ids):

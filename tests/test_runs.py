@@ -13,7 +13,8 @@ import transformers
 from copies import PROJECT, TAIL, copy_template, edit, results, run, run_in_turn, start, substitute, write_text_data
 from safetensors.torch import load_file
 
-VARIANTS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka")
+IN_SAELENS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae")
+VARIANTS = (*IN_SAELENS, "temporal", "temporal_adaptation")
 TIMES = ("total_train_time", "avg_inference_tokens_per_second")         # results that speak of time
 
 
@@ -153,7 +154,7 @@ def reconstruct(weights, cfg, x):
     return z, z @ weights["W_dec"] + weights["b_dec"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", IN_SAELENS)
 def test_exported_weights_give_the_reported_figures(E, lab, variant):
     """From the files alone, on the language model's own activations, in float64."""
     folder, _ = lab.variant(variant)
@@ -257,6 +258,19 @@ def test_a_run_killed_twice_ends_with_the_same_numbers(E, lab, unbroken):
     assert {path.name for path in folder.iterdir()} & {"run_1.partial", "run_1.replaced"} == set()
     state = E.fingerprint(str(folder / "run_1"))
     assert not list((lab.cache / "runs").glob(f"{state}/*"))                     # nothing is left to resume
+
+
+def test_a_run_killed_in_its_last_stage_ends_with_the_same_numbers(E, lab):
+    """What earlier stages switched on is on again."""
+    constants, runs = dict(SAE_VARIANT="temporal", CHECKPOINT_SECONDS=0), []
+    for name in ("temporal_unbroken", "temporal_killed"):
+        folder = lab.copy(name, **constants)
+        if name == "temporal_killed":
+            steps = results(runs[0])["core"]["config"]["steps_done"]
+            kill_at_step(E, lab, folder, 0, sum(steps[:2]) + 2)
+        succeeded(run(folder, lab.cache))
+        runs.append(folder)
+    assert timeless(results(runs[0])) == timeless(results(runs[1]))
 
 
 def test_other_constants_after_a_kill_start_afresh(E, lab, unbroken):

@@ -78,7 +78,7 @@ def gradients(total, parameters):
 @pytest.mark.parametrize("form", ["dense", "pairs"])
 def test_dense_and_sparse_keep_values_and_gradients(E, form, width):
     g = torch.Generator().manual_seed(0)
-    z = torch.randn(2 * 9, 20, generator=g) * (torch.rand(2 * 9, 20, generator=g) < 0.06)
+    z = torch.randn(2 * 9, 20, generator=g) * (torch.rand(2 * 9, 20, generator=g) < 0.07)
     z[4] = 0.0                                          # a token without any
     z.requires_grad_()
     latents = E.Latents(z, z, None, (2, 9, 20))
@@ -121,7 +121,7 @@ def naive_trace(u, lam):
     return torch.stack(before, 1)
 
 
-@pytest.mark.parametrize("seq", [1, 2, 3, 17])
+@pytest.mark.parametrize("seq", [2, 3, 17])
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
 def test_trace_is_the_recursion(E, seq, layout):
     g = torch.Generator().manual_seed(seq)
@@ -150,6 +150,7 @@ def test_trace_by_hand(E):
     """A constant input of 8, lam 1/2: 0, 4, 6, 7, ...; the position itself never counts."""
     h = E.Trace.apply(torch.full((1, 5, 1), 8.0), torch.tensor([0.5]))
     assert h.flatten().tolist() == [0.0, 4.0, 6.0, 7.0, 7.5]
+    assert E.Trace.apply(torch.ones(2, 1, 1), torch.tensor([0.5])).tolist() == [[[0.0]], [[0.0]]]
 
 
 # ---- TemporalAdaptation ----
@@ -329,23 +330,19 @@ def test_scaled_variance_has_geometric_mean_1_over_the_live(E):
 @pytest.mark.parametrize("ablate", [(), ("trace",)])
 def test_variance_runs_in_training_and_is_frozen_in_evaluation(E, settings, ablate):
     settings(ABLATE=ablate)
-    sae = make(E, "temporal_adaptation")
-    batch = random_batch(E, rows=16)
+    sae, batch = adaptive(E), random_batch(E, rows=16)
     x = batch.x.flatten(0, 1)
     values = x if ablate else F.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc).detach()
-    before = sae.variance.clone()
-    sae.eval().encode(batch)
-    assert torch.equal(sae.variance, before)
-    lam = sae.decay().detach()
-    sae.train().encode(batch)
-    close(before - sae.variance, 0.01 * (before - values.var(0)), 1e-3)
-    for _ in range(1500):
-        with torch.no_grad():
-            sae.encode(batch)
-    close(sae.variance, values.var(0), 1e-3)
-    moved, state = sae.decay().detach(), copy.deepcopy(sae.eval().state_dict())
-    assert (moved - lam).abs().max() > 0.01
-    sae.encode(batch._replace(x=5 * batch.x))
+    variance, lam = sae.variance.clone(), sae.eval().decay().detach()
+    sae.encode(batch)
+    assert torch.equal(sae.variance, variance) and torch.equal(sae.decay(), lam)
+    for _ in range(3):
+        sae.train().encode(batch)
+        variance += 0.01 * (values.var(0) - variance)
+    close(sae.variance, variance, 1e-3)
+    assert not torch.equal(sae.decay(), lam)
+    moved, state = sae.eval().decay().detach(), copy.deepcopy(sae.state_dict())
+    sae.losses(batch, sae.encode(batch._replace(x=5 * batch.x)))
     assert torch.equal(sae.decay(), moved)
     assert all(torch.equal(v, state[n]) for n, v in sae.state_dict().items())
 
@@ -388,8 +385,8 @@ def test_without_trace_the_encoder_reads_rescaled_channels(E, settings):
     inputs = p["beta"] * batch.x / v ** p["T"] + torch.tanh(p["theta_raw"])
     wanted = ((inputs - p["b_dec"]) @ p["W_enc"] + p["b_enc"]).clamp_min(0) * mask[..., None]
     close(sae.encode(batch).dense().detach(), wanted.detach())
-    fresh = E.TemporalAdaptation(D_IN, D_SAE, K)
-    assert torch.equal(fresh.encoder_input(random_batch(E)), random_batch(E).x)      # it starts as the identity
+    fresh, standard = make(E, "temporal_adaptation"), make(E, "standard")
+    close(*(each.encode(batch).dense().detach() for each in (fresh, standard)), 1e-2)   # at first it changes nothing
 
 
 @pytest.mark.parametrize("theta, T", [(0.6, 0.8), (-0.4, 0.15)])
@@ -412,13 +409,12 @@ def test_planted_adaptation_is_found(E, theta, T):
             x[:, t] = 0.6 * x[:, t - 1] + 0.8 * x[:, t]
         batch = batch_of(E, x * spread.sqrt())
         batches.append((batch, adapted(p, v, batch.x, None, "u").float()))
-    with torch.no_grad():
-        for step in range(700):                                 # the running variance forgets where it began
-            sae.variance.lerp_(batches[step % 4][0].x.relu().flatten(0, 1).var(0), 0.01)
-    optimizer = torch.optim.Adam(own, lr=0.03)
-    for step in range(400):
+    with torch.no_grad():                                       # as after a while of training
+        sae.variance.copy_(torch.cat([batch.x.relu().flatten(0, 1) for batch, _ in batches]).var(0))
+    optimizer = torch.optim.Adam(own, lr=0.05)
+    for step in range(250):
         batch, wanted = batches[step % 4]
-        optimizer.param_groups[0]["lr"] = 0.03 * min(1.0, 2 * (1 - step / 400))
+        optimizer.param_groups[0]["lr"] = 0.05 * min(1.0, 2 * (1 - step / 250))
         loss = (sae.encode(batch).dense() - wanted).square().sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -429,40 +425,44 @@ def test_planted_adaptation_is_found(E, theta, T):
 
 
 # ---- Temporal ----
-def attending(E, seed=0):
-    """With the gate open and every parameter of the attention at a size that shows."""
+def attending(E, seed=0, everything=False):
+    """With open gates and every parameter of the attention at a size that shows; in evaluation, with a threshold
+    that all latents pass where `everything` is set: z = ReLU(pre)."""
     sae = make(E, "temporal", seed)
     sae.attends = True
+    g = torch.Generator().manual_seed(seed + 50)
     with torch.no_grad():
-        for name in ("W_q", "W_k"):
-            getattr(sae, name).mul_(4.0)
-        sae.gate.fill_(0.7)
+        sae.W_q.mul_(4.0)
+        sae.W_k.mul_(4.0)
+        sae.gate.copy_(torch.randn(sae.gate.shape, generator=g))
         if hasattr(sae, "P"):
             sae.P.mul_(5.0)
+    if everything:
+        sae.eval().threshold.fill_(-1e8)
     return sae
 
 
 def attended(E, sae, x, mask=None):
-    """The docstring's equation: loops over rows, positions, heads and places in the window, in float64."""
-    p, (rows, seq, d_in) = doubles(sae), x.shape
+    """Pre-activations by the docstring's equation: loops over rows, positions, heads and windows, in float64."""
+    p, (rows, seq, _) = doubles(sae), x.shape
     before, width = E.WINDOW - 1 if E.ATTENTION == "causal" else E.WINDOW // 2, E.HEAD_WIDTH
-    x, out = x.double(), []
+    x, pre = x.double(), torch.zeros(rows, seq, D_SAE, dtype=torch.float64)
     for row, t in itertools.product(range(rows), range(seq)):
-        heads = []
+        if mask is not None and not mask[row, t]:
+            continue
+        places = [s for s in range(t - before, t - before + E.WINDOW)
+                  if 0 <= s < seq and (mask is None or mask[row, s])]
+        here = (x[row, t] - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
         for head in range(E.HEADS):
-            part, scores, values = slice(head * width, (head + 1) * width), [], []
-            for place in range(E.WINDOW):
-                s = t - before + place
-                if not 0 <= s < seq or mask is not None and not mask[row, s]:
-                    continue
-                key = x[row, s] + (p["P"][place] if "P" in p else 0.0)
-                q, k = x[row, t] @ p["W_q"][:, part], key @ p["W_k"][:, part]
-                scores.append(q @ k / math.sqrt(width))
-                values.append(key @ p["W_v"][:, part])
-            heads.append((torch.stack(scores).softmax(0)[:, None] * torch.stack(values)).sum(0) if scores
-                         else torch.zeros(width, dtype=torch.float64))
-        out.append(x[row, t] + torch.tanh(p["gate"]) * torch.cat(heads) @ p["W_o"])
-    return torch.stack(out).view(rows, seq, d_in), p
+            part, scores = slice(head * width, (head + 1) * width), []
+            for s in places:
+                key = x[row, s] + (p["P"][s - t + before] if "P" in p else 0.0)
+                scores.append((x[row, t] @ p["W_q"][:, part]) @ (key @ p["W_k"][:, part]) / math.sqrt(width))
+            a = torch.stack(scores).softmax(0)
+            context = sum(a[i] * (x[row, s] - p["b_dec"]) for i, s in enumerate(places))
+            here = here + torch.tanh(p["gate"][head]) * (context @ p["W_enc"])
+        pre = pre.index_put((torch.tensor(row), torch.tensor(t)), here)
+    return pre, p
 
 
 KINDS_OF_ATTENTION = [dict(HEADS=1), dict(HEADS=2), dict(HEADS=2, HEAD_WIDTH=3, WINDOW=3), dict(WINDOW=1),
@@ -473,18 +473,19 @@ KINDS_OF_ATTENTION = [dict(HEADS=1), dict(HEADS=2), dict(HEADS=2, HEAD_WIDTH=3, 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("constants", KINDS_OF_ATTENTION, ids=str)
 def test_attention_is_its_equation(E, settings, constants, padded):
-    """What the encoder reads, and the gradients of all the attention's parameters."""
+    """Latents, and the gradients of all parameters."""
     settings(**{"HEAD_WIDTH": 4} | constants)
-    sae, mask = attending(E), padding() if padded else None
-    batch = random_batch(E, mask=mask)
-    keep = torch.ones(4, 9, dtype=torch.bool) if mask is None else mask
-    x = torch.where(keep[..., None], batch.x, 30.0)
-    got, (wanted, p) = sae.encoder_input(batch._replace(x=x)), attended(E, sae, x, mask)
-    close(got[keep].detach(), wanted[keep].detach())
-    assert (got[keep] - x[keep]).abs().max() > 0.1
-    weight = torch.randn(4, 9, D_IN, generator=torch.Generator().manual_seed(3)) * keep[..., None]
-    own = {n: q for n, q in sae.named_parameters() if n in ("W_q", "W_k", "W_v", "W_o", "gate", "P")}
-    assert len(own) == (5 if "ABLATE" in constants else 6)
+    sae, mask = attending(E, everything=True), padding(3) if padded else None
+    batch = random_batch(E, rows=3, mask=mask)
+    x = batch.x if mask is None else torch.where(mask[..., None], batch.x, 30.0)
+    pre, p = attended(E, sae, x, mask)
+    got, wanted = sae.encode(batch._replace(x=x)).dense(), pre.clamp_min(0)
+    close(got.detach(), wanted.detach())
+    plain = F.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    assert (got - plain)[wanted > 0].abs().max() > 0.1          # the attention shows
+    weight = torch.randn(3, 9, D_SAE, generator=torch.Generator().manual_seed(3))
+    own = {n: q for n, q in sae.named_parameters() if n != "W_dec"}
+    assert len(own) == 3 + (3 if "ABLATE" in constants else 4)
     grads = gradients((got * weight).sum(), own)
     for name, grad in gradients((wanted * weight).sum(), {n: p[n] for n in own}).items():
         close(grads[name], grad, 1e-4, what=f"gradient of {name}")
@@ -496,14 +497,13 @@ def test_attention_weights_sum_to_1_and_leave_the_outside_out(E, settings, atten
     settings(ATTENTION=attention, HEADS=2)
     sae, mask = attending(E), padding()
     x = torch.where(mask[..., None], random_batch(E).x, 30.0)
-    weights, values = sae.attention(batch_of(E, x, mask))
-    assert weights.shape == (4, 9, 2, 1, 5) and values.shape == (4, 9, 2, 32, 5)
+    weights = sae.attention(batch_of(E, x, mask))[0].view(4, 9, 2, 5)
     before, lengths = 4 if attention == "causal" else 2, mask.sum(1)
     for row in range(4):
         for t in range(lengths[row]):
             places = torch.arange(5) + t - before
             inside = (places >= 0) & (places < lengths[row])
-            w = weights[row, t, :, 0]
+            w = weights[row, t]
             assert torch.allclose(w.sum(-1), torch.ones(2), atol=1e-6)
             assert not w[:, ~inside].any() and (w[:, inside] > 0).all()
 
@@ -512,13 +512,13 @@ def test_attention_weights_sum_to_1_and_leave_the_outside_out(E, settings, atten
     (dict(), 4, 0), (dict(WINDOW=2), 1, 0), (dict(WINDOW=1), 0, 0), (dict(HEADS=2, WINDOW=3), 2, 0),
     (dict(ATTENTION="centred"), 2, 2), (dict(ATTENTION="centred", WINDOW=3, HEADS=2), 1, 1)])
 def test_attention_sees_its_window_alone(E, settings, constants, before, after):
-    """Gradients of the encoder's input at (row, t): nothing of other rows, of the future, or beyond the window."""
+    """Gradients of the latents at (row, t): nothing of other rows, of the future, or beyond the window."""
     settings(**constants)
-    sae, x = attending(E), random_batch(E, seq=12).x.requires_grad_()
+    sae, x = attending(E, everything=True), random_batch(E, seq=12).x.requires_grad_()
     for row, t in ((0, 0), (1, 2), (2, 7), (3, 11)):
-        inputs = sae.encoder_input(batch_of(E, x))
-        weight = torch.randn(D_IN, generator=torch.Generator().manual_seed(t))
-        reached = torch.autograd.grad(inputs[row, t] @ weight, x)[0].any(-1)
+        weight = torch.randn(D_SAE, generator=torch.Generator().manual_seed(t))
+        z = sae.encode(batch_of(E, x)).dense()
+        reached = torch.autograd.grad(z[row, t] @ weight, x)[0].any(-1)
         wanted = torch.zeros(4, 12, dtype=torch.bool)
         wanted[row, max(0, t - before):t + after + 1] = True
         assert torch.equal(reached, wanted)
@@ -526,27 +526,31 @@ def test_attention_sees_its_window_alone(E, settings, constants, before, after):
 
 def test_padding_does_not_reach_the_tokens_before_it(E, settings):
     settings(ATTENTION="centred")
-    sae, mask = attending(E), padding()
+    sae, mask = attending(E, everything=True), padding()
     batch = random_batch(E, mask=mask)
-    got = [sae.encoder_input(batch._replace(x=torch.where(mask[..., None], batch.x, rubbish)))[mask]
+    got = [sae.encode(batch._replace(x=torch.where(mask[..., None], batch.x, rubbish))).dense()
            for rubbish in (0.0, 30.0)]
-    assert torch.equal(*got)
+    assert torch.equal(*got) and not got[0][~mask].any()
 
 
 @pytest.mark.parametrize("constants", KINDS_OF_ATTENTION, ids=str)
-def test_the_gate_starts_shut(E, settings, constants):
+def test_gates_start_shut(E, settings, constants):
+    """Until a gate opens, the encoder computes what it computes without attention."""
     settings(**constants)
-    sae = make(E, "temporal")
-    assert sae.gate.item() == 0.0
-    sae.attends = True
+    sae = make(E, "temporal").eval()
+    sae.threshold.fill_(-1e8)
     for mask in (None, padding()):
         batch = random_batch(E, mask=mask)
-        assert torch.equal(sae.encoder_input(batch), batch.x)
+        sae.attends = False
+        wanted = sae.encode(batch).dense()
+        sae.attends = True
+        assert not sae.gate.any()
+        close(sae.encode(batch).dense().detach(), wanted.detach(), 1e-6)
 
 
 def test_the_second_stage_begins_with_the_function_that_the_first_one_learned(E):
-    """The same losses to the bit; then the gate opens, and everything behind it learns."""
-    sae, optimizers = make(E, "temporal"), []
+    """The same losses; then the gates open, and everything behind them learns."""
+    sae = make(E, "temporal")
     first, second, third = sae.curriculum
     sae.dead_after.fill_(100)
     sae.tokens_since_fired[:10] = 1000
@@ -554,17 +558,19 @@ def test_the_second_stage_begins_with_the_function_that_the_first_one_learned(E)
     for stage in (first, second):
         trial = copy.deepcopy(sae)
         optimizer = E.make_optimizer(trial, 1e-2)
+        torch.manual_seed(0)
         found.append(E.train_step(trial, optimizer, batch, stage, 0.0))
         trained.append((trial, optimizer))
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert trained[0][0].gate.item() == 0.0 and trained[1][0].gate.item() != 0.0
+    assert found[0].keys() == found[1].keys() and found[0]["auxk"] > 0
+    for name in found[0]:
+        assert found[1][name].item() == pytest.approx(found[0][name].item(), rel=1e-5), name
+    assert not trained[0][0].gate.any() and trained[1][0].gate.any()
     trial, optimizer = trained[1]
     start = copy.deepcopy(trial.state_dict())
     E.train_step(trial, optimizer, batch, second, 0.5)
-    for name in ("gate", "W_q", "W_k", "W_v", "W_o", "P"):
+    for name in ("gate", "W_q", "W_k", "P"):
         assert not torch.equal(trial.state_dict()[name], start[name]), name
-    assert "consistency" not in second.weights and third.weights["consistency"] > 0
+    assert not {"consistency", "contrastive"} & set(second.weights) and third.weights["consistency"] > 0
 
 
 def test_the_first_stage_computes_no_attention(E, monkeypatch):
@@ -587,24 +593,33 @@ def test_ablated_attention_leaves_batch_topk(E, settings):
     sae.attends = True
     assert {n for n, _ in sae.named_parameters()} == {n for n, _ in plain.named_parameters()}
     assert sae.parameters_of_interest() == {}
-    batch = random_batch(E)
-    assert sae.encoder_input(batch) is batch.x
+    batch = random_batch(E, mask=padding())
     assert torch.equal(sae.encode(batch).dense(), plain.encode(batch).dense())
 
 
 @pytest.mark.parametrize("ablate", [(), ("positions",)])
 def test_the_order_within_the_window_matters_by_positions_alone(E, settings, ablate):
     settings(ABLATE=ablate)
-    sae, batch = attending(E), random_batch(E, seq=5)
+    sae, batch = attending(E, everything=True), random_batch(E, seq=5)
     assert hasattr(sae, "P") != bool(ablate)
     other = batch._replace(x=batch.x[:, [2, 0, 3, 1, 4]])
-    change = (sae.encoder_input(batch)[:, 4] - sae.encoder_input(other)[:, 4]).abs().max()
-    assert change < 1e-6 if ablate else change > 1e-2
+    change = (sae.encode(batch).dense()[:, 4] - sae.encode(other).dense()[:, 4]).abs().max()
+    assert change < 1e-5 if ablate else change > 1e-2
 
 
 def test_latents_after_attention_are_as_sparse_as_without(E):
     sae = attending(E)
     assert sae.encode(random_batch(E)).dense().count_nonzero() == K * 4 * 9
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_gates_of_interest(E, settings, heads):
+    settings(HEADS=heads)
+    sae = attending(E)
+    gates = sae.gate.detach().tanh()
+    found = sae.parameters_of_interest()
+    assert found == {"gate_bound": pytest.approx(gates[:, :D_SAE // 5].mean().item()),
+                     "gate_free": pytest.approx(gates[:, D_SAE // 5:].mean().item())}
 
 
 # ---- Consistency ----
@@ -666,137 +681,117 @@ def test_nothing_active_is_no_division_by_zero(E):
 
 @pytest.mark.parametrize("fraction", [0.2, 0.5, 1.0])
 def test_temporal_binds_the_first_fifth(E, settings, fraction):
-    settings(CONSISTENT_FRACTION=fraction)
+    """Consistency, contrast (of unit codes) and a reconstruction by the bound latents alone."""
+    given = []
+
+    def contrastive(batch, z, span, *rest):
+        given.append((z, span))
+        return z.sum()
+    settings(CONSISTENT_FRACTION=fraction, CONTRAST_SPAN=3, contrastive=contrastive)
     sae, batch = make(E, "temporal"), random_batch(E, mask=padding())
-    latents = sae.encode(batch)
-    losses, wanted = sae.losses(batch, latents), E.consistency(batch, latents, round(fraction * D_SAE))
-    for name in wanted:
-        assert torch.equal(losses[name], wanted[name])
+    latents, n_high = sae.encode(batch), round(fraction * D_SAE)
+    losses, high = sae.losses(batch, latents), latents.dense()[..., :n_high]
+    for name, wanted in E.consistency(batch, latents, n_high).items():
+        close(losses[name].detach(), wanted.detach(), what=name)
+    (z, span), = given
+    assert span == 3 and z.shape == (4, 9, n_high)
+    close(z.detach(), (high / high.norm(dim=-1, keepdim=True).clamp_min(1e-9)).detach())
+    error = ((batch.x - high @ sae.W_dec[:n_high] - sae.b_dec).square().sum(-1) * batch.mask).sum() / batch.mask.sum()
+    assert losses["high"].item() == pytest.approx(error.item(), rel=1e-5)
+    assert set(losses) == {"reconstruction", "auxk", "consistency", "consistency_gap", "contrastive", "high"}
 
 
-# ---- TSAE ----
-def info_nce(z, docs, keep, earlier, cosines):
-    """Symmetric InfoNCE of all pairs (row, t) -> (row, earlier[row, t]), both of which count, by a double loop."""
-    z = F.normalize(z.double(), dim=-1) if cosines else z.double()
+# ---- Contrastive loss and TSAE ----
+def info_nce(z, docs, keep, earlier, far=math.inf):
+    """Symmetric InfoNCE of all pairs (row, t) -> (row, earlier[row, t]), both of which count, by a double loop;
+    against other documents, and what is more than `far` away in the same row."""
+    z = z.double()
     places = [(row, t, int(earlier[row, t])) for row in range(len(z)) for t in range(1, z.shape[1])
               if keep[row, t] and keep[row, earlier[row, t]]]
     loss = 0.0
     for i, (row, t, before) in enumerate(places):
         forward, backward, own = [], [], z[row, t] @ z[row, before]
         for j, (other, s, s_before) in enumerate(places):
-            if i == j or docs[other] != docs[row]:
+            if i == j or docs[other] != docs[row] or other == row and abs(s - t) > far:
                 forward.append(z[row, t] @ z[other, s_before])
                 backward.append(z[other, s] @ z[row, before])
         loss = loss - 2 * own + torch.stack(forward).logsumexp(0) + torch.stack(backward).logsumexp(0)
     return loss / len(places) / 2
 
 
-KEEPS = {"all": torch.ones(4, 9, dtype=torch.bool), "padded": padding(),
-         "positions": ((torch.arange(9) >= 3) & (torch.arange(9) < 8)).expand(4, 9)}    # as TRAIN_POSITIONS makes it
+def drawn_places(seed, rows, seq, span):
+    """The earlier positions that this seed draws: [rows, seq], the first column unused."""
+    torch.manual_seed(seed)
+    t = torch.arange(1, seq)
+    return F.pad(t - 1 - (torch.rand(rows, seq - 1) * t.clamp_max(span)).long(), (1, 0))
+
+
+KEEPS = {"all": torch.ones(3, 7, dtype=torch.bool), "padded": torch.arange(7) < torch.tensor([7, 3, 5])[:, None],
+         "positions": ((torch.arange(7) >= 2) & (torch.arange(7) < 6)).expand(3, 7)}    # as TRAIN_POSITIONS makes it
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("docs", [[0, 1, 2, 3], [5, 5, 2, 5], [0, 1, 0, 1]], ids=str)
-@pytest.mark.parametrize("reading", ["paper", "code"])
-def test_contrastive_loss_against_a_double_loop(E, settings, reading, docs, keep):
-    settings(TSAE_READING=reading)
+@pytest.mark.parametrize("docs", [[0, 1, 2], [5, 2, 5]], ids=str)
+@pytest.mark.parametrize("span", [1, 3, 7])
+def test_contrastive_loss_against_a_double_loop(E, span, docs, keep):
+    """Random earlier positions at most `span` back; padding counts in no place, whatever stands there."""
     g, keep = torch.Generator().manual_seed(0), KEEPS[keep]
-    z = torch.rand(4, 9, 6, generator=g) * (torch.rand(4, 9, 6, generator=g) < 0.5)
-    z = torch.where(keep[..., None], z, torch.rand(4, 9, 6, generator=g)).requires_grad_()   # rubbish at padding
-    earlier = torch.arange(-1, 8).expand(4, 9).clone()
-    torch.manual_seed(7)
-    if reading == "code":
-        earlier[:, 1:] = (torch.rand(4, 8) * torch.arange(1, 9)).long()
-        assert (earlier[:, 1:] < torch.arange(1, 9)).all() and (earlier[:, 1:] < torch.arange(8)).any()
-    torch.manual_seed(7)
-    batch = random_batch(E, mask=None if keep.all() else keep, doc_ids=docs)
-    got, wanted = make(E, "tsae").contrastive, info_nce(z, docs, keep, earlier, reading == "paper")
-    torch.manual_seed(7)
-    got = got(batch, z)
+    z = torch.rand(3, 7, 6, generator=g) * (torch.rand(3, 7, 6, generator=g) < 0.5)
+    z = torch.where(keep[..., None], z, torch.rand(3, 7, 6, generator=g)).requires_grad_()   # rubbish at padding
+    earlier = drawn_places(11, 3, 7, span)
+    assert (earlier[:, 1:] >= torch.arange(1, 7) - span).all() and (earlier[:, 1:] < torch.arange(1, 7)).all()
+    batch = random_batch(E, rows=3, seq=7, mask=None if keep.all() else keep, doc_ids=docs)
+    wanted = info_nce(z, docs, keep, earlier)
+    assert wanted > 0.1
+    torch.manual_seed(11)
+    got = E.contrastive(batch, z, span)
     assert got.item() == pytest.approx(wanted.item(), rel=1e-4)
     close(*(torch.autograd.grad(loss, z)[0] for loss in (got, wanted)), 1e-4)
 
 
-@pytest.mark.parametrize("reading", ["paper", "code"])
-def test_windows_of_one_document_are_no_negatives(E, settings, reading):
-    settings(TSAE_READING=reading)
-    sae, z = make(E, "tsae"), torch.rand(4, 9, 6, generator=torch.Generator().manual_seed(0))
-    assert sae.contrastive(random_batch(E, doc_ids=[2, 2, 2, 2]), z).item() == pytest.approx(0, abs=1e-6)
-    assert sae.contrastive(random_batch(E), z).item() > 0.5
+@pytest.mark.parametrize("keep", ["all", "padded"])
+@pytest.mark.parametrize("span, far", [(1, 2), (3, 3), (2, 6)])
+def test_far_positions_of_the_same_window_are_negatives_where_asked(E, span, far, keep):
+    z, keep = torch.rand(3, 7, 6, generator=torch.Generator().manual_seed(0)), KEEPS[keep]
+    for docs in ([0, 1, 2], [5, 5, 5]):             # never other windows of the document
+        wanted = info_nce(z, docs, keep, drawn_places(7, 3, 7, span), far)
+        batch = random_batch(E, rows=3, seq=7, mask=None if keep.all() else keep, doc_ids=docs)
+        torch.manual_seed(7)
+        assert E.contrastive(batch, z, span, far).item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("span", [1, 9])
+def test_windows_of_one_document_are_no_negatives(E, span):
+    z = torch.rand(4, 9, 6, generator=torch.Generator().manual_seed(0))
+    assert E.contrastive(random_batch(E, doc_ids=[2, 2, 2, 2]), z, span).item() == pytest.approx(0, abs=1e-6)
+    assert E.contrastive(random_batch(E), z, span).item() > 0.5
 
 
 def test_contrastive_loss_by_hand(E):
     """Two documents with a code each: cosines 1 within, 0 across, three anchors each."""
-    z = torch.tensor([[1.0, 0.0], [0.0, 3.0]])[:, None].expand(2, 4, 2)
-    got = make(E, "tsae").contrastive(random_batch(E, rows=2, seq=4), z).item()
+    z = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[:, None].expand(2, 4, 2)
+    got = E.contrastive(random_batch(E, rows=2, seq=4), z, 1).item()
     assert got == pytest.approx(math.log((math.e + 3) / math.e), rel=1e-5)
 
 
-def test_earlier_positions_are_drawn_evenly(E, settings):
-    """Reading "code": the code of a position is its unit vector; the positives' places show in the gradient."""
-    settings(TSAE_READING="code")
-    sae, counts = make(E, "tsae"), torch.zeros(6)
-    for seed in range(300):
-        torch.manual_seed(seed)
-        z = torch.eye(6)[None].clone().requires_grad_()
-        sae.contrastive(random_batch(E, rows=1, seq=6), z)
-        torch.manual_seed(seed)
-        counts += torch.bincount((torch.rand(1, 5) * torch.arange(1, 6)).long()[0], minlength=6)
-    wanted = 300 * torch.tensor([sum(1 / t for t in range(s + 1, 6)) for s in range(6)])
-    assert (counts - wanted).abs().max() < 4 * 300 ** 0.5
-
-
-def test_tsae_losses_are_named_and_made_of_the_first_fifth(E):
-    sae, batch = make(E, "tsae"), random_batch(E, mask=padding())
+@pytest.mark.parametrize("reading", ["paper", "code"])
+def test_tsae_losses(E, settings, reading):
+    """Errors of the first fifth and of all; the contrast of the first fifth, in the two readings."""
+    settings(TSAE_READING=reading)
+    sae, batch = make(E, "tsae"), random_batch(E, mask=padding(), doc_ids=[0, 1, 1, 2])
     latents = sae.encode(batch)
+    earlier = drawn_places(7, 4, 9, 1 if reading == "paper" else 9)
+    torch.manual_seed(7)
     losses = sae.losses(batch, latents)
     assert set(losses) == {"reconstruction", "auxk", "contrastive", "consistency", "consistency_gap"}
     z = latents.dense()
     high = z[..., :D_SAE // 5]
-    close(losses["contrastive"].detach(), sae.contrastive(batch, high).detach())
+    code = F.normalize(high, dim=-1) if reading == "paper" else high
+    assert losses["contrastive"].item() == pytest.approx(info_nce(code, [0, 1, 1, 2], batch.mask, earlier).item(), rel=1e-4)
     errors = [((batch.x - z[..., :n] @ sae.W_dec[:n] - sae.b_dec).square().sum(-1) * batch.mask).sum() / batch.mask.sum()
               for n in (D_SAE // 5, D_SAE)]
     weight = sae.curriculum[0].weights["reconstruction"]
     assert (weight * losses["reconstruction"]).item() == pytest.approx(sum(errors).item(), rel=1e-5)
-
-
-# ---- Hysteresis ----
-def test_hysteresis_trains_as_batch_topk(E):
-    sae, plain, batch = make(E, "hysteresis"), make(E, "batch_topk"), random_batch(E, mask=padding())
-    assert torch.equal(sae.encode(batch).dense(), plain.encode(batch).dense())
-    assert sae.threshold == plain.threshold > 0
-
-
-@pytest.mark.parametrize("form", ["pairs", "dense"])
-@pytest.mark.parametrize("bonus", [0.1, 0.5, 1.0])
-def test_hysteresis_in_evaluation_against_a_loop(E, settings, bonus, form):
-    settings(HYSTERESIS=bonus, MAX_DENSITY=1.0 if form == "pairs" else -1.0)
-    sae, mask = make(E, "hysteresis").eval(), padding()
-    sae.threshold.fill_(0.2)
-    batch = random_batch(E, mask=mask)
-    latents, p = sae.encode(batch), doubles(sae)
-    assert (latents.pairs is not None) == (form == "pairs")
-    pre, wanted, helped = (batch.x.double() - p["b_dec"]) @ p["W_enc"] + p["b_enc"], torch.zeros(4, 9, D_SAE), 0
-    for row, t, i in itertools.product(range(4), range(9), range(D_SAE)):
-        level = pre[row, t, i].item()
-        lifted = level + (bonus * 0.2 if t and wanted[row, t - 1, i] > 0 else 0.0)
-        if mask[row, t] and lifted > 0.2:
-            wanted[row, t, i] = max(level, 0.0)
-            helped += 0 < level <= 0.2
-    close(latents.dense().detach(), wanted)
-    assert helped > 3
-
-
-def test_hysteresis_of_nothing_is_batch_topk(E, settings):
-    settings(HYSTERESIS=1e-7)
-    sae, plain, batch = make(E, "hysteresis").eval(), make(E, "batch_topk").eval(), random_batch(E, mask=padding())
-    sae.threshold.fill_(0.2)
-    plain.threshold.fill_(0.2)
-    z, wanted = sae.encode(batch).dense(), plain.encode(batch).dense()
-    assert torch.equal(z != 0, wanted != 0) and wanted.any()
-    close(z.detach(), wanted.detach(), 1e-6)
-    settings(HYSTERESIS=0.5)
-    assert sae.encode(batch).dense().count_nonzero() > wanted.count_nonzero()
 
 
 # ---- Training on some positions ----
@@ -812,7 +807,7 @@ def test_only_positions(E, settings):
     assert both.mask.sum(1).tolist() == [3, 2, 3, 0] and E.n_tokens(both) == 8
 
 
-@pytest.mark.parametrize("name", ["temporal", "temporal_adaptation", "tsae", "hysteresis", "standard"])
+@pytest.mark.parametrize("name", ["temporal", "temporal_adaptation", "tsae", "standard"])
 def test_other_positions_have_no_say_in_training(E, settings, name):
     """Losses and gradients are the same whatever stands at the positions left out."""
     settings(TRAIN_POSITIONS=(3, 7))
@@ -884,15 +879,14 @@ def test_the_null_is_the_mean_over_all_permutations(E, settings):
 def test_every_draw_is_a_stability_of_permuted_positions(E, settings):
     """One permutation a window, the same for all of its latents."""
     settings(STABILITY_LAGS=(1, 1))
-    active = np.array([[1, 1, 0, 0], [0, 0, 1, 1]], np.float32).T[None]         # each the other's mirror: as stable
-    active = np.concatenate([active, active])
+    active = np.array([1, 1, 0, 0], np.float32)[None, :, None].repeat(2, 0).repeat(3, 2)
     possible = {round(float(by_hand(active[:1], 0.5, (1, 1), list(order))[0, 0]), 4)
                 for order in itertools.permutations(range(4))}
     torch.manual_seed(0)
-    _, draws = E.stability(torch.from_numpy(active), torch.full((2,), 0.5), 50)
+    _, draws = E.stability(torch.from_numpy(active), torch.full((3,), 0.5), 50)
     means = {round((a + b) / 2, 4) for a in possible for b in possible}
-    assert torch.equal(draws[:, 0], draws[:, 1]) and len(draws[:, 0].unique()) > 2
-    assert {round(value, 4) for value in draws[:, 0].tolist()} <= means
+    assert torch.equal(draws[:, 0], draws[:, 1]) and torch.equal(draws[:, 0], draws[:, 2])
+    assert {round(value, 4) for value in draws[:, 0].tolist()} == means         # the two windows apart
 
 
 RATES = ([0.02, 0.05, 0.2, 0.05], [0.08, 0.1, 0.3, 0.95])       # the last has no memory
@@ -906,9 +900,9 @@ def test_stability_of_planted_chains(E, dtype):
     active = torch.from_numpy(state).to(dtype)
     rate = active.float().mean((0, 1))
     torch.manual_seed(0)
-    got, draws = E.stability(active, rate, 20)
-    assert got.shape == (800, 4) and draws.shape == (20, 4)
-    permuted = np.take_along_axis(state, rng.random((20, 800, 100, 1)).argsort(2)[3], 1).astype(np.float32)
+    got, draws = E.stability(active, rate, 4)
+    assert got.shape == (800, 4) and draws.shape == (4, 4)
+    permuted = np.take_along_axis(state, rng.random((800, 100, 1)).argsort(1), 1).astype(np.float32)
     a, p = state.astype(np.float32), rate.numpy()
 
     def r(values):          # mean autocorrelation over the lags
@@ -920,7 +914,7 @@ def test_stability_of_planted_chains(E, dtype):
         wanted = expected_stability(lambda lag: rho ** lag.astype(float), 100, (5, 16))
         assert mean[i] == pytest.approx(wanted, abs=0.02), rho
     assert mean == pytest.approx(r(a) - r(permuted), abs=0.02)
-    assert mean[0] > 0.2 and abs(mean[3]) < 0.005
+    assert mean[0] > 0.15 and abs(mean[3]) < 0.005
     assert draws.mean(0).abs().max() < 0.005            # the draws are centred on the exact mean
 
 
@@ -946,7 +940,7 @@ def test_slow_latents_keep_their_stability_when_windows_are_turned(E):
              for a in (active, turned)]
     assert wanted > 0.4
     assert found[0] == pytest.approx(wanted, abs=0.05)
-    assert found[1] == pytest.approx(found[0], abs=0.05)
+    assert (found[1] < found[0]).all() and (found[1] > 0.8 * found[0]).all()    # lost is what lies across the seam
 
 
 # ---- What tokens alone explain ----
@@ -1028,23 +1022,23 @@ def test_smoothness_is_that_of_each_window_and_free_of_scale(E):
 def test_token_classes(E, make_store):
     tokens = np.array([[0, 1, 1], [0, 7, 7], [0, 7, 2], [0, 2, 7], [0, 5, 7]])
     store = make_store(torch.randn(5, 3, 2), 1, tokens)
-    assert E.token_classes(store)[[0, 1, 2, 5, 7]].tolist() == [0] * 5         # the most frequent token
-    of_token = dict(zip(tokens[1:, 1:].ravel().tolist(), E.token_classes(store).tolist()))
+    assert E.corpus.token_classes(store.windows)[[0, 1, 2, 5, 7]].tolist() == [0] * 5         # the most frequent token
+    of_token = dict(zip(tokens[1:, 1:].ravel().tolist(), E.corpus.token_classes(store.windows).tolist()))
     assert of_token[7] == 0 and of_token[2] == 1 and len(set(of_token.values())) == 3
     labels = np.zeros((4, 3, 2), np.int8) - 1
     labels[:, 1] = [[0, 1], [0, 2], [0, 1], [1, 1]]
     store.windows = store.windows._replace(labels=labels)
-    a, b, c, d = E.token_classes(store).reshape(4, 2)[:, 0].tolist()
+    a, b, c, d = E.corpus.token_classes(store.windows).reshape(4, 2)[:, 0].tolist()
     assert a == c and len({a, b, d}) == 3
     store.windows = store.windows._replace(labels=np.full((4, 3, 2), -1, np.int8))
-    assert E.token_classes(store)[0] == 0               # nothing known: by token
+    assert E.corpus.token_classes(store.windows)[0] == 0               # nothing known: by token
 
 
 def test_token_classes_beyond_the_255_most_frequent(E, make_store):
     tokens = np.concatenate([np.arange(400), np.arange(254), np.arange(253), np.full(93, 399)]).reshape(10, 100)
     windows = np.concatenate([np.zeros((10, 1), int), tokens], 1)
     store = make_store(torch.randn(11, 101, 1), 1, np.concatenate([windows[:1], windows]))
-    classes = E.token_classes(store)
+    classes = E.corpus.token_classes(store.windows)
     of_token = dict(zip(tokens.ravel().tolist(), classes.tolist()))
     assert of_token[399] == 0 and {of_token[i] for i in range(254)} == set(range(1, 255))
     assert {of_token[i] for i in range(254, 399)} == {255}
@@ -1086,24 +1080,17 @@ def test_coherence_is_the_share_of_stable_roles(E, settings, swapped):
 
 
 def test_coherence_compares_latents_of_like_rate(E, settings):
-    """Two latents of each role: told apart only where the rates put them into different groups."""
+    """From 64 on, ten latents fire mostly on what another one fires on early: told apart where that one, by its
+    rate, is in another group."""
     settings(CONTEXT_LENGTH=128)
-    plan = Roles()
-    firings = [plan.firings(plan.roles[i % 10], plan.roles[i % 10]) for i in range(20)]
-    assert plan.coherence(E, firings, np.arange(20), group=10) == pytest.approx(1.0, abs=0.01)
-    roles = [plan.roles[i // 2] for i in range(10)] * 2
-    mixed = [plan.firings(role, role) for role in roles]
-    counts = []
-
-    def spied(a, b, metric, cdist=E.cdist):
-        counts.append(len(b))
-        return cdist(a, b, metric)
-    E_cdist, E.cdist = E.cdist, spied
-    try:
-        plan.coherence(E, mixed, np.arange(20), group=10)
-    finally:
-        E.cdist = E_cdist
-    assert counts == [10, 10, 10, 10]                   # later and same block, of two groups
+    plan, firings = Roles(), []
+    pairs = [([4 * i, 4 * i + 1], [4 * i + 2, 4 * i + 3]) for i in range(10)]
+    firings += [plan.firings(own, own[:1] + other) for own, other in pairs]
+    firings += [plan.firings(other, other) for own, other in pairs]
+    near = [2 * i for i in range(10)] + [2 * i + 1 for i in range(10)]
+    assert plan.coherence(E, firings, np.arange(20), group=10) > 0.9
+    assert plan.coherence(E, firings, near, group=10) == pytest.approx(0.5, abs=0.1)
+    assert plan.coherence(E, firings, np.arange(20), group=20) == pytest.approx(0.5, abs=0.1)
 
 
 def test_coherence_of_too_few_latents_is_none(E, settings):
@@ -1286,7 +1273,11 @@ def text(E, make_store, monkeypatch):
         x[torch.from_numpy(hidden)] = 0.0
         doc_ids = np.concatenate([np.arange(12), 12 + np.arange(n) // 2])
         return make_store(x, 12, tokens, lengths, doc_ids, name)
-    monkeypatch.setattr(E, "controls", lambda run: {"variance_by_position": E.variance_by_position(run.store)[0]})
+
+    def controls(run):
+        return {"variance_by_position": E.variance_by_position(run.store)[0]}
+    monkeypatch.setattr(E, "controls", controls)
+    monkeypatch.setattr(E, "STABILITY_LAGS", (2, 4))            # within windows of 39 positions
     decode = SimpleNamespace(batch_decode=lambda tokens: [f"<{int(t[0])}>" for t in tokens])
     monkeypatch.setattr(E, "load_tokenizer", lambda: decode)
     return build
@@ -1297,8 +1288,9 @@ def dictionary(E, name="topk", d_sae=64):
     sae = E.SAE_VARIANTS[name](16, d_sae, 6).eval()
     if hasattr(sae, "threshold"):
         sae.threshold.fill_(0.4)
-    if name not in ("topk", "tsae", "temporal", "hysteresis"):
+    if name in ("standard", "temporal_adaptation"):
         sae.b_enc.data.fill_(-0.3)
+    sae.b_enc.data[5:9] = -10.0                         # four latents are dead
     return sae
 
 
@@ -1316,8 +1308,8 @@ CURVES = {"autocorrelation", "stability_null", "stability_by_rate_decile", "simi
 
 
 @pytest.mark.parametrize("name, ablate, own, drawn", [
-    ("topk", (), set(), set()), ("standard", (), set(), set()), ("hysteresis", (), set(), set()),
-    ("temporal", (), {"gate_sensitivity"}, set()), ("temporal", ("attention",), set(), set()), ("tsae", (), set(), set()),
+    ("topk", (), set(), set()), ("standard", (), set(), set()),
+    ("temporal", (), set(), set()), ("temporal", ("attention",), set(), set()), ("tsae", (), set(), set()),
     ("temporal_adaptation", (), {f"{n}_sensitivity" for n in ("beta", "theta_raw", "T")},
      {"variance", "scaled_variance", "decay"}),
     ("temporal_adaptation", ("sharing",), {"T_sensitivity"}, {"variance", "scaled_variance", "decay"}),
@@ -1332,10 +1324,10 @@ def test_eval_temporal_end_to_end(E, settings, text, name, ablate, own, drawn):
         sae.attends = True
     result = E.eval_temporal(run_of(E, store, sae))
     assert METRICS | own <= set(result.metrics) and CURVES | drawn <= set(result.curves)
-    assert all(type(value) is float and math.isfinite(value) for value in result.metrics.values())
+    assert all(math.isfinite(float(value)) for value in result.metrics.values())
     assert is_plain(result.curves) and is_plain(result.per_sequence)
-    json.dumps(result._asdict(), allow_nan=False)
-    n = len(E.sample_windows(store))
+    json.dumps(result[1:], allow_nan=False)
+    n = len(store.windows.sample())
     assert n == 20 and {k: len(v) for k, v in result.per_sequence.items()} == {"stability": n, "smoothness": n}
     m, c = result.metrics, result.curves
     assert m["stability"] > 0.03 and m["stability"] > m["stability_null_95"]            # half of the directions are slow
@@ -1372,7 +1364,8 @@ def statistics(E, store, sae, full):
     codes, _ = E.encode_heldout(run)
     alive = np.flatnonzero(E.live_latents(codes, run)[0])
     spans = [np.flatnonzero(codes.latent == i) for i in alive]
-    return run, codes, alive, spans, E.latent_statistics(run, codes, full, alive, spans)
+    with torch.no_grad():
+        return run, codes, alive, spans, E.latent_statistics(run, codes, full, alive, spans)
 
 
 def test_latent_statistics_against_loops(E, settings, text):
@@ -1384,19 +1377,18 @@ def test_latent_statistics_against_loops(E, settings, text):
     full = E.full_windows(store)
     assert full.tolist() == [i for i in range(40) if i not in (2, 3, 18)]
     run, codes, alive, spans, (observed, null, token, r, rate, energy, scaled, raw) = statistics(E, store, sae, full)
-    assert 20 < len(alive) < 64
+    assert len(alive) == 60
     batch = store.batch(full + 12)
     z = sae.encode(batch).dense().detach()[..., torch.from_numpy(alive)]
-    close(E.dense_codes(codes, full, alive, run), z, 1e-5)
     a = (z > 0).float()
     p = a.mean((0, 1))
     assert rate == pytest.approx(p.numpy(), rel=1e-5)
     assert energy == pytest.approx(z.square().mean((0, 1)).numpy(), rel=1e-5)
-    assert observed == pytest.approx(by_hand(a.numpy(), p.numpy(), (5, 16)).T, abs=2e-3)
+    assert observed == pytest.approx(by_hand(a.numpy(), p.numpy(), (2, 4)).T, abs=2e-3)
     assert null.shape == (len(alive), 3) and observed.shape == (len(alive), len(full))
     fold = torch.from_numpy(store.windows.doc_ids[full + 12] % 2 == 0)
     given = E.fire_given_token(a, batch.tokens, fold, p)
-    assert token == pytest.approx(by_hand(given.numpy(), p.numpy(), (5, 16)).mean(0), abs=2e-3)
+    assert token == pytest.approx(by_hand(given.numpy(), p.numpy(), (2, 4)).mean(0), abs=2e-3)
     for lag in (1, 5, 32):
         wanted = ((a[:, :-lag] * a[:, lag:]).mean((0, 1)) - p ** 2) / (p * (1 - p))
         assert r[:, lag - 1] == pytest.approx(wanted.numpy(), abs=1e-4)
@@ -1409,7 +1401,7 @@ def test_latent_statistics_against_loops(E, settings, text):
 def test_smoothness_divides_by_the_exact_number_of_present_latents(E, settings, text):
     """Hundreds of latents in a window: more than eight bits can count."""
     settings(NULL_DRAWS=1)
-    store, sae = text(n=8), dictionary(E, "standard", 900)
+    store, sae = text(n=8), dictionary(E, "standard", 700)
     full = E.full_windows(store)
     _, _, alive, _, found = statistics(E, store, sae, full)
     batch = store.batch(full + 12)
@@ -1428,7 +1420,7 @@ def test_a_padded_window_is_left_out(E, settings, text):
     result = E.eval_temporal(run_of(E, store, sae))
     assert result.per_sequence["stability"][0] is None and result.per_sequence["smoothness"][0] is None
     assert all(value is not None for values in result.per_sequence.values() for value in values[1:])
-    json.dumps(result._asdict(), allow_nan=False)
+    json.dumps(result[1:], allow_nan=False)
     full = E.full_windows(store)
     *_, (_, _, _, _, _, energy, scaled, _) = statistics(E, store, sae, full)
     assert full.tolist() == list(range(3, 40)) and len(scaled) == 37
@@ -1457,6 +1449,13 @@ def test_no_full_window_is_an_error(E, settings, text):
     lengths[[0, 20]] = CONTEXT                          # one is not enough, nor do training windows help
     with pytest.raises(E.RunnerError, match="CONTEXT_LENGTH = 40"):
         E.full_windows(text("one", lengths))
+
+
+def test_a_dictionary_without_live_latents_is_an_error(E, text):
+    sae = dictionary(E)
+    sae.b_enc.data -= 100.0
+    with pytest.raises(E.RunnerError, match="live"):
+        E.eval_temporal(run_of(E, text(), sae))
 
 
 def test_slow_and_scrambled_activations_are_told_apart(E, settings, text):
