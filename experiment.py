@@ -2,10 +2,9 @@
 
     python experiment.py --out_dir=run_1
 
-There is no other argument: everything that varies is a constant below. Results: final_info.json in
-that folder, and the SAE beside it. A preflight first passes the chosen variant through every stage
-and evaluation on tiny batches. The run ends within TIME_BUDGET_MINUTES; killed and started again,
-it carries on.
+Everything else that varies is a constant below. Results: final_info.json in that folder, and the
+SAE beside it. A preflight first passes the variant through every stage and evaluation on tiny
+batches. The run ends within TIME_BUDGET_MINUTES; killed and started again, it carries on.
 
 To add a variant: (A) copy a small class from "Variants", state its equation in the docstring and
 override what differs: `encode` (or `select`, `activate`), `decode`, `losses`, `curriculum`;
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")    # spinning threads cost 4x on a busy machine
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # spinning threads cost 4x on a busy machine
 import numpy as np
 import scipy.stats
 import torch
@@ -112,33 +111,38 @@ class RunnerError(Exception):
 
 class Batch(NamedTuple):
     """What flows into a variant. A row is a window of one document without its first token, BOS."""
-    x: torch.Tensor             # [batch, seq, d_in] activations, centred, mean squared norm 1
-    tokens: torch.Tensor        # [batch, seq] token ids
-    doc_ids: torch.Tensor       # [batch] document of each window
-    positions: torch.Tensor     # [seq] position in the window, from 1
-    mask: torch.Tensor | None   # [batch, seq] False at padding; None where there is none
+    x: torch.Tensor  # [batch, seq, d_in] activations, centred, mean squared norm 1
+    tokens: torch.Tensor  # [batch, seq] token ids
+    doc_ids: torch.Tensor  # [batch] document of each window
+    positions: torch.Tensor  # [seq] position in the window, from 1
+    mask: torch.Tensor | None  # [batch, seq] False at padding; None where there is none
 
 
 # ---- Sparse latents: arithmetic at the active (token, latent) pairs, equal to the dense form ----
-NEVER = -1e9                    # the pre-activation at padding: no latent fires there
-MAX_DENSITY = 0.08              # above this share of active pairs the dense form is faster
+NEVER = -1e9  # the pre-activation at padding: no latent fires there
+MAX_DENSITY = 0.08  # above this share of active pairs the dense form is faster
 BF16_UNITS = DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def first_places(ids, n):
+    """Where each of 0 ... n - 1 begins among the sorted ids: [n]."""
+    counts = torch.bincount(ids, minlength=n)
+    return counts.cumsum(0) - counts
 
 
 class Pairs:
     """The (token, latent) pairs where latents may be non-zero, in the order of tokens."""
 
     def __init__(self, ids, starts, pre_acts=None):
-        self.ids = ids              # [n_pairs] latent of each pair
-        self.starts = starts        # [n_tokens] index of each token's first pair
-        self.pre_acts = pre_acts    # [n_pairs] pre-activations, where the selection computed them
+        self.ids = ids  # [n_pairs] latent of each pair
+        self.starts = starts  # [n_tokens] index of each token's first pair
+        self.pre_acts = pre_acts  # [n_pairs] pre-activations, where the selection computed them
 
     @classmethod
-    def from_flat(cls, flat, pre_acts):     # ascending indices into pre_acts [n_tokens, d_sae]
+    def from_flat(cls, flat, pre_acts):  # ascending indices into pre_acts [n_tokens, d_sae]
         n, d_sae = pre_acts.shape
-        rows = torch.div(flat, d_sae, rounding_mode="floor")
-        counts = torch.bincount(rows, minlength=n)
-        pairs = cls(flat - rows * d_sae, counts.cumsum(0) - counts, pre_acts.flatten()[flat])
+        rows = flat // d_sae
+        pairs = cls(flat - rows * d_sae, first_places(rows, n), pre_acts.flatten()[flat])
         pairs.rows = rows
         return pairs
 
@@ -148,28 +152,25 @@ class Pairs:
         return cls(ids.flatten(), starts, None if pre_acts is None else pre_acts.flatten())
 
     @functools.cached_property
-    def rows(self):                         # [n_pairs] token of each pair
+    def rows(self):  # [n_pairs] token of each pair
         ends = torch.cat([self.starts[1:], self.starts.new_tensor([len(self.ids)])])
         tokens = torch.arange(len(self.starts), device=self.ids.device)
         return tokens.repeat_interleave(ends - self.starts)
 
-    def by_latent(self, d_sae):
-        """The transposed pattern: order of pairs, their tokens in it, each latent's first pair."""
-        if not hasattr(self, "_by_latent"):
-            order = self.ids.argsort(stable=True)
-            counts = torch.bincount(self.ids, minlength=d_sae)
-            self._by_latent = order, self.rows[order], counts.cumsum(0) - counts
-        return self._by_latent
+    @functools.cached_property
+    def by_latent(self):  # the order of pairs by latent, their tokens in it
+        order = self.ids.argsort(stable=True)
+        return order, self.rows[order]
 
-    def dots(self, a, b):                   # [n_tokens, d], [d_sae, d] -> [n_pairs]
+    def dots(self, a, b):  # [n_tokens, d], [d_sae, d] -> [n_pairs]
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             a, b, self.ids, self.starts, self.rows, 0)
 
-    def sums(self, values, b):              # value * b[latent] over a token's pairs: [n_tokens, d]
+    def sums(self, values, b):  # value * b[latent] over a token's pairs: [n_tokens, d]
         return F.embedding_bag(self.ids, b, self.starts, mode="sum", per_sample_weights=values)
 
-    def sums_by_latent(self, values, a, d_sae):     # value * a[token] over a latent's: [d_sae, d]
-        order, rows, starts = self.by_latent(d_sae)
+    def sums_by_latent(self, values, a, d_sae):  # value * a[token] over a latent's: [d_sae, d]
+        (order, rows), starts = self.by_latent, first_places(self.ids, d_sae)
         return F.embedding_bag(rows, a, starts, mode="sum", per_sample_weights=values[order])
 
 
@@ -181,7 +182,7 @@ class PairEncode(torch.autograd.Function):
         centred = x - b_dec
         ctx.save_for_backward(centred, W_enc)
         ctx.pairs = pairs
-        values, pairs.pre_acts = pairs.pre_acts, None       # kept there, it would close a cycle
+        values, pairs.pre_acts = pairs.pre_acts, None  # kept there, it would close a cycle
         return values if values is not None else pairs.dots(centred, W_enc.t()) + b_enc[pairs.ids]
 
     @staticmethod
@@ -212,29 +213,29 @@ class PairDecode(torch.autograd.Function):
 
 class Latents(NamedTuple):
     """Latents z of a batch, at pairs or, where `pairs` is None, dense; a token is a row."""
-    values: torch.Tensor            # [n_pairs], or [n_tokens, d_sae] where dense
-    pre_acts: torch.Tensor          # of the same shape: what the values were made from
+    values: torch.Tensor  # [n_pairs], or [n_tokens, d_sae] where dense
+    pre_acts: torch.Tensor  # of the same shape: what the values were made from
     pairs: Pairs | None
-    shape: tuple                    # (batch, seq, d_sae)
+    shape: tuple  # (batch, seq, d_sae)
 
-    def at(self, per_latent):       # [d_sae] -> the entry of each value's latent
+    def at(self, per_latent):  # [d_sae] -> the entry of each value's latent
         return per_latent if self.pairs is None else per_latent.index_select(0, self.pairs.ids)
 
-    def decode(self, W_dec):        # -> [batch, seq, d_in]
-        dense, pairs = self.pairs is None, self.pairs
-        x_hat = self.values @ W_dec if dense else PairDecode.apply(self.values, W_dec, pairs)
+    def decode(self, W_dec):  # -> [batch, seq, d_in]
+        x_hat = (self.values @ W_dec if self.pairs is None
+                 else PairDecode.apply(self.values, W_dec, self.pairs))
         return x_hat.view(*self.shape[:2], -1)
 
-    def within(self, low, high):    # only the latents low <= i < high
+    def within(self, low, high):  # only the latents low <= i < high
         if self.pairs is None:
             columns = torch.arange(self.shape[2], device=self.values.device)
             return self._replace(values=self.values * ((columns >= low) & (columns < high)))
         keep = (self.pairs.ids >= low) & (self.pairs.ids < high)
-        counts = torch.bincount(self.pairs.rows[keep], minlength=len(self.pairs.starts))
-        pairs = Pairs(self.pairs.ids[keep], counts.cumsum(0) - counts)
+        starts = first_places(self.pairs.rows[keep], len(self.pairs.starts))
+        pairs = Pairs(self.pairs.ids[keep], starts)
         return Latents(self.values[keep], self.pre_acts[keep], pairs, self.shape)
 
-    def dense(self, width=None):    # -> the first `width` latents (None: all) [batch, seq, width]
+    def dense(self, width=None):  # -> the first `width` latents (None: all) [batch, seq, width]
         width, z = width or self.shape[2], self.values[..., :width]
         if self.pairs is not None:
             part = self if width == self.shape[2] else self.within(0, width)
@@ -242,14 +243,14 @@ class Latents(NamedTuple):
             z = zeros.index_put((part.pairs.rows, part.pairs.ids), part.values)
         return z.reshape(*self.shape[:2], width)
 
-    def sparse(self):               # the same latents at pairs, where few are active
+    def sparse(self):  # the same latents at pairs, where few are active
         flat = self.values.detach().flatten().nonzero().flatten()
         if len(flat) > MAX_DENSITY * self.values.numel():
             return self
         values = self.values.flatten().index_select(0, flat)
         return Latents(values, values, Pairs.from_flat(flat, self.values.detach()), self.shape)
 
-    def active(self):               # -> token [n], latent [n], value [n] of the non-zero latents
+    def active(self):  # -> token [n], latent [n], value [n] of the non-zero latents
         if self.pairs is None:
             rows, ids = self.values.nonzero(as_tuple=True)
             return rows, ids, self.values[rows, ids]
@@ -257,15 +258,20 @@ class Latents(NamedTuple):
         return self.pairs.rows[keep], self.pairs.ids[keep], self.values[keep]
 
 
+def best_groups(values, k, groups):
+    """Maxima [n, k] and members [n, groups * k] of each row's k best of width / groups groups."""
+    n, width = values.shape
+    best = values.view(n, groups, -1).amax(1).topk(k, dim=1, sorted=False)
+    members = torch.arange(0, width, width // groups, device=values.device)
+    return best.values, (best.indices[:, None, :] + members[None, :, None]).flatten(1)
+
+
 def group_top_k(values, k, groups=16):
     """Exact top k of each row of [n, width]: the k groups with the largest maxima hold them."""
-    n, width = values.shape
-    columns = width // groups
-    if width % groups or columns < 2 * k:
+    width = values.shape[1]
+    if width % groups or width // groups < 2 * k:
         return values.topk(k, dim=1, sorted=False)
-    best = values.view(n, groups, columns).amax(1).topk(k, dim=1, sorted=False).indices
-    members = torch.arange(0, width, columns, device=values.device)
-    candidates = (best[:, None, :] + members[None, :, None]).flatten(1)          # [n, groups * k]
+    candidates = best_groups(values, k, groups)[1]
     top, where = values.gather(1, candidates).topk(k, dim=1, sorted=False)
     return top, candidates.gather(1, where)
 
@@ -283,16 +289,14 @@ def top_k_pairs(x, W_enc, b_enc, k, groups=16):
         return Pairs.from_ids(ids, pre_acts)
     x_coarse, W_coarse = x.bfloat16(), W_enc.bfloat16()
     coarse = torch.addmm(b_enc.bfloat16(), x_coarse, W_coarse)
-    best = coarse.view(n, groups, -1).amax(1).topk(2 * k, dim=1, sorted=False)
-    members = torch.arange(0, width, width // groups, device=x.device)
-    candidates = (best.indices[:, None, :] + members[None, :, None]).flatten(1)
-    last = best.values.amin(1, keepdim=True)
+    maxima, candidates = best_groups(coarse, 2 * k, groups)
+    last = maxima.amin(1, keepdim=True)
     flat = (coarse.gather(1, candidates) >= last).flatten().nonzero().flatten()
     proposed = Pairs.from_flat(flat, candidates)
-    row, proposed.ids = proposed.rows, proposed.pre_acts       # columns -> latents
+    row, proposed.ids = proposed.rows, proposed.pre_acts  # columns -> latents
     exact = proposed.dots(x, W_enc.t()) + b_enc[proposed.ids]
     place = torch.arange(len(flat), device=x.device) - proposed.starts[row]
-    width = int(place.max()) + 1        # [n, width]: proposals, left-aligned
+    width = int(place.max()) + 1  # [n, width]: proposals, left-aligned
     pre_acts, ids = exact.new_full((n, width), NEVER), flat.new_zeros(n, width)
     pre_acts[row, place], ids[row, place] = exact, proposed.ids
     pre_acts, where = pre_acts.topk(k, dim=1, sorted=False)
@@ -325,41 +329,40 @@ class Stage(NamedTuple):
     """One stage of a curriculum. The stages of every variant add up to 20 epochs."""
     name: str
     epochs: float
-    weights: dict               # loss -> weight: a number, or a function of the stage's progress
-    trains: tuple = ("",)       # prefixes of parameters' names; the others keep every bit
-    lr: float = 1.0             # multiplies LEARNING_RATE
-    anneals: dict = {}          # attribute of the SAE -> function of the stage's progress in [0, 1)
+    weights: dict  # loss -> weight: a number, or a function of the stage's progress
+    trains: tuple = ("",)  # prefixes of parameters' names; the others keep every bit
+    lr: float = 1.0  # multiplies LEARNING_RATE
+    anneals: dict = {}  # attribute of the SAE -> function of the stage's progress in [0, 1)
 
 
 class SAE(nn.Module):
     """Standard SAE: z = ReLU((x - b_dec) W_enc + b_enc), x_hat = z W_dec + b_dec,
     L = |x - x_hat|^2 + w |z|_1 (Bricken et al. 2023).
 
-    Rows of W_dec keep unit norm. w multiplies the loss named "sparsity" and is steered until
-    L0 = TARGET_L0.
+    Rows of W_dec keep unit norm. w, the weight of "sparsity", is steered until L0 = TARGET_L0.
     """
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "sparsity": 1.0}),)
-    components = ()             # what ABLATE may name besides losses
-    resamples_dead = True       # dead latents are resampled in the first half of training
-    kept = ()                   # buffers that inference needs
+    components = ()  # what ABLATE may name besides losses
+    resamples_dead = True  # dead latents are resampled in the first half of training
+    kept = ()  # buffers that inference needs
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__()
         self.d_in, self.d_sae, self.target_l0 = d_in, d_sae, target_l0
         directions = F.normalize(torch.randn(d_sae, d_in), dim=1)
-        self.W_dec = nn.Parameter(directions)               # [d_sae, d_in]
-        self.W_enc = nn.Parameter(directions.clone().t())   # [d_in, d_sae], columns contiguous
+        self.W_dec = nn.Parameter(directions)  # [d_sae, d_in]
+        self.W_enc = nn.Parameter(directions.clone().t())  # [d_in, d_sae], columns contiguous
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))        # inputs are centred: 0 is their mean
+        self.b_dec = nn.Parameter(torch.zeros(d_in))  # inputs are centred: 0 is their mean
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.long))
-        self.register_buffer("dead_after", torch.tensor(10 ** 12))      # tokens; set by the trainer
+        self.register_buffer("dead_after", torch.tensor(10 ** 12))  # tokens; set by the trainer
         self.register_buffer("sparsity_weight", torch.tensor(1e-3))
 
     def initialise(self, batch):
         """Called once with the first batch, before training: thresholds and the like."""
 
     def resampled(self, dead):
-        """Called when the latents `dead` were resampled, for what else keeps them from firing."""
+        """Called after latents were resampled, for what else keeps them from firing."""
 
     def encoder(self, batch):
         """What the encoder reads [batch, seq, d], its centre [d], its weights [d, d_sae]."""
@@ -408,7 +411,7 @@ class SAE(nn.Module):
     def l1(self, batch, latents):
         return latents.values.abs().sum() / n_tokens(batch)
 
-    def dead_mask(self):             # [d_sae]
+    def dead_mask(self):  # [d_sae]
         return self.tokens_since_fired > self.dead_after
 
     def exported(self):
@@ -424,13 +427,12 @@ def n_tokens(batch):
     return batch.x.shape[0] * batch.x.shape[1] if batch.mask is None else batch.mask.sum()
 
 
-def valid(batch, values):       # [batch, seq, ...], zero at padding
+def valid(batch, values):  # [batch, seq, ...], zero at padding
     return values if batch.mask is None else values * batch.mask[..., None]
 
 
 def squared_error(batch, x_hat):
-    """Mean over tokens of |x - x_hat|^2: with inputs of mean squared norm 1, the fraction of
-    variance unexplained."""
+    """Mean over tokens of |x - x_hat|^2, the fraction of variance unexplained."""
     expect_shape("x_hat", x_hat, tuple(batch.x.shape))
     return valid(batch, (batch.x - x_hat).square()).sum() / n_tokens(batch)
 
@@ -439,7 +441,7 @@ class TopK(SAE):
     """z = TopK_k(ReLU((x - b_dec) W_enc + b_enc)), L = |x - x_hat|^2 + 1/32 auxk (Gao et al. 2024,
     arXiv 2406.04093)."""
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "auxk": AUXK_WEIGHT}),)
-    resamples_dead = False           # auxk revives them
+    resamples_dead = False  # auxk revives them
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__(d_in, d_sae, target_l0)
@@ -482,7 +484,7 @@ class BatchTopK(TopK):
             pre_acts.masked_fill_(~mask[:, None], NEVER)
         least = 0.8 * self.threshold if self.training else self.threshold
         flat = (pre_acts > least).flatten().nonzero().flatten()
-        if self.training:       # what lies above 0.8 thresholds is short and nearly always enough
+        if self.training:  # what lies above 0.8 thresholds is short and nearly always enough
             keep = int(self.k * (len(x) if mask is None else mask.sum()))
             if len(flat) < keep:
                 flat = torch.arange(pre_acts.numel(), device=x.device)
@@ -524,14 +526,14 @@ class JumpReLU(SAE):
     def initialise(self, batch):
         x = batch.x.flatten(0, 1) if batch.mask is None else batch.x[batch.mask]
         pre_acts = ((x[:1024] - self.b_dec) @ self.W_enc + self.b_enc).flatten()
-        rank = int(len(pre_acts) * (1 - self.target_l0 / self.d_sae))       # where L0 is on target
+        rank = int(len(pre_acts) * (1 - self.target_l0 / self.d_sae))  # where L0 is on target
         self.log_threshold.data.fill_(pre_acts.kthvalue(max(1, rank)).values.clamp_min(1e-3).log())
 
     def lowest_pre_act(self):
         return self.log_threshold.exp() - self.bandwidth / 2
 
     def resampled(self, dead):
-        self.b_enc[dead] = self.lowest_pre_act()[dead]      # where thresholds let them learn
+        self.b_enc[dead] = self.lowest_pre_act()[dead]  # where thresholds let them learn
 
     def gate(self, latents):
         above = latents.pre_acts.detach() - latents.at(self.log_threshold.exp())
@@ -552,8 +554,8 @@ class JumpReLU(SAE):
 
 class Gated(SAE):
     """pi = (x - b_dec) W_enc + b_enc, z = 1[pi > 0] ReLU(exp(r) (pi - b_enc) + b_mag),
-    L = |x - x_hat|^2 + w |ReLU(pi)|_1 + |x - x_hat_frozen(ReLU(pi))|^2, the last through a frozen
-    decoder (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+    L = |x - x_hat|^2 + w |ReLU(pi)|_1 + |x - x_hat(ReLU(pi))|^2, the last through a frozen decoder
+    (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "sparsity": 1.0, "gate": 1.0}),)
 
     def __init__(self, d_in, d_sae, target_l0):
@@ -697,7 +699,7 @@ class Trace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (u, h, lam), total = ctx.saved_tensors, torch.zeros_like(grad)      # total: dL / dh_t
+        (u, h, lam), total = ctx.saved_tensors, torch.zeros_like(grad)  # dL / dh_t
         for t in range(u.shape[1] - 2, -1, -1):
             torch.addcmul(grad[:, t + 1], lam, total[:, t + 1], out=total[:, t])
         return total * (1 - lam), (total * (h - u)).sum((0, 1))
@@ -733,7 +735,7 @@ class TemporalAdaptation(SAE):
     def temperature(self):
         return self.T * torch.exp(-self.T_decay * self.done) if "T_decay" in self.starts else self.T
 
-    def scaled_variance(self, values=None):     # v [width]; values [tokens, width] to learn it from
+    def scaled_variance(self, values=None):  # v [width]; values [tokens, width] to learn it from
         if self.training and values is not None:
             self.variance.lerp_(values.detach().var(0), 0.01)
         if "variance_scaling" in ABLATE:
@@ -742,7 +744,7 @@ class TemporalAdaptation(SAE):
         mean = live[live > math.log(2e-9)].mean().nan_to_num(0.0)
         return (live - mean).exp().clamp(1 / 16, 16)
 
-    def decay(self, values=None):       # lam [d_sae]
+    def decay(self, values=None):  # lam [d_sae]
         v = self.scaled_variance(values)
         return torch.exp(-F.softplus(self.beta) * v ** self.temperature())
 
@@ -788,12 +790,12 @@ SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprel
 
 # ---- Data and model ----
 def load_windows(tokenizer, bos, cache):
-    """The windows of this configuration, from the cache where they are known, and their key."""
+    """The windows of this configuration, from the cache where they are there, and their key."""
     wanted = corpus.Wanted(CONTEXT_LENGTH, TRAIN_TOKENS, EVAL_FILES, TRAIN_WINDOWS_PER_FILE,
                            EVAL_WINDOWS_PER_FILE, MIN_WINDOW, DATA_SEED)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else MODEL_NAME
-    source = inspect.getsource(corpus)
-    key = fingerprint(corpus.data_identity(DATASET), vocabulary, bos, wanted, source)
+    key = fingerprint(corpus.data_identity(DATASET), vocabulary, bos, wanted,
+                      inspect.getsource(corpus))
     path = cache / "tokens" / f"{key}.npz"
     windows = corpus.read_windows(path)
     if windows is None:
@@ -806,8 +808,8 @@ def load_windows(tokenizer, bos, cache):
 
 def model_folder():
     """The local folder that MODEL_NAME means, as a path or from here; None where it is a hub id."""
-    folders = [path for path in (Path(MODEL_NAME).expanduser(), HERE / MODEL_NAME) if path.is_dir()]
-    return folders[0].resolve() if folders else None
+    places = Path(MODEL_NAME).expanduser(), HERE / MODEL_NAME
+    return next((path.resolve() for path in places if path.is_dir()), None)
 
 
 def load_pretrained(loader, what, **kwargs):
@@ -820,11 +822,9 @@ def load_pretrained(loader, what, **kwargs):
         cause = str(error).split("\n")[0].split("http")[0][:300]
         if "gated" in str(error).lower():
             cause = "access is gated: accept its licence on the hub and log in with `hf auth login`"
-        raise RunnerError(
-            f"MODEL_NAME = {MODEL_NAME!r}: no {what} in such a folder or on the hub ({cause}). "
-            "Names that work: 'embedded/model', 'EleutherAI/pythia-70m-deduped', "
-            "'google/gemma-2-2b', or a folder with config.json, model.safetensors and "
-            "tokenizer.json.") from None
+        raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r}: no {what} in a folder or on the hub of "
+                          f"that name ({cause}). Names that work: 'embedded/model', "
+                          "'EleutherAI/pythia-70m-deduped', 'google/gemma-2-2b'.") from None
 
 
 @functools.cache
@@ -838,8 +838,7 @@ def load_model():
 
 
 def model_identity(config):
-    """What activations depend on: a local model's files (their bytes; above 64 MB size and date),
-    or a hub commit."""
+    """A hub commit, or a local model's files: their bytes; above 64 MB size and date."""
     def identity(path):
         size, date = path.stat().st_size, path.stat().st_mtime_ns
         return path.name, zlib.crc32(path.read_bytes()) if size < 2 ** 26 else (size, date)
@@ -857,18 +856,19 @@ def stand_in(config):
     text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:2]
-    wrong = f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type}) is no causal language model"
-    advice = "Take a decoder: GPT-NeoX/Pythia, GPT-2, Llama, Gemma, Qwen, OPT or Mistral."
+    wrong = RunnerError(
+        f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type}) is no causal language model. Take a "
+        "decoder: GPT-NeoX/Pythia, GPT-2, Llama, Gemma, Qwen, OPT or Mistral.")
     try:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except ValueError:
-        raise RunnerError(f"{wrong}: transformers has no such head for it. {advice}") from None
+        raise wrong from None
     model.to(DEVICE).eval().requires_grad_(False)
     tokens = torch.arange(1, 9, device=DEVICE)[None]
     before = residual_after(model, 0, tokens)[0, :-1]
-    tokens[0, -1] = 0
+    tokens[0, -1] = 0  # a later token must not change earlier activations
     if not torch.allclose(before, residual_after(model, 0, tokens)[0, :-1], atol=1e-5):
-        raise RunnerError(f"{wrong}: a later token changes earlier activations. {advice}")
+        raise wrong
     return model
 
 
@@ -911,7 +911,8 @@ def logits_from(model, layer, hidden, tokens):
     blocks up to there are skipped."""
     skipped, output = find_blocks(model)[:layer + 1], hidden.to(next(model.parameters()).dtype)
     usual = block_output(model, layer, tokens[:1, :1])
-    output = (output, *usual[1:]) if isinstance(usual, tuple) else output
+    if isinstance(usual, tuple):
+        output = output, *usual[1:]
     for block in skipped:
         block.forward = lambda *args, **kwargs: output
     try:
@@ -923,8 +924,7 @@ def logits_from(model, layer, hidden, tokens):
 
 # ---- Activations: collected once, cached by content in shards, shared by all runs ----
 class Store:
-    """Cached activations of all windows, [window, CONTEXT_LENGTH, d_in] in shards; hands out
-    batches, centred and scaled."""
+    """Activations of all windows [window, CONTEXT_LENGTH, d_in], cached; centred, scaled batches."""
 
     def __init__(self, folder, windows, d_in, dtype):
         self.folder, self.windows, self.d_in, self.dtype = folder, windows, d_in, dtype
@@ -936,7 +936,7 @@ class Store:
         return self.folder / f"{start:09d}.bin"
 
     def collect(self, get_model, layer):
-        """Fills in the missing shards, under a lock that other runs wait for; then opens all."""
+        """Fills in missing shards, under a lock that other runs wait for; then opens all."""
         with locked(self.folder / "lock"):
             for killed in self.folder.glob("*.partial"):
                 killed.unlink()
@@ -947,10 +947,9 @@ class Store:
                 need = tokens * self.d_in * self.dtype.itemsize
                 free = shutil.disk_usage(self.folder).free
                 if free < need * 1.05:
-                    raise RunnerError(
-                        f"the activation cache needs {need / 1e9:.1f} GB in {self.folder}, where "
-                        f"{free / 1e9:.1f} GB are free. Lower TRAIN_TOKENS or set SAE_CACHE_DIR.")
-                for start, end in tqdm(missing, "collecting", disable=not sys.stderr.isatty()):
+                    raise RunnerError(f"{self.folder} needs {need / 1e9:.1f} GB and has "
+                                      f"{free / 1e9:.1f}. Lower TRAIN_TOKENS or set SAE_CACHE_DIR.")
+                for start, end in tqdm(missing, "collecting", disable=None):
                     self.collect_shard(model, layer, start, end)
                 rate = tokens / (time.time() - began)
                 print(f"collected {tokens:,} tokens at {rate:,.0f} tokens/s", flush=True)
@@ -974,9 +973,10 @@ class Store:
         self.resident = torch.cat(self.maps).to(DEVICE) if size < room else None
         self.mean, self.scale = torch.zeros(self.d_in, device=DEVICE), 1.0
         sample = np.arange(min(self.windows.n_train, 2 ** 18 // CONTEXT_LENGTH))
-        sums, square, n = self.moments(np.array_split(sample, len(sample) // 64 + 1))
-        self.mean = (sums.sum(0) / n.sum()).float()
-        self.scale = (square.sum() / n.sum() - (sums.sum(0) / n.sum()).square().sum()).sqrt().item()
+        sums, squares, n = self.moments(np.array_split(sample, len(sample) // 64 + 1))
+        mean = sums.sum(0) / n.sum()
+        self.mean = mean.float()
+        self.scale = (squares.sum() / n.sum() - mean.square().sum()).sqrt().item()
 
     def moments(self, chunks):
         """Over windows, by position: sum of x [seq, d_in], of |x|^2 [seq], and tokens [seq]."""
@@ -988,8 +988,7 @@ class Store:
             n = n + keep.sum(0)
         return sums, squares, n
 
-    def valid(self, ids):
-        """[len(ids), seq] False at padding."""
+    def valid(self, ids):  # [len(ids), seq] False at padding
         return torch.from_numpy(self.windows.valid(ids)[:, 1:]).to(DEVICE)
 
     def raw(self, ids):
@@ -1003,16 +1002,18 @@ class Store:
         ids = np.asarray(ids)
         x = (self.raw(ids)[:, 1:] - self.mean) / self.scale
         full = (self.windows.lengths[ids] == CONTEXT_LENGTH).all()
-        mask = None if full else self.valid(ids)
         doc_ids = torch.as_tensor(self.windows.doc_ids[ids], device=DEVICE)
         positions = torch.arange(1, CONTEXT_LENGTH, device=DEVICE)
-        return Batch(x, self.tokens_of(ids)[:, 1:], doc_ids, positions, mask)
+        return Batch(x, self.tokens_of(ids)[:, 1:], doc_ids, positions,
+                     None if full else self.valid(ids))
+
+    def x(self, ids):  # of many windows, [len(ids), seq, d_in]
+        return torch.cat([self.batch(part).x for part in np.array_split(ids, len(ids) // 64 + 1)])
 
     def tokens_of(self, ids):
         return self.tokens[torch.as_tensor(ids, device=DEVICE)]
 
-    def unscaled(self, x):
-        """x as `batch` gives it -> as the model made it."""
+    def unscaled(self, x):  # as `batch` gives it -> as the model made it
         return x * self.scale + self.mean
 
     def heldout(self, size):
@@ -1023,10 +1024,9 @@ class Store:
 # ---- Trainer: knows no variant ----
 def planned_stages(variant):
     """The variant's curriculum with ABLATE and EPOCHS_SCALE applied."""
-    def kept(weights):
-        return {name: weight for name, weight in weights.items() if name not in ABLATE}
-    return [stage._replace(epochs=stage.epochs * EPOCHS_SCALE, weights=kept(stage.weights))
-            for stage in variant.curriculum]
+    return [stage._replace(epochs=stage.epochs * EPOCHS_SCALE, weights={
+        name: weight for name, weight in stage.weights.items() if name not in ABLATE})
+        for stage in variant.curriculum]
 
 
 def learning_rate(done, d_sae):
@@ -1036,7 +1036,7 @@ def learning_rate(done, d_sae):
 
 
 def make_optimizer(sae, lr):
-    return torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.Adam(sae.parameters(), lr, fused=True)
 
 
 def anneal(sae, stage, done):
@@ -1055,18 +1055,18 @@ def train_step(sae, optimizer, batch, stage, done):
     total.backward()
     with torch.no_grad():
         W, learns = sae.W_dec, sae.W_dec.grad is not None
-        if learns:              # the gradient along a row would be undone by the renormalisation
+        if learns:  # the gradient along a row would be undone by the renormalisation
             W.grad.addcmul_((W.grad * W).sum(1, keepdim=True), W, value=-1)
-        nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP)       # gradients are final here
+        nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         if learns:
             W.div_(W.norm(dim=1, keepdim=True))
         fired = latents.active()[1]
         sae.tokens_since_fired += n_tokens(batch)
         sae.tokens_since_fired[fired] = 0
         l0 = torch.as_tensor(len(fired) / n_tokens(batch))
-        if "sparsity" in stage.weights:     # multiplicative control: too many active raise it
+        if "sparsity" in stage.weights:  # multiplicative control: too many active raise it
             error = (l0.clamp_min(1e-2) / sae.target_l0).log().clamp(-1, 1)
             sae.sparsity_weight.mul_((0.05 * error).exp())
     return {name: loss.detach() for name, loss in losses.items()} | {"l0": l0}
@@ -1076,10 +1076,10 @@ def train_step(sae, optimizer, batch, stage, done):
 def resample_dead(sae, optimizer, batch):
     """Points dead latents at badly reconstructed tokens (Bricken et al. 2023)."""
     dead, parameters = sae.dead_mask().nonzero().flatten(), (sae.W_dec, sae.W_enc, sae.b_enc)
-    if not len(dead) or not all(parameter.requires_grad for parameter in parameters):
+    if not len(dead) or not all(p.requires_grad for p in parameters):
         return
     residual = valid(batch, batch.x - sae.decode(sae.encode(batch))).flatten(0, 1)
-    worst = residual.square().sum(1).square()           # 0 at padding
+    worst = residual.square().sum(1).square()  # 0 at padding
     rows = F.normalize(residual[torch.multinomial(worst, len(dead), replacement=True)], dim=1)
     sae.W_dec[dead] = rows
     sae.W_enc[:, dead] = 0.2 * sae.W_enc.norm(dim=0).mean() * rows.t()
@@ -1098,7 +1098,7 @@ def batch_ids(seed, step, n_windows, size):
 
 
 def only_positions(batch):
-    """The batch with all positions but TRAIN_POSITIONS treated as padding."""
+    """The batch with all positions but TRAIN_POSITIONS as padding."""
     if TRAIN_POSITIONS is None:
         return batch
     low, high = TRAIN_POSITIONS
@@ -1149,10 +1149,10 @@ def record(log, sae, step, stage, losses):
                           "or lower LEARNING_RATE.")
     dead = sae.dead_mask().float().mean().item()
     row = {"step": step, "l0": values.pop("l0"), "dead_fraction": dead}
-    parameters = sae.parameters_of_interest()
-    for table, names in ((log, row), (log["losses"], values), (log["parameters"], parameters)):
-        for name, value in names.items():
-            table.setdefault(name, []).append(value if name == "step" else float(value))
+    parameters = {name: float(value) for name, value in sae.parameters_of_interest().items()}
+    for table, row in ((log, row), (log["losses"], values), (log["parameters"], parameters)):
+        for name, value in row.items():
+            table.setdefault(name, []).append(value)
 
 
 def plan_steps(stages, n_windows, size):
@@ -1160,16 +1160,15 @@ def plan_steps(stages, n_windows, size):
     planned = [round(stage.epochs * (n_windows // size)) for stage in stages]
     for stage, steps in zip(stages, planned):
         if steps < 1:
-            raise RunnerError(f"stage {stage.name!r} would get no step: {n_windows} windows make "
-                              f"{n_windows // size} batches of {size}, for {stage.epochs} epochs. "
-                              "Raise TRAIN_TOKENS or EPOCHS_SCALE, or lower BATCH_TOKENS.")
+            raise RunnerError(f"stage {stage.name!r} gets no step of {size} out of {n_windows} "
+                              "windows. Raise TRAIN_TOKENS or EPOCHS_SCALE, or lower BATCH_TOKENS.")
     return planned
 
 
 def train(sae, store, stages, seed, size, deadline, state_path):
     """Trains `sae` through its stages -> log, steps planned, steps done (of each stage). From the
     latest checkpoint at `state_path` a killed run carries on, to the same bits."""
-    n_windows, step, current = store.windows.n_train, 0, None
+    n_windows, step = store.windows.n_train, 0
     per_epoch, planned = n_windows // size, plan_steps(stages, n_windows, size)
     sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(planned) * size * CONTEXT_LENGTH))
     sae.initialise(only_positions(store.batch(batch_ids(seed, 0, n_windows, size))))
@@ -1181,21 +1180,19 @@ def train(sae, store, stages, seed, size, deadline, state_path):
         sae.load_state_dict(state["sae"])
         optimizer.load_state_dict(state["optimizer"])
         step, steps, log = state["step"], state["steps"], state["log"]
-        for past, n in zip(stages, steps[:int(np.searchsorted(np.cumsum(steps), step, "right"))]):
+        for past, n in zip(stages, steps[:np.searchsorted(np.cumsum(steps), step, "right")]):
             anneal(sae, past, (n - 1) / n)
         print(f"seed {seed}: carrying on at step {step}", flush=True)
     minutes = sum(n * s for n, s in zip(steps, seconds)) / 60
     print(f"seed {seed}: about {minutes:.1f} min for {sum(steps):,} steps", flush=True)
-    bar = tqdm(total=sum(steps), initial=step, disable=not sys.stderr.isatty())
+    bar = tqdm(total=sum(steps), initial=step, disable=None)
     saved = said = since = time.time()
     while step < sum(steps):
-        index = int(np.searchsorted(np.cumsum(steps), step, side="right"))
+        index = int(np.searchsorted(np.cumsum(steps), step, "right"))
         stage, first = stages[index], sum(steps[:index])
-        if stage is not current:
-            current = stage
-            for name, parameter in sae.named_parameters():
-                parameter.requires_grad_(name.startswith(stage.trains))
-        torch.manual_seed(seed * 1_000_003 + step)      # a function of the step: nothing to resume
+        for name, parameter in sae.named_parameters():
+            parameter.requires_grad_(name.startswith(stage.trains))
+        torch.manual_seed(seed * 1_000_003 + step)  # a function of the step: nothing to resume
         optimizer.param_groups[0]["lr"] = stage.lr * learning_rate(step / sum(steps), sae.d_sae)
         batch = only_positions(store.batch(batch_ids(seed, step, n_windows, size)))
         losses = train_step(sae.train(), optimizer, batch, stage, (step - first) / steps[index])
@@ -1213,8 +1210,8 @@ def train(sae, store, stages, seed, size, deadline, state_path):
         bar.update()
         if bar.disable and now - said > 15 and "l0" in log:
             latest = {"L0": log["l0"]} | log["losses"]
-            figures = [f"{name} {values[-1]:.4g}" for name, values in latest.items()]
-            print(f"  {stage.name}: step {step}/{sum(steps)}", *figures, flush=True)
+            print(f"  {stage.name}: step {step}/{sum(steps)}",
+                  *(f"{name} {values[-1]:.4g}" for name, values in latest.items()), flush=True)
             said = now
         if now - saved > CHECKPOINT_SECONDS or step == sum(steps):
             state = {"sae": sae.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
@@ -1224,8 +1221,8 @@ def train(sae, store, stages, seed, size, deadline, state_path):
             saved = now
     if sae.dead_mask().all():
         raise RunnerError(f"all {sae.d_sae} latents are dead after training: it has collapsed.")
-    borders = {"stage_starts": np.cumsum([0] + steps[:-1]).tolist()}
-    return log | borders | {"stages": [stage.name for stage in stages]}, planned, steps
+    log["stage_starts"] = np.cumsum([0] + steps[:-1]).tolist()
+    return log | {"stages": [stage.name for stage in stages]}, planned, steps
 
 
 # ---- Evaluations on held-out documents: Run -> Result. plot.py compares runs ----
@@ -1233,21 +1230,21 @@ class Run(NamedTuple):
     """What an evaluation may look at."""
     sae: SAE
     store: Store
-    get_model: Callable     # -> the language model
+    get_model: Callable  # -> the language model
     layer: int
-    live: tuple             # (firings, files) that a latent needs to count as live
-    log: dict               # of the training
+    live: tuple  # (firings, files) that a latent needs to count as live
+    log: dict  # of the training
 
 
 class Result(NamedTuple):
-    metrics: dict           # name -> float
-    curves: dict = {}       # name -> list of floats
-    per_sequence: dict = {}     # name -> list of floats, one per sample window
+    metrics: dict  # name -> float
+    curves: dict = {}  # name -> list of floats
+    per_sequence: dict = {}  # name -> list of floats, one per sample window
 
 
 class Codes(NamedTuple):
     """The non-zero latents of all held-out tokens, in the order of tokens; arrays [n]."""
-    token: np.ndarray       # held-out window * (CONTEXT_LENGTH - 1) + position - 1
+    token: np.ndarray  # held-out window * (CONTEXT_LENGTH - 1) + position - 1
     latent: np.ndarray
     value: np.ndarray
 
@@ -1257,15 +1254,14 @@ def encode_heldout(run):
     """Codes, and {name: [window, position]} of |x - x_hat|^2 and the like, NaN at padding."""
     codes, sums, offset = [], {}, 0
     for ids in run.store.heldout(32):
-        batch = run.store.batch(ids)
+        batch, padding = run.store.batch(ids), ~run.store.valid(ids)
         latents = run.sae.encode(batch)
         x, x_hat, (token, latent, value) = batch.x, run.sae.decode(latents), latents.active()
         codes.append([a.cpu().numpy() for a in (token + offset, latent, value)])
-        offset += len(ids) * (CONTEXT_LENGTH - 1)
-        l0 = torch.bincount(token, minlength=x.shape[0] * x.shape[1]).view(x.shape[:2])
+        offset += padding.numel()
+        l0 = torch.bincount(token, minlength=padding.numel()).view(padding.shape)
         rows = {"error": (x - x_hat).square().sum(-1), "norm": x.square().sum(-1), "l0": l0,
                 "norm_hat": x_hat.square().sum(-1), "dot": (x * x_hat).sum(-1)}
-        padding = ~run.store.valid(ids)
         for name, values in rows.items():
             values = values.double().masked_fill(padding, torch.nan)
             sums.setdefault(name, []).append(values.cpu().numpy())
@@ -1282,21 +1278,20 @@ def variance_by_position(store):
 
 @torch.no_grad()
 def next_token_losses(run, splice):
-    """Cross-entropy after each position >= 1, and KL from the model's own prediction to the spliced
-    one: [sample, CONTEXT_LENGTH - 2], NaN at padding. splice(batch) gives the residual stream
+    """Cross-entropy after each position >= 1, and KL from the model's own prediction:
+    [sample, CONTEXT_LENGTH - 2], NaN at padding. splice(batch) gives the residual stream
     [batch, seq, d_in] in the model's own scale; BOS is left alone."""
-    losses, divergences, model, sample = [], [], run.get_model(), run.store.windows.sample()
+    found, model, store = [], run.get_model(), run.store
+    sample = store.windows.sample()
     for ids in np.array_split(sample, len(sample) // 16 + 1):
-        hidden, tokens = run.store.raw(ids), run.store.tokens_of(ids)
-        own = logits_from(model, run.layer, hidden, tokens)[:, 1:-1].log_softmax(-1)
-        hidden = torch.cat([hidden[:, :1], splice(run.store.batch(ids))], 1)
-        spliced = logits_from(model, run.layer, hidden, tokens)[:, 1:-1].log_softmax(-1)
-        padding = ~run.store.valid(ids)[:, 1:]
-        loss = -spliced.gather(2, tokens[:, 2:, None])[..., 0]
-        kl = (own.exp() * (own - spliced)).sum(-1)
-        for parts, values in ((losses, loss), (divergences, kl)):
-            parts.append(values.double().masked_fill(padding, torch.nan).cpu().numpy())
-    return np.concatenate(losses), np.concatenate(divergences)
+        hidden, tokens, padding = store.raw(ids), store.tokens_of(ids), ~store.valid(ids)[:, 1:]
+        spliced = torch.cat([hidden[:, :1], splice(store.batch(ids))], 1)
+        own, new = (logits_from(model, run.layer, x, tokens)[:, 1:-1].log_softmax(-1)
+                    for x in (hidden, spliced))
+        loss, kl = -new.gather(2, tokens[:, 2:, None])[..., 0], (own.exp() * (own - new)).sum(-1)
+        found.append([values.double().masked_fill(padding, torch.nan).cpu().numpy()
+                      for values in (loss, kl)])
+    return [np.concatenate(parts) for parts in zip(*found)]
 
 
 @torch.no_grad()
@@ -1305,10 +1300,10 @@ def bigram_explained_variance(store, variance):
     tokens: a pair's mean, shrunk by one pseudo-count to its token's, and that to the overall, 0."""
     vocabulary = int(store.tokens.max()) + 1
 
-    def rows(ids):          # pair key, token and activation of each valid token
-        before, after = store.tokens_of(ids)[:, :-1], store.tokens_of(ids)[:, 1:]
-        keep = store.valid(ids)
-        return (before * vocabulary + after)[keep], after[keep], store.batch(ids).x[keep]
+    def rows(ids):  # pair key, token and activation of each valid token
+        keep, tokens = store.valid(ids), store.tokens_of(ids)
+        pairs = tokens[:, :-1] * vocabulary + tokens[:, 1:]
+        return pairs[keep], tokens[:, 1:][keep], store.batch(ids).x[keep]
 
     train = np.arange(min(store.windows.n_train, 2 ** 18 // CONTEXT_LENGTH))
     pairs, tokens, x = rows(train)
@@ -1341,100 +1336,103 @@ def controls(run):
     """What does not depend on the SAE: the model's own loss, losses under ablations and unigrams,
     the bigram bar, an untrained TopK."""
     print("computing the model's own loss and the controls", flush=True)
-    store = run.store
-    by_position, variance = variance_by_position(store)
+    store, (by_position, variance) = run.store, variance_by_position(run.store)
     torch.manual_seed(0)
     untrained = TopK(store.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
-    own = next_token_losses(run, lambda batch: store.unscaled(batch.x))[0]
-    found = {
+    splices = {"ce": lambda batch: store.unscaled(batch.x),
+               "ce_zero": lambda batch: torch.zeros_like(batch.x),
+               "ce_mean": lambda batch: store.mean.expand_as(batch.x)}
+    losses = {name: next_token_losses(run, splice)[0] for name, splice in splices.items()}
+    vocabulary = len(run.get_model().get_output_embeddings().weight)
+    losses["ce_unigram"] = corpus.unigram_losses(store.windows, vocabulary)
+    return {name: np.nanmean(loss) for name, loss in losses.items()} | {
         "variance": variance, "variance_by_position": by_position,
-        "ce": own, "ce_by_sequence": np.nanmean(own, 1).tolist(),
-        "ce_by_position": np.nanmean(own, 0).tolist(),
-        "ce_zero": next_token_losses(run, lambda batch: torch.zeros_like(batch.x))[0],
-        "ce_mean": next_token_losses(run, lambda batch: store.mean.expand_as(batch.x))[0],
-        "ce_unigram": corpus.unigram_losses(store.windows, len(run.get_model().get_output_embeddings().weight)),
+        "ce_by_sequence": np.nanmean(losses["ce"], 1).tolist(),
+        "ce_by_position": np.nanmean(losses["ce"], 0).tolist(),
         "bigram_explained_variance": bigram_explained_variance(store, variance),
         "untrained_explained_variance": explained_variance(run._replace(sae=untrained), variance)}
-    for name in ("ce", "ce_zero", "ce_mean", "ce_unigram"):
-        found[name] = float(np.nanmean(found[name]))
-    return found
 
 
 def explained_variance(run, variance):
     """1 - E|x - x_hat|^2 / sum_d Var(x_d) on held-out tokens: a mean predictor scores 0."""
-    return 1 - float(np.nanmean(encode_heldout(run)[1]["error"])) / variance
+    return 1 - np.nanmean(encode_heldout(run)[1]["error"]) / variance
 
 
 def live_latents(codes, run):
     """[d_sae] whether a latent fired often enough, in enough files, on at most half the tokens; and
     [d_sae] firing rates."""
-    heldout = run.store.windows.heldout()
-    file = run.store.windows.doc_ids[heldout][codes.token // (CONTEXT_LENGTH - 1)].astype(np.int64)
-    n_files, d_sae = file.max(initial=0) + 1, run.sae.d_sae
+    windows, d_sae = run.store.windows, run.sae.d_sae
+    file = windows.doc_ids[windows.n_train:][codes.token // (CONTEXT_LENGTH - 1)].astype(np.int64)
+    n_files = file.max(initial=0) + 1
     firings = np.bincount(codes.latent, minlength=d_sae)
     files = np.bincount(np.unique(codes.latent * n_files + file) // n_files, minlength=d_sae)
-    rate = firings / run.store.valid(heldout).sum().item()
+    rate = firings / run.store.valid(windows.heldout()).sum().item()
     return (firings >= run.live[0]) & (files >= run.live[1]) & (rate <= 0.5), rate
 
 
 def single_token_fraction(codes, run, live):
     """Share of live latents of which 90 % of the top 40 firings are one token."""
-    order = np.lexsort((-codes.value, codes.latent))
+    order, windows = np.lexsort((-codes.value, codes.latent)), run.store.windows
     latent = codes.latent[order]
     keep = (np.arange(len(latent)) - np.searchsorted(latent, latent) < 40) & live[latent]
-    tokens = run.store.windows.tokens[run.store.windows.heldout()][:, 1:].flatten()
-    pairs = np.stack([latent[keep], tokens[codes.token[order][keep]]])
-    (of, _), counts = np.unique(pairs, axis=1, return_counts=True)
+    tokens = windows.tokens[windows.n_train:, 1:].ravel()[codes.token[order][keep]]
+    (of, _), counts = np.unique(np.stack([latent[keep], tokens]), axis=1, return_counts=True)
     most = np.zeros(len(live))
     np.maximum.at(most, of, counts)
-    return float((most >= 0.9 * np.bincount(latent[keep], minlength=len(live)))[live].mean())
+    return (most >= 0.9 * np.bincount(latent[keep], minlength=len(live)))[live].mean()
 
 
 def eval_core(run):
     """Reconstruction, sparsity and next-token loss, beside controls (README: result keys)."""
-    base = cached(run, controls, TARGET_L0, run.sae.d_sae)
-    sae, store = run.sae, run.store
+    sae, store, base = run.sae, run.store, cached(run, controls, TARGET_L0, run.sae.d_sae)
     began = time.perf_counter()
     codes, rows = encode_heldout(run)
     seconds = time.perf_counter() - began
     live, rate = live_latents(codes, run)
-    mean = {name: float(np.nanmean(values)) for name, values in rows.items()}
+    mean = {name: np.nanmean(values) for name, values in rows.items()}
     if not live.any():
         raise RunnerError(f"no latent of {sae.d_sae} is live (fired {run.live[0]} times in "
                           f"{run.live[1]} held-out files): collapsed, L0 = {mean['l0']:.2f}.")
     losses, kl = next_token_losses(run, lambda batch: store.unscaled(sae.decode(sae.encode(batch))))
     permuted = copy.deepcopy(sae)
     permuted.W_dec.data = sae.W_dec.data.roll(sae.d_sae // 2, 0)
-    ce, ce_sae = base["ce"], float(np.nanmean(losses))
+    ce, ce_sae, variance = base["ce"], np.nanmean(losses), base["variance"]
     metrics = {
-        "explained_variance": 1 - mean["error"] / base["variance"], "l0": mean["l0"],
-        "dead_fraction": float((rate == 0).mean()), "live_fraction": float(live.mean()),
-        "dense_fraction": float((rate > 0.1).mean()), "ce_model": ce, "ce_sae": ce_sae,
-        "loss_increase_nats": ce_sae - ce, "kl": float(np.nanmean(kl)),
+        "explained_variance": 1 - mean["error"] / variance, "l0": mean["l0"],
+        "dead_fraction": (rate == 0).mean(), "live_fraction": live.mean(),
+        "dense_fraction": (rate > 0.1).mean(), "ce_model": ce, "ce_sae": ce_sae,
+        "loss_increase_nats": ce_sae - ce, "kl": np.nanmean(kl),
         "ce_recovered": (base["ce_unigram"] - ce_sae) / (base["ce_unigram"] - ce),
         "ce_recovered_vs_mean": (base["ce_mean"] - ce_sae) / (base["ce_mean"] - ce),
         "ce_recovered_vs_zero": (base["ce_zero"] - ce_sae) / (base["ce_zero"] - ce),
-        "cosine": float(np.nanmean(rows["dot"] / np.sqrt(rows["norm"] * rows["norm_hat"] + 1e-12))),
-        "l2_ratio": float(np.nanmean(np.sqrt(rows["norm_hat"] / rows["norm"]))),
+        "cosine": np.nanmean(rows["dot"] / np.sqrt(rows["norm"] * rows["norm_hat"] + 1e-12)),
+        "l2_ratio": np.nanmean(np.sqrt(rows["norm_hat"] / rows["norm"])),
         "relative_reconstruction_bias": mean["norm_hat"] / mean["dot"],
         "single_token_fraction": single_token_fraction(codes, run, live),
         "permuted_decoder_explained_variance":
-            explained_variance(run._replace(sae=permuted), base["variance"]),
+            explained_variance(run._replace(sae=permuted), variance),
         "avg_inference_tokens_per_second": rows["error"].size / seconds}
     metrics |= {name: base[name] for name in ("bigram_explained_variance", "ce_unigram", "ce_mean",
                                               "untrained_explained_variance", "ce_zero")}
     first = store.windows.sample() - store.windows.n_train
-    by_position = 1 - np.nanmean(rows["error"], 0) / np.array(base["variance_by_position"])
+    by_position = 1 - np.nanmean(rows["error"], 0) / base["variance_by_position"]
     curves = {"explained_variance_by_position": by_position, "firing_rates": np.sort(rate)[::-1],
-              "loss_increase_by_position": np.nanmean(losses, 0) - np.array(base["ce_by_position"])}
-    per_sequence = {"fvu": np.nanmean(rows["error"][first], 1) / base["variance"],
+              "loss_increase_by_position": np.nanmean(losses, 0) - base["ce_by_position"]}
+    per_sequence = {"fvu": np.nanmean(rows["error"][first], 1) / variance,
                     "l0": np.nanmean(rows["l0"][first], 1),
-                    "loss_increase_nats": np.nanmean(losses, 1) - np.array(base["ce_by_sequence"])}
+                    "loss_increase_nats": np.nanmean(losses, 1) - base["ce_by_sequence"]}
     return Result(metrics, plain(curves), plain(per_sequence))
 
 
+def by_document(store, values, docs):
+    """Means of values [n] over each of the sample's documents, [sample]; NaN where none is of it."""
+    means = [values[docs == doc].mean() if (docs == doc).any() else np.nan
+             for doc in store.windows.doc_ids[store.windows.sample()]]
+    return np.array(means)
+
+
 def plain(value):
-    """Arrays and what holds them as lists for JSON; NaN, where there was no token, becomes None."""
+    """Arrays and what holds them as lists for JSON; NaN (no token was there) becomes None."""
     if isinstance(value, dict):
         return {name: plain(part) for name, part in value.items()}
     value = value.tolist() if isinstance(value, np.ndarray) else value
@@ -1448,8 +1446,7 @@ def full_windows(store):
     """Held-out windows without padding, counted from the first held-out one."""
     rows = np.flatnonzero(store.windows.lengths[store.windows.n_train:] == CONTEXT_LENGTH)
     if len(rows) < 2:
-        raise RunnerError("the temporal evaluation needs two held-out documents that fill "
-                          f"CONTEXT_LENGTH = {CONTEXT_LENGTH} tokens: lower it.")
+        raise RunnerError(f"too few held-out documents fill CONTEXT_LENGTH = {CONTEXT_LENGTH}.")
     return rows
 
 
@@ -1461,10 +1458,10 @@ def stability(active, rate, draws=0):
     n, seq, _ = active.shape
     lag = torch.arange(seq, device=DEVICE)[None] - torch.arange(seq, device=DEVICE)[:, None]
     band = ((lag >= STABILITY_LAGS[0]) & (lag <= STABILITY_LAGS[1])).to(active.dtype)
-    total = active.sum(1, dtype=torch.float32)          # exact mean over all permutations:
+    total = active.sum(1, dtype=torch.float32)  # exact mean over all permutations:
     shuffled = (total ** 2 - active.float().square().sum(1)) / (seq * (seq - 1))
 
-    def excess(pairs):      # mean of a_t a_s over the pairs of positions, in units of the variance
+    def excess(pairs):  # mean of a_t a_s over the pairs of positions, in units of the variance
         chunks = zip(active.split(32), pairs.split(32))
         sums = [(torch.bmm(p, a) * a).sum(1, dtype=torch.float32) for a, p in chunks]
         means = torch.cat(sums) / band.sum().float().clamp_min(1)
@@ -1499,7 +1496,7 @@ def coherence(firings, classes, files, rate, rng, n_firings=50, group=100):
     positions 1-32 to 64 and later of other files; over the same from 1-32 to 1-32; each above
     chance. None where too few latents fire often enough.
 
-    firings: of each latent, token indices [n]; files: of each held-out window."""
+    firings: token indices [n] of each latent; files: of each held-out window."""
     roles = []
     for latent in sorted(range(len(firings)), key=lambda i: rate[i]):
         window, position = np.divmod(firings[latent], CONTEXT_LENGTH - 1)
@@ -1516,7 +1513,7 @@ def coherence(firings, classes, files, rate, rng, n_firings=50, group=100):
         for i, block in enumerate((later, same)):
             hits[i] += (cdist(block, first, "jensenshannon").argmin(1) == np.arange(n)).sum()
     chance = len(roles) // n
-    return float((hits[0] - chance) / max(hits[1] - chance, 1e-9))
+    return (hits[0] - chance) / max(hits[1] - chance, 1e-9)
 
 
 def entropy(values):
@@ -1527,11 +1524,11 @@ def entropy(values):
 
 def polysemanticity(firings, kinds, rng, n=64):
     """Mean over units of the smaller of the entropies of token and of class at n firings, each over
-    that at random positions. firings: of each unit, token indices; kinds: [token] arrays."""
+    that at random positions. firings: token indices of each unit; kinds: [token] arrays."""
     null = [np.mean([entropy(rng.choice(kind, n)) for _ in range(NULL_DRAWS)]) for kind in kinds]
     samples = [rng.choice(unit, n, replace=False) for unit in firings if len(unit) >= n]
     ratios = [min(entropy(kind[at]) / base for kind, base in zip(kinds, null)) for at in samples]
-    return float(np.mean(ratios)) if ratios else 1.0
+    return np.mean(ratios) if ratios else 1.0
 
 
 @torch.no_grad()
@@ -1548,10 +1545,10 @@ def follow(run):
     """What the training did to the parameters of interest, and the collapse alarm of METRICS 5."""
     found, steps, log = {}, run.log["step"], run.log
     for name, values in log["parameters"].items():
-        off = np.abs(np.array(values) - values[-1]) > 0.05 * max(abs(values[-1]), 1e-3)
-        found[f"{name}_final"] = values[-1]
-        last = np.flatnonzero(off).max(initial=-1)
-        found[f"{name}_converged_at"] = steps[min(last + 1, len(off) - 1)]
+        final = values[-1]
+        off = np.flatnonzero(np.abs(np.array(values) - final) > 0.05 * max(abs(final), 1e-3))
+        found |= {f"{name}_final": final,
+                  f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
     for name, p in run.sae.named_parameters():
         if p.numel() == 1:
             at, d = p.data.clone(), 0.1 * max(abs(p.item()), 0.1)
@@ -1579,10 +1576,9 @@ def latent_statistics(run, codes, full, alive, spans):
     token surrogate, autocorrelation [latent, lag], rate, energy E[z^2]; by window: smoothness,
     scaled by a latent's 95th percentile, and raw."""
     store, ids, found = run.store, full + run.store.windows.n_train, []
-    tokens, lags = store.tokens_of(ids)[:, 1:], range(1, min(33, CONTEXT_LENGTH - 1))
+    x, tokens, parts = store.x(ids), store.tokens_of(ids)[:, 1:], np.array_split(ids, len(ids) // 64 + 1)
+    lags = range(1, min(33, CONTEXT_LENGTH - 1))
     fold = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(DEVICE)
-    parts = np.array_split(ids, len(ids) // 64 + 1)
-    x = torch.cat([store.batch(part).x for part in parts])
     q95 = torch.tensor([np.quantile(codes.value[span], 0.95) for span in spans], device=DEVICE)
     scaled, raw, present = torch.zeros(3, len(ids), device=DEVICE)
     for at in np.array_split(np.arange(len(alive)), len(alive) // 2048 + 1):
@@ -1592,9 +1588,8 @@ def latent_statistics(run, codes, full, alive, spans):
         observed, null = stability(active, rate, NULL_DRAWS)
         token, _ = stability(fire_given_token(active, tokens, fold, rate), rate)
         both = [(active[:, :-l] * active[:, l:]).mean((0, 1), dtype=torch.float32) for l in lags]
-        r = (torch.stack(both, 1).t() - rate ** 2) / (rate * (1 - rate)).clamp_min(1e-9)
-        energy = z.square().mean((0, 1))
-        found.append((observed.t(), null.t(), token.mean(0), r.t(), rate, energy))
+        r = (torch.stack(both) - rate ** 2) / (rate * (1 - rate)).clamp_min(1e-9)
+        found.append((observed.t(), null.t(), token.mean(0), r.t(), rate, z.square().mean((0, 1))))
         scaled += smoothness(z, x, q95[at].float())
         raw += smoothness(z, x, 1.0)
         present += active.amax(1).sum(1)
@@ -1606,12 +1601,12 @@ def latent_statistics(run, codes, full, alive, spans):
 def eval_temporal(run):
     """Stability, smoothness, coherence, similarity between positions, polysemanticity, each beside
     its null (README: result keys)."""
-    sae, store, rng = run.sae, run.store, np.random.default_rng(0)
+    sae, store, windows, rng = run.sae, run.store, run.store.windows, np.random.default_rng(0)
     torch.manual_seed(0)
     (codes, errors), full = encode_heldout(run), full_windows(store)
     base = cached(run, controls, TARGET_L0, sae.d_sae)
     live, rates = live_latents(codes, run)
-    alive, ids = np.flatnonzero(live), full + store.windows.n_train
+    alive, files = np.flatnonzero(live), windows.doc_ids[windows.n_train:]
     order = np.argsort(codes.latent, kind="stable")
     starts = np.searchsorted(codes.latent[order], np.arange(sae.d_sae + 1))
     spans = [order[starts[i]:starts[i + 1]] for i in alive]
@@ -1619,10 +1614,9 @@ def eval_temporal(run):
         run, codes, full, alive, spans)
     mean, weight, early = observed.mean(1), energy / energy.sum(), alive < sae.d_sae / 5
     p = scipy.stats.norm.sf((mean - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
-    heldout = store.windows.tokens[store.windows.n_train:, 1:].ravel()
-    kinds, firings = (heldout, corpus.token_classes(store.windows)), [codes.token[span] for span in spans]
-    half, error = (CONTEXT_LENGTH - 1) // 2, np.nanmean(errors["error"], 0)
-    variance = np.array(base["variance_by_position"])
+    kinds = windows.tokens[windows.n_train:, 1:].ravel(), corpus.token_classes(windows)
+    firings, half = [codes.token[span] for span in spans], (CONTEXT_LENGTH - 1) // 2
+    error, variance = np.nanmean(errors["error"], 0), np.array(base["variance_by_position"])
     metrics = {
         "stability": mean @ weight, "stability_token": token @ weight,
         "stability_null_95": np.quantile(weight @ null, 0.95),
@@ -1635,32 +1629,28 @@ def eval_temporal(run):
         "polysemanticity_channels": channel_polysemanticity(store, rate.mean(), kinds, rng),
         "explained_variance_early": 1 - error[:half].sum() / variance[:half].sum(),
         "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()} | follow(run)
-    files = store.windows.doc_ids[store.windows.n_train:]
     if (value := coherence(firings, kinds[1], files, rates[alive], rng)) is not None:
         metrics["coherence"] = value
-    decile, by_file = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1))), {}
-    for name, values in (("stability", weight @ observed), ("smoothness", scaled)):
-        sums, counts = (np.bincount(files[full], w, files.max() + 1) for w in (values, None))
-        documents = store.windows.doc_ids[store.windows.sample()]
-        by_file[name] = np.where(counts, sums / np.maximum(counts, 1), np.nan)[documents]
+    decile = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1)))
     deciles = np.bincount(decile, mean, 10) / np.maximum(np.bincount(decile, minlength=10), 1)
+    ids = full + windows.n_train
     curves = {
         "autocorrelation": weight @ r, "stability_null": weight @ null,
         "stability_by_rate_decile": deciles,
         "similarity_matrix": similarity_matrix(run, ids[:256]).cpu().numpy()[::2, ::2].round(4),
         "evolution": evolution(run, ids[0], mean, alive)}
     if hasattr(sae, "decay"):
-        adapted = zip(("variance", "scaled_variance", "decay"),
-                      (sae.variance, sae.scaled_variance(), sae.decay()))
-        curves |= {name: values.cpu().numpy() for name, values in adapted}
-    return Result(metrics, plain(curves), plain(by_file))
+        curves |= {"variance": sae.variance.cpu().numpy(), "decay": sae.decay().cpu().numpy(),
+                   "scaled_variance": sae.scaled_variance().cpu().numpy()}
+    per_sequence = {"stability": by_document(store, weight @ observed, files[full]),
+                    "smoothness": by_document(store, scaled, files[full])}
+    return Result(metrics, plain(curves), plain(per_sequence))
 
 
 def channel_polysemanticity(store, rate, kinds, rng):
     """Of the residual stream's channels, both signs, each active where it is largest."""
     ids = store.windows.heldout()
-    x = torch.cat([store.batch(part).x for part in np.array_split(ids, len(ids) // 64 + 1)])
-    x = x.flatten(0, 1).masked_fill(~store.valid(ids).flatten()[:, None], 0.0)
+    x = store.x(ids).flatten(0, 1).masked_fill(~store.valid(ids).flatten()[:, None], 0.0)
     top = torch.cat([x, -x], 1).topk(max(1, int(rate * len(x))), dim=0, sorted=False).indices
     return polysemanticity(list(top.t().cpu().numpy()), kinds, rng)
 
@@ -1693,29 +1683,25 @@ def probe_baselines(run):
 
 
 def eval_probes(run):
-    """Balanced accuracy of linear probes on a token's latents, beside token identity and a bag of the
-    last 8 tokens; `probe_context` is the mean over all labels but the token's type."""
-    (codes, _), store = encode_heldout(run), run.store
-    places, fold, labels = corpus.probe_labels(store.windows, PROBE_EVERY)
-    base = cached(run, probe_baselines)
-    shape = places.max() + 1, run.sae.d_sae
+    """Balanced accuracy of linear probes on a token's latents, beside token identity and a bag of
+    the last 8 tokens; `probe_context` is the mean over all labels but the token's type."""
+    (codes, _), windows = encode_heldout(run), run.store.windows
+    places, fold, labels = corpus.probe_labels(windows, PROBE_EVERY)
+    base, shape = cached(run, probe_baselines), (places.max() + 1, run.sae.d_sae)
     keep = codes.token < shape[0]
     latents = csr_array((codes.value[keep], (codes.token[keep], codes.latent[keep])), shape)[places]
     features, metrics, right = MaxAbsScaler().fit_transform(latents), {}, {}
     for name, of in labels.items():
         predicted = probe(features, of, fold)
         metrics[f"probe_{name}"] = balanced_accuracy_score(of, predicted)
-        metrics |= {f"probe_{name}_{what}": value for what, value in zip(("token", "bag"), base[name])}
+        metrics[f"probe_{name}_token"], metrics[f"probe_{name}_bag"] = base[name]
         right[name] = predicted == of
-    context = [metrics[f"probe_{name}"] for name in labels if name != "token_type"]
-    if context:
-        metrics["probe_context"] = float(np.mean(context))
-        right["context"] = np.mean([hit for name, hit in right.items() if name != "token_type"], 0)
-    docs = store.windows.doc_ids[store.windows.n_train:][places // (CONTEXT_LENGTH - 1)]
-    sample = store.windows.doc_ids[store.windows.sample()]
-    by_file = {f"probe_{name}": np.array([hits[docs == doc].mean() if (docs == doc).any() else np.nan
-                                          for doc in sample]) for name, hits in right.items()}
-    return Result(metrics, {}, plain(by_file))
+    if context := [name for name in labels if name != "token_type"]:
+        metrics["probe_context"] = np.mean([metrics[f"probe_{name}"] for name in context])
+        right["context"] = np.mean([right[name] for name in context], 0)
+    docs = windows.doc_ids[windows.n_train:][places // (CONTEXT_LENGTH - 1)]
+    return Result(metrics, {}, plain({f"probe_{name}": by_document(run.store, hits, docs)
+                                      for name, hits in right.items()}))
 
 
 EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes}
@@ -1895,7 +1881,7 @@ def preflight(config, cache):
         model, d_in = stand_in(config), config.hidden_size
         tokens = np.random.default_rng(0).integers(1, 256, (8, CONTEXT_LENGTH)).astype(np.int32)
         lengths = np.full(8, CONTEXT_LENGTH)
-        lengths[3] //= 2        # one is padded
+        lengths[3] //= 2  # one is padded
         windows = corpus.Windows(tokens, lengths, np.arange(8) // 2, 4, list("abcd"), list("abcd"))
         store = Store(folder / "activations", windows, d_in, torch.float32)
         store.collect(lambda: model, 0)
