@@ -2,9 +2,9 @@
 
     python experiment.py --out_dir=run_1
 
-Everything else that varies is a constant below. Results: final_info.json in that folder, and the
-SAE beside it. A preflight first passes the variant through every stage and evaluation on tiny
-batches. The run ends within TIME_BUDGET_MINUTES; killed and started again, it carries on.
+All settings are constants below. Results: final_info.json in that folder, and the SAE beside it. A
+preflight first passes the variant through every stage and evaluation on tiny batches. The run ends
+within TIME_BUDGET_MINUTES; killed and started again, it carries on.
 
 To add a variant: (A) copy a small class from "Variants", state its equation in the docstring and
 override what differs: `encode` (or `select`, `activate`), `decode`, `losses`, `curriculum`;
@@ -227,19 +227,17 @@ class Latents(NamedTuple):
         return x_hat.view(*self.shape[:2], -1)
 
     def within(self, low, high):  # only the latents low <= i < high
+        ids = self.at(torch.arange(self.shape[2], device=self.values.device))
+        keep = (ids >= low) & (ids < high)
         if self.pairs is None:
-            columns = torch.arange(self.shape[2], device=self.values.device)
-            return self._replace(values=self.values * ((columns >= low) & (columns < high)))
-        keep = (self.pairs.ids >= low) & (self.pairs.ids < high)
+            return self._replace(values=self.values * keep)
         starts = first_places(self.pairs.rows[keep], len(self.pairs.starts))
-        pairs = Pairs(self.pairs.ids[keep], starts)
-        return Latents(self.values[keep], self.pre_acts[keep], pairs, self.shape)
+        return Latents(self.values[keep], self.pre_acts[keep], Pairs(ids[keep], starts), self.shape)
 
     def dense(self, width=None):  # -> the first `width` latents (None: all) [batch, seq, width]
         width, z = width or self.shape[2], self.values[..., :width]
         if self.pairs is not None:
-            part = self if width == self.shape[2] else self.within(0, width)
-            zeros = self.values.new_zeros(math.prod(self.shape[:2]), width)
+            part, zeros = self.within(0, width), z.new_zeros(math.prod(self.shape[:2]), width)
             z = zeros.index_put((part.pairs.rows, part.pairs.ids), part.values)
         return z.reshape(*self.shape[:2], width)
 
@@ -359,7 +357,7 @@ class SAE(nn.Module):
         self.register_buffer("sparsity_weight", torch.tensor(1e-3))
 
     def initialise(self, batch):
-        """Called once with the first batch, before training: thresholds and the like."""
+        """Called with the first batch, before training: thresholds and the like."""
 
     def resampled(self, dead):
         """Called after latents were resampled, for what else keeps them from firing."""
@@ -369,7 +367,7 @@ class SAE(nn.Module):
         return batch.x, self.b_dec, self.W_enc
 
     def select(self, x, W_enc, mask):
-        """Pairs at which to compute latents of x [n_tokens, d]; None: all. mask: [n_tokens]."""
+        """Pairs at which to compute latents of x [n_tokens, d]; None: all."""
         pre_acts = torch.addmm(self.b_enc, x, W_enc)
         flat = (pre_acts > self.lowest_pre_act()).flatten().nonzero().flatten()
         dense = len(flat) > MAX_DENSITY * pre_acts.numel()
@@ -443,9 +441,9 @@ class TopK(SAE):
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "auxk": AUXK_WEIGHT}),)
     resamples_dead = False  # auxk revives them
 
-    def __init__(self, d_in, d_sae, target_l0):
-        super().__init__(d_in, d_sae, target_l0)
-        self.k = target_l0
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.k = self.target_l0
 
     def select(self, x, W_enc, mask):
         return top_k_pairs(x, W_enc, self.b_enc, self.k)
@@ -471,11 +469,11 @@ class TopK(SAE):
 
 
 class BatchTopK(TopK):
-    """TopK over the whole batch: the k * n_tokens largest pre-activations (Bussmann et al. 2024,
-    arXiv 2412.06410). In evaluation z = pre * 1[pre > threshold], the threshold a running mean of
-    the least value kept in training."""
-    def __init__(self, d_in, d_sae, target_l0):
-        super().__init__(d_in, d_sae, target_l0)
+    """TopK over the whole batch: the k * n_tokens largest pre-activations; in evaluation
+    z = pre * 1[pre > threshold], a running mean of the least value kept in training (Bussmann et
+    al. 2024, arXiv 2412.06410)."""
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
         self.register_buffer("threshold", torch.tensor(0.0))
 
     def select(self, x, W_enc, mask):
@@ -495,13 +493,14 @@ class BatchTopK(TopK):
         return Pairs.from_flat(flat, pre_acts)
 
     def exported(self):
+        known = type(self) in (BatchTopK, Matryoshka, TSAE)
         threshold = {"threshold": self.threshold.expand(self.d_sae)}
-        return "jumprelu" if type(self) in (BatchTopK, Matryoshka, TSAE) else SAE_VARIANT, threshold, ()
+        return "jumprelu" if known else SAE_VARIANT, threshold, ()
 
 
 class Matryoshka(BatchTopK):
-    """BatchTopK of which each nested prefix of latents reconstructs x; L is the mean of the
-    prefixes' errors (Bussmann et al. 2025, arXiv 2503.17547)."""
+    """BatchTopK; L is the mean of the errors of nested prefixes of the latents (Bussmann et al.
+    2025, arXiv 2503.17547)."""
     group_fractions = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
 
     def losses(self, batch, latents):
@@ -519,9 +518,9 @@ class JumpReLU(SAE):
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "l0": 3.0}),)
     bandwidth = 0.05
 
-    def __init__(self, d_in, d_sae, target_l0):
-        super().__init__(d_in, d_sae, target_l0)
-        self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(0.1)))
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.log_threshold = nn.Parameter(torch.full((self.d_sae,), math.log(0.1)))
 
     def initialise(self, batch):
         x = batch.x.flatten(0, 1) if batch.mask is None else batch.x[batch.mask]
@@ -558,9 +557,9 @@ class Gated(SAE):
     (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "sparsity": 1.0, "gate": 1.0}),)
 
-    def __init__(self, d_in, d_sae, target_l0):
-        super().__init__(d_in, d_sae, target_l0)
-        self.r_mag, self.b_mag = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_sae))
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(self.d_sae)) for _ in range(2))
 
     def activate(self, latents):
         pi = latents.pre_acts
@@ -700,7 +699,7 @@ class Trace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (u, h, lam), total = ctx.saved_tensors, torch.zeros_like(grad)  # dL / dh_t
-        for t in range(u.shape[1] - 2, -1, -1):
+        for t in reversed(range(u.shape[1] - 1)):
             torch.addcmul(grad[:, t + 1], lam, total[:, t + 1], out=total[:, t])
         return total * (1 - lam), (total * (h - u)).sum((0, 1))
 
@@ -718,18 +717,17 @@ class TemporalAdaptation(SAE):
         anneals={"done": lambda done: done}),)
     components, kept = ("trace", "sharing", "variance_scaling"), ("variance",)
 
-    def __init__(self, d_in, d_sae, target_l0):
-        super().__init__(d_in, d_sae, target_l0)
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
         self.traces, self.done, learned = "trace" not in ABLATE, 0.0, isinstance(TEMPERATURE, str)
-        width, self.T = d_sae if self.traces else d_in, 0.5 if learned else TEMPERATURE
+        width, self.T = self.d_sae if self.traces else self.d_in, 0.5 if learned else TEMPERATURE
         self.starts = {"beta": 0.0 if self.traces else 1.0, "theta_raw": 0.0}
         if learned and "variance_scaling" not in ABLATE:
             del self.T
             self.starts |= {"T": 0.5} | ({"T_decay": 0.5} if TEMPERATURE == "scheduled" else {})
         for name, start in self.starts.items():
-            wide = "sharing" in ABLATE and not name.startswith("T")
-            parameter = nn.Parameter(torch.full((width,) if wide else (), start))
-            self.register_parameter(name, parameter)
+            shape = (width,) if "sharing" in ABLATE and not name.startswith("T") else ()
+            setattr(self, name, nn.Parameter(torch.full(shape, start)))
         self.register_buffer("variance", torch.ones(width))
 
     def temperature(self):
@@ -745,8 +743,8 @@ class TemporalAdaptation(SAE):
         return (live - mean).exp().clamp(1 / 16, 16)
 
     def decay(self, values=None):  # lam [d_sae]
-        v = self.scaled_variance(values)
-        return torch.exp(-F.softplus(self.beta) * v ** self.temperature())
+        v = self.scaled_variance(values) ** self.temperature()
+        return torch.exp(-F.softplus(self.beta) * v)
 
     def encoder(self, batch):
         if self.traces:
@@ -813,7 +811,7 @@ def model_folder():
 
 
 def load_pretrained(loader, what, **kwargs):
-    """A config, tokenizer or model by MODEL_NAME, or one short error for all that can go wrong."""
+    """A config, tokenizer or model by MODEL_NAME; one short error for all that can go wrong."""
     if model_folder() is None and not corpus.hub_reachable():
         corpus.go_offline()
     try:
@@ -821,7 +819,7 @@ def load_pretrained(loader, what, **kwargs):
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         cause = str(error).split("\n")[0].split("http")[0][:300]
         if "gated" in str(error).lower():
-            cause = "access is gated: accept its licence on the hub and log in with `hf auth login`"
+            cause = "gated: accept its licence on the hub and log in with `hf auth login`"
         raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r}: no {what} in a folder or on the hub of "
                           f"that name ({cause}). Names that work: 'embedded/model', "
                           "'EleutherAI/pythia-70m-deduped', 'google/gemma-2-2b'.") from None
@@ -890,6 +888,7 @@ def block_output(model, layer, tokens):
     """What block `layer` returns, a tensor or a tuple by family; nothing later is computed."""
     def stop(module, inputs, output):
         raise Captured(output)
+
     handle = find_blocks(model)[layer].register_forward_hook(stop)
     try:
         model.base_model(input_ids=tokens, use_cache=False)
@@ -907,8 +906,7 @@ def residual_after(model, layer, tokens):
 
 @torch.no_grad()
 def logits_from(model, layer, hidden, tokens):
-    """Logits [batch, seq, vocab] with `hidden` as the residual stream after block `layer`; the
-    blocks up to there are skipped."""
+    """Logits [batch, seq, vocab] from `hidden`, the residual stream after block `layer`."""
     skipped, output = find_blocks(model)[:layer + 1], hidden.to(next(model.parameters()).dtype)
     usual = block_output(model, layer, tokens[:1, :1])
     if isinstance(usual, tuple):
@@ -1030,7 +1028,7 @@ def planned_stages(variant):
 
 
 def learning_rate(done, d_sae):
-    """Adam's rate when the share `done` of all steps is behind: rise, constant, fall to zero."""
+    """Adam's rate after the share `done` of all steps: rise, constant, fall to zero."""
     base = LEARNING_RATE or 3e-3 * math.sqrt(1536 / d_sae)
     return base * min(1.0, (done + 1e-3) / WARMUP_FRACTION, (1 - done) / DECAY_FRACTION)
 
@@ -1045,7 +1043,7 @@ def anneal(sae, stage, done):
 
 
 def train_step(sae, optimizer, batch, stage, done):
-    """One step; `done` is the stage's progress in [0, 1). Returns the named losses and L0."""
+    """One step, at the stage's progress `done` in [0, 1) -> the named losses and L0."""
     anneal(sae, stage, done)
     latents = sae.encode(batch)
     losses, total = sae.losses(batch, latents), 0.0
@@ -1066,7 +1064,7 @@ def train_step(sae, optimizer, batch, stage, done):
         sae.tokens_since_fired += n_tokens(batch)
         sae.tokens_since_fired[fired] = 0
         l0 = torch.as_tensor(len(fired) / n_tokens(batch))
-        if "sparsity" in stage.weights:  # multiplicative control: too many active raise it
+        if "sparsity" in stage.weights:  # too many active raise it
             error = (l0.clamp_min(1e-2) / sae.target_l0).log().clamp(-1, 1)
             sae.sparsity_weight.mul_((0.05 * error).exp())
     return {name: loss.detach() for name, loss in losses.items()} | {"l0": l0}
@@ -1092,7 +1090,7 @@ def resample_dead(sae, optimizer, batch):
 
 
 def batch_ids(seed, step, n_windows, size):
-    """Windows of one step: slices of a permutation per (seed, epoch). Only here is data ordered."""
+    """Windows of one step: a slice of a permutation per (seed, epoch)."""
     epoch, place = divmod(step, n_windows // size)
     return epoch_order(seed, epoch, n_windows)[place * size:(place + 1) * size]
 
@@ -1113,26 +1111,26 @@ def epoch_order(seed, epoch, n_windows):
 
 @torch.no_grad()
 def validation_loss(sae, store):
-    """Reconstruction loss on the first held-out windows (at most 64), in evaluation mode."""
+    """Reconstruction loss on the first 64 held-out windows, in evaluation mode."""
     batch = store.batch(store.heldout(64)[0])
     return squared_error(batch, sae.eval().decode(sae.encode(batch))).item()
 
 
 def seconds_per_step(sae, store, stages, size):
-    """Seconds of one step of each stage, measured on a copy."""
+    """Seconds of one step of each stage, the second one on a copy."""
     seconds, batch = [], store.batch(np.arange(size))
     for stage in stages:
         trial = copy.deepcopy(sae).train()
         optimizer = make_optimizer(trial, 1e-4)
-        train_step(trial, optimizer, batch, stage, 0.0)
-        began = time.perf_counter()
-        train_step(trial, optimizer, batch, stage, 0.0)
+        for _ in range(2):
+            began = time.perf_counter()
+            train_step(trial, optimizer, batch, stage, 0.0)
         seconds.append(time.perf_counter() - began)
     return seconds
 
 
 def fit_to_deadline(steps, step, seconds, deadline):
-    """Steps of each stage; where they would overrun, those to come shrink in proportion."""
+    """Steps of each stage; those to come shrink in proportion where they would overrun."""
     left = [int(min(n, max(0, end - step))) for n, end in zip(steps, np.cumsum(steps))]
     need, have = sum(n * s for n, s in zip(left, seconds)), max(deadline - time.time(), 0.0)
     if need <= have:
@@ -1144,9 +1142,8 @@ def record(log, sae, step, stage, losses):
     """Appends one row to the log; a loss that is not finite ends the run."""
     values = {name: float(value) for name, value in losses.items()}
     if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
-        raise RunnerError(f"non-finite loss at step {step} of stage {stage.name!r}: "
-                          f"{', '.join(wrong)}. Look for a log or a division by zero in `losses`, "
-                          "or lower LEARNING_RATE.")
+        raise RunnerError(f"step {step} of stage {stage.name!r}: {', '.join(wrong)}. Look for a log "
+                          "or a division by zero in `losses`, or lower LEARNING_RATE.")
     dead = sae.dead_mask().float().mean().item()
     row = {"step": step, "l0": values.pop("l0"), "dead_fraction": dead}
     parameters = {name: float(value) for name, value in sae.parameters_of_interest().items()}
@@ -1156,7 +1153,7 @@ def record(log, sae, step, stage, losses):
 
 
 def plan_steps(stages, n_windows, size):
-    """Steps of each stage at `size` windows a step; a stage without any is an error."""
+    """Steps of each stage at `size` windows a step."""
     planned = [round(stage.epochs * (n_windows // size)) for stage in stages]
     for stage, steps in zip(stages, planned):
         if steps < 1:
@@ -1166,8 +1163,8 @@ def plan_steps(stages, n_windows, size):
 
 
 def train(sae, store, stages, seed, size, deadline, state_path):
-    """Trains `sae` through its stages -> log, steps planned, steps done (of each stage). From the
-    latest checkpoint at `state_path` a killed run carries on, to the same bits."""
+    """Trains `sae` -> log, steps planned and done of each stage. From the latest checkpoint at
+    `state_path` a killed run carries on, to the same bits."""
     n_windows, step = store.windows.n_train, 0
     per_epoch, planned = n_windows // size, plan_steps(stages, n_windows, size)
     sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(planned) * size * CONTEXT_LENGTH))
@@ -1209,18 +1206,16 @@ def train(sae, store, stages, seed, size, deadline, state_path):
                 resample_dead(sae.train(), optimizer, batch)
         bar.update()
         if bar.disable and now - said > 15 and "l0" in log:
-            latest = {"L0": log["l0"]} | log["losses"]
+            said, latest = now, {"L0": log["l0"]} | log["losses"]
             print(f"  {stage.name}: step {step}/{sum(steps)}",
                   *(f"{name} {values[-1]:.4g}" for name, values in latest.items()), flush=True)
-            said = now
         if now - saved > CHECKPOINT_SECONDS or step == sum(steps):
-            state = {"sae": sae.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                     "steps": steps, "log": log}
+            saved, state = now, {"sae": sae.state_dict(), "optimizer": optimizer.state_dict(),
+                                 "step": step, "steps": steps, "log": log}
             with replacing(state_path) as partial:
                 torch.save(state, partial)
-            saved = now
     if sae.dead_mask().all():
-        raise RunnerError(f"all {sae.d_sae} latents are dead after training: it has collapsed.")
+        raise RunnerError(f"all {sae.d_sae} latents are dead after training.")
     log["stage_starts"] = np.cumsum([0] + steps[:-1]).tolist()
     return log | {"stages": [stage.name for stage in stages]}, planned, steps
 
@@ -1243,7 +1238,7 @@ class Result(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """The non-zero latents of all held-out tokens, in the order of tokens; arrays [n]."""
+    """The non-zero latents of all held-out tokens, in their order; arrays [n]."""
     token: np.ndarray  # held-out window * (CONTEXT_LENGTH - 1) + position - 1
     latent: np.ndarray
     value: np.ndarray
@@ -1333,8 +1328,8 @@ def cached(run, compute, *depends):
 
 
 def controls(run):
-    """What does not depend on the SAE: the model's own loss, losses under ablations and unigrams,
-    the bigram bar, an untrained TopK."""
+    """What no SAE changes: the model's loss, its own, ablated and of unigrams, the bigram bar, an
+    untrained TopK."""
     print("computing the model's own loss and the controls", flush=True)
     store, (by_position, variance) = run.store, variance_by_position(run.store)
     torch.manual_seed(0)
@@ -1392,7 +1387,7 @@ def eval_core(run):
     mean = {name: np.nanmean(values) for name, values in rows.items()}
     if not live.any():
         raise RunnerError(f"no latent of {sae.d_sae} is live (fired {run.live[0]} times in "
-                          f"{run.live[1]} held-out files): collapsed, L0 = {mean['l0']:.2f}.")
+                          f"{run.live[1]} held-out files); L0 = {mean['l0']:.2f}.")
     losses, kl = next_token_losses(run, lambda batch: store.unscaled(sae.decode(sae.encode(batch))))
     permuted = copy.deepcopy(sae)
     permuted.W_dec.data = sae.W_dec.data.roll(sae.d_sae // 2, 0)
@@ -1599,8 +1594,7 @@ def latent_statistics(run, codes, full, alive, spans):
 
 @torch.no_grad()
 def eval_temporal(run):
-    """Stability, smoothness, coherence, similarity between positions, polysemanticity, each beside
-    its null (README: result keys)."""
+    """Stability, smoothness, coherence, polysemanticity, beside their nulls (README: result keys)."""
     sae, store, windows, rng = run.sae, run.store, run.store.windows, np.random.default_rng(0)
     torch.manual_seed(0)
     (codes, errors), full = encode_heldout(run), full_windows(store)
@@ -1648,7 +1642,7 @@ def eval_temporal(run):
 
 
 def channel_polysemanticity(store, rate, kinds, rng):
-    """Of the residual stream's channels, both signs, each active where it is largest."""
+    """Of the residual stream's channels, both signs, active where they are largest."""
     ids = store.windows.heldout()
     x = store.x(ids).flatten(0, 1).masked_fill(~store.valid(ids).flatten()[:, None], 0.0)
     top = torch.cat([x, -x], 1).topk(max(1, int(rate * len(x))), dim=0, sorted=False).indices
@@ -1714,27 +1708,20 @@ HEADLINES = {"core": ("final_train_loss", "best_val_loss", "total_train_time",
 
 
 # ---- Results ----
-def finite(name, value):
-    """A plain float; tensors and numpy scalars are welcome, what is not finite is not."""
-    value = float(value)
-    if not math.isfinite(value):
-        raise RunnerError(f"metric {name!r} is {value}: what is not finite is no result.")
-    return value
-
-
 def evaluate(run, train_seconds):
     """{evaluation: Result as a dict} of one seed, the templates' training figures first."""
     run.sae.eval()
-    log = run.log
-    results = {name: EVALUATIONS[name](run) for name in EVALS}
-    figures = {"final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]),
-               "best_val_loss": min(log["val_loss"]), "total_train_time": train_seconds}
+    results, log = {name: EVALUATIONS[name](run)._asdict() for name in EVALS}, run.log
     first = results[EVALS[0]]
-    results[EVALS[0]] = first._replace(metrics=figures | first.metrics,
-                                       curves=first.curves | {"training": log})
-    for name, result in results.items():
-        metrics = {key: finite(key, value) for key, value in result.metrics.items()}
-        results[name] = result._replace(metrics=metrics)._asdict()
+    first["metrics"] = {
+        "final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]),
+        "best_val_loss": min(log["val_loss"]), "total_train_time": train_seconds} | first["metrics"]
+    first["curves"] = first["curves"] | {"training": log}
+    for result in results.values():
+        result["metrics"] = {key: float(value) for key, value in result["metrics"].items()}
+        for key, value in result["metrics"].items():
+            if not math.isfinite(value):
+                raise RunnerError(f"metric {key!r} is {value}.")
     return results
 
 
@@ -1745,11 +1732,11 @@ def summarise(per_seed, config):
         results = [seed[name] for seed in per_seed]
         values = {key: [r["metrics"][key] for r in results] for key in results[0]["metrics"]}
         shown = [key for key in HEADLINES[name] if key in values]
-        means = {key: float(np.mean(v)) for key, v in values.items()}
+        means = {key: np.mean(v) for key, v in values.items()}
         info[name] = {"means": {f"{key}_mean": means[key] for key in shown}, "metrics": means,
                       "final_info_dict": {key: values[key] for key in shown}}
         if len(results) > 1:
-            errors = {k: float(np.std(v, ddof=1) / math.sqrt(len(v))) for k, v in values.items()}
+            errors = {key: np.std(v, ddof=1) / math.sqrt(len(v)) for key, v in values.items()}
             info[name]["stderrs"] = {f"{key}_stderr": errors[key] for key in shown}
             info[name]["metric_stderrs"] = errors
         for part in ("curves", "per_sequence"):
@@ -1759,8 +1746,7 @@ def summarise(per_seed, config):
 
 
 def export(sae, store, layer, folder):
-    """sae_weights.safetensors and cfg.json as SAELens lays them out, with the inputs' centring and
-    scaling folded in."""
+    """SAELens's sae_weights.safetensors and cfg.json, the inputs' centring and scaling folded in."""
     folder.mkdir(parents=True, exist_ok=True)
     architecture, added, dropped = sae.exported()
     weights = dict(sae.named_parameters()) | added | {
@@ -1792,40 +1778,39 @@ def write_results(folder, per_seed, config, timing):
 # ---- Checks at the door ----
 def check_config():
     """Every constant: what is wrong with it, and what would be right."""
-    values, names = globals(), ", ".join
+    values, names, span = globals(), ", ".join, TRAIN_POSITIONS
     variant = SAE_VARIANTS[SAE_VARIANT] if SAE_VARIANT in list(SAE_VARIANTS) else SAE
     losses = {name for stage in variant.curriculum for name in stage.weights} - {"reconstruction"}
+    parts = sorted(losses | set(variant.components))
 
-    def number(value, types=(int, float)):
-        return type(value) in types and 0 < value < math.inf
+    def number(value):
+        return type(value) in (int, float) and 0 < value < math.inf
 
     def subset(value, options):
-        return isinstance(value, tuple) and all(
+        return type(value) is tuple and all(
             v in list(options) and value.count(v) == 1 for v in value)
 
-    parts, span, rules = sorted(losses | set(variant.components)), TRAIN_POSITIONS, []
-    for name, options in (("SAE_VARIANT", SAE_VARIANTS), ("ATTENTION", ("causal", "centred")),
-                          ("TSAE_READING", ("paper", "code")), ("DRIVE", ("u", "z"))):
-        rules.append((name, values[name] in list(options), f"one of {names(options)}"))
-    for name, least in {"CONTEXT_LENGTH": 8, "TRAIN_TOKENS": 1, "EVAL_FILES": 2, "TARGET_L0": 1,
-                        "WINDOW": 1, "CONTRAST_SPAN": 1, "HEADS": 1, "HEAD_WIDTH": 1,
-                        "BATCH_TOKENS": CONTEXT_LENGTH}.items():
-        valid = type(least) is type(values[name]) is int and values[name] >= least
-        rules.append((name, valid, f"a whole number from {least}"))
-    for name in ("EXPANSION", "TIME_BUDGET_MINUTES", "EPOCHS_SCALE", "CONSISTENCY_WEIGHT",
-                 "CONTRAST_WEIGHT", "HIGH_WEIGHT", "REGULARISATION"):
-        rules.append((name, number(values[name]), "a number above 0"))
-    for name in ("MODEL_NAME", "DATASET"):
-        rules.append((name, values[name] and isinstance(values[name], str), "a path or a hub name"))
+    choices = {"SAE_VARIANT": SAE_VARIANTS, "ATTENTION": ("causal", "centred"),
+               "TSAE_READING": ("paper", "code"), "DRIVE": ("u", "z")}
+    least = {"CONTEXT_LENGTH": 8, "TRAIN_TOKENS": 1, "EVAL_FILES": 2, "TARGET_L0": 1, "WINDOW": 1,
+             "CONTRAST_SPAN": 1, "HEADS": 1, "HEAD_WIDTH": 1, "BATCH_TOKENS": CONTEXT_LENGTH}
+    positive = ("EXPANSION", "TIME_BUDGET_MINUTES", "EPOCHS_SCALE", "CONSISTENCY_WEIGHT",
+                "CONTRAST_WEIGHT", "HIGH_WEIGHT", "REGULARISATION")
+    rules = [(name, values[name] in list(of), f"one of {names(of)}") for name, of in choices.items()]
+    rules += [(name, type(n) is type(values[name]) is int and values[name] >= n,
+               f"a whole number from {n}") for name, n in least.items()]
+    rules += [(name, number(values[name]), "a number above 0") for name in positive]
+    rules += [(name, values[name] and type(values[name]) is str, "a path or a hub name")
+              for name in ("MODEL_NAME", "DATASET")]
     rules += [
         ("ABLATE", subset(ABLATE, parts), f"a tuple of names out of {parts} for {SAE_VARIANT}"),
         ("EVALS", EVALS and subset(EVALS, EVALUATIONS), f"a tuple out of {names(EVALUATIONS)}"),
         ("LAYER", LAYER is None or type(LAYER) is int and LAYER >= 0, "None or a whole number"),
         ("SEEDS", SEEDS and subset(SEEDS, SEEDS) and all(type(s) is int and s >= 0 for s in SEEDS),
-         "a tuple of different whole numbers, e.g. (0, 1, 2)"),
+         "a tuple of different whole numbers"),
         ("LEARNING_RATE", LEARNING_RATE is None or number(LEARNING_RATE), "None or above 0"),
         ("TEMPERATURE", TEMPERATURE in ("learned", "scheduled") or number(TEMPERATURE),
-         "'learned', 'scheduled' or a number above 0"),
+         "'learned', 'scheduled' or above 0"),
         ("CONSISTENT_FRACTION", number(CONSISTENT_FRACTION) and CONSISTENT_FRACTION <= 1,
          "above 0, at most 1"),
         ("TRAIN_POSITIONS", span is None or subset(span, range(1, CONTEXT_LENGTH))
@@ -1836,17 +1821,14 @@ def check_config():
 
 
 def expect_shape(name, tensor, wanted):
-    """Raises where a tensor's shape is not `wanted`; None stands for any size."""
-    got = tuple(tensor.shape)
-    if len(got) != len(wanted) or any(w not in (None, g) for w, g in zip(wanted, got)):
-        form = "a scalar" if not wanted else f"{tuple(w or 'any' for w in wanted)}"
-        raise RunnerError(f"{name} has shape {got}, wanted {form}.")
+    if tensor.shape != wanted:
+        raise RunnerError(f"{name} has shape {(*tensor.shape,)}, wanted {wanted or 'a scalar'}.")
 
 
 def check_variant(sae, store, stages):
     """On a tiny batch: every weighed loss exists, every parameter learns, rows do not see each
     other, padding is silent."""
-    batch, reached = store.batch(np.arange(store.windows.n_train)), set()
+    batch, dark = store.batch(np.arange(store.windows.n_train)), dict(sae.named_parameters())
     for stage in stages:
         anneal(sae, stage, 0.0)
         losses = sae.train().losses(batch, sae.encode(batch))
@@ -1857,19 +1839,19 @@ def check_variant(sae, store, stages):
             expect_shape(f"the loss {name!r}", losses[name], ())
         if (total := sum(losses[name] for name in stage.weights)).requires_grad:
             total.backward()
-        reached |= {name for name, parameter in sae.named_parameters()
-                    if parameter.grad is not None and name.startswith(stage.trains)}
-        sae.zero_grad(set_to_none=True)
-    if dark := sorted({name for name, _ in sae.named_parameters()} - reached):
-        raise RunnerError(f"no stage's loss reaches {dark}: detached, unused, or not named by any "
-                          "stage's `trains`.")
+        dark = {name: p for name, p in dark.items()
+                if p.grad is None or not name.startswith(stage.trains)}
+        sae.zero_grad()
+    if dark:
+        raise RunnerError(f"no stage's loss reaches {sorted(dark)}: detached, unused, or named by "
+                          "no stage's `trains`.")
     with torch.no_grad():
         z = sae.eval().encode(batch).dense()
         expect_shape("encode(batch).dense()", z, (*batch.x.shape[:2], sae.d_sae))
         turned = Batch(*(part if part is batch.positions else part.flip(0) for part in batch))
         if not torch.allclose(sae.encode(turned).dense().flip(0), z, atol=1e-4):
-            raise RunnerError(f"latents of {SAE_VARIANT} change when the rows of a batch change "
-                              "places: rows are different documents, not to see each other.")
+            raise RunnerError(f"{SAE_VARIANT}: the rows of a batch are different documents; one "
+                              "changes another's latents.")
         if z[~batch.mask].any():
             raise RunnerError(f"{SAE_VARIANT} has latents that fire on padding.")
 
@@ -1881,7 +1863,7 @@ def preflight(config, cache):
         model, d_in = stand_in(config), config.hidden_size
         tokens = np.random.default_rng(0).integers(1, 256, (8, CONTEXT_LENGTH)).astype(np.int32)
         lengths = np.full(8, CONTEXT_LENGTH)
-        lengths[3] //= 2  # one is padded
+        lengths[3] //= 2  # padded
         windows = corpus.Windows(tokens, lengths, np.arange(8) // 2, 4, list("abcd"), list("abcd"))
         store = Store(folder / "activations", windows, d_in, torch.float32)
         store.collect(lambda: model, 0)
@@ -1909,16 +1891,13 @@ def doing(what):
 
 def make_sae(d_in, d_sae, seed):
     if TARGET_L0 > d_sae:
-        raise RunnerError(f"TARGET_L0 = {TARGET_L0} is more than the {d_sae} latents that "
-                          f"EXPANSION = {EXPANSION} gives.")
+        raise RunnerError(f"TARGET_L0 = {TARGET_L0} of {d_sae} latents: raise EXPANSION.")
     torch.manual_seed(seed)
     return SAE_VARIANTS[SAE_VARIANT](d_in, d_sae, TARGET_L0).to(DEVICE)
 
 
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
-    """Trains and evaluates one SAE -> (sae, results, steps planned, steps done of each stage).
-
-    `state` keeps what is finished."""
+    """One SAE -> (sae, results, steps planned, done); the folder `state` keeps what is finished."""
     began, kept = time.time(), state / f"seed_{seed}.json"
     with doing(f"training, seed {seed}"):
         sae = make_sae(store.d_in, round(EXPANSION * store.d_in), seed)
@@ -1937,9 +1916,8 @@ def run_seed(seed, store, layer, get_model, state, deadline, timing):
 
 def resolved_config(store, layer, seeds):
     """Every constant of this file and what they came to."""
-    plain = (str, int, float, tuple, type(None))
-    constants = {name: value for name, value in globals().items()
-                 if name.isupper() and isinstance(value, plain) and name != "SOURCE"}
+    constants = {name: value for name, value in globals().items() if name.isupper()
+                 and isinstance(value, str | int | float | tuple | None) and name != "SOURCE"}
     sae, _, planned, done = seeds[0]
     return constants | {
         "layer": layer, "d_in": store.d_in, "d_sae": sae.d_sae, "steps_planned": planned,
@@ -1950,7 +1928,7 @@ def resolved_config(store, layer, seeds):
 
 
 def open_store(config, layer, cache):
-    """Tokens and activations of this configuration, collected where they are not cached."""
+    """Tokens and activations, cached or made -> store, function that loads the model."""
     with doing("reading the data"):
         tokenizer = load_tokenizer()
         if not tokenizer("text", add_special_tokens=False)["input_ids"]:
@@ -1976,12 +1954,11 @@ def main():
         config = load_pretrained(transformers.AutoConfig, "config.json").get_text_config()
         layer = config.num_hidden_layers // 2 - 1 if LAYER is None else LAYER
         if not 0 <= layer < config.num_hidden_layers:
-            raise RunnerError(f"LAYER = {LAYER} is out of range: {MODEL_NAME} has "
-                              f"{config.num_hidden_layers} blocks, from 0.")
+            raise RunnerError(f"LAYER = {LAYER}: {MODEL_NAME} has {config.num_hidden_layers} blocks, "
+                              "from 0.")
         longest = getattr(config, "max_position_embeddings", None) or CONTEXT_LENGTH
         if CONTEXT_LENGTH > longest:
-            raise RunnerError(f"CONTEXT_LENGTH = {CONTEXT_LENGTH} is more than the {longest} "
-                              f"positions of {MODEL_NAME}.")
+            raise RunnerError(f"CONTEXT_LENGTH = {CONTEXT_LENGTH}: {MODEL_NAME} has {longest}.")
     with corpus.publishing(out_dir, HERE) as partial:
         with doing("preflight"):
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
@@ -1993,7 +1970,7 @@ def main():
         with locked(state.with_suffix(".lock")):
             code = state / fingerprint(SOURCE, store.folder.name)
             if state.exists() and not code.exists():
-                print("settings or code differ from the unfinished run's: starting afresh")
+                print("settings or code have changed: starting afresh")
                 shutil.rmtree(state)
             code.mkdir(parents=True, exist_ok=True)
             end, seeds = began + 60 * TIME_BUDGET_MINUTES * (1 - EVALUATION_RESERVE), []
@@ -2026,13 +2003,14 @@ def describe(error):
     report += [f"  line {line} in {frame.f_code.co_name}: {source[line - 1].strip()[:110]}"
                for frame, line in frames[-4:]]
     if known:
-        return "\n".join(report) + f"\n{str(error)[:900]}"
+        return "\n".join([*report, str(error)[:900]])
     tensors = [f"{name} {tuple(value.shape)} {value.dtype}"
                for name, value in (frames[-1][0].f_locals if frames else {}).items()
                if isinstance(value, (torch.Tensor, np.ndarray))]
+    text = " ".join(str(error).split())
     report += [f"  there: {', '.join(tensors)[:350]}"] * bool(tensors)
-    report.append(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
-    if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+    report.append(f"{type(error).__name__}: {text[:400]}")
+    if "out of memory" in text.lower() or "can't allocate memory" in text:
         report.append("Try: lower BATCH_TOKENS, EXPANSION or CONTEXT_LENGTH.")
     if getattr(error, "errno", None) == errno.ENOSPC:
         report.append("Try: free disk space, or set SAE_CACHE_DIR to a larger disk.")
