@@ -110,11 +110,11 @@ class RunnerError(Exception):
 
 
 class Batch(NamedTuple):
-    """What flows into a variant. A row is a window of one document without its first token, BOS."""
+    """What flows into a variant. A row is a window of one document without BOS."""
     x: torch.Tensor  # [batch, seq, d_in] activations, centred, mean squared norm 1
     tokens: torch.Tensor  # [batch, seq] token ids
     doc_ids: torch.Tensor  # [batch] document of each window
-    positions: torch.Tensor  # [seq] position in the window, from 1
+    positions: torch.Tensor  # [seq] from 1
     mask: torch.Tensor | None  # [batch, seq] False at padding; None where there is none
 
 
@@ -131,20 +131,17 @@ def first_places(ids, n):
 
 
 class Pairs:
-    """The (token, latent) pairs where latents may be non-zero, in the order of tokens."""
+    """The (token, latent) pairs where latents may be non-zero, by token."""
 
     def __init__(self, ids, starts, pre_acts=None):
         self.ids = ids  # [n_pairs] latent of each pair
-        self.starts = starts  # [n_tokens] index of each token's first pair
-        self.pre_acts = pre_acts  # [n_pairs] pre-activations, where the selection computed them
+        self.starts = starts  # [n_tokens] each token's first pair
+        self.pre_acts = pre_acts  # [n_pairs], where the selection computed them
 
     @classmethod
     def from_flat(cls, flat, pre_acts):  # ascending indices into pre_acts [n_tokens, d_sae]
         n, d_sae = pre_acts.shape
-        rows = flat // d_sae
-        pairs = cls(flat - rows * d_sae, first_places(rows, n), pre_acts.flatten()[flat])
-        pairs.rows = rows
-        return pairs
+        return cls(flat % d_sae, first_places(flat // d_sae, n), pre_acts.flatten()[flat])
 
     @classmethod
     def from_ids(cls, ids, pre_acts=None):  # [n_tokens, k], as many for each token
@@ -153,12 +150,11 @@ class Pairs:
 
     @functools.cached_property
     def rows(self):  # [n_pairs] token of each pair
-        ends = torch.cat([self.starts[1:], self.starts.new_tensor([len(self.ids)])])
-        tokens = torch.arange(len(self.starts), device=self.ids.device)
-        return tokens.repeat_interleave(ends - self.starts)
+        end = self.starts.new_tensor([len(self.ids)])
+        return torch.repeat_interleave(self.starts.diff(append=end))
 
     @functools.cached_property
-    def by_latent(self):  # the order of pairs by latent, their tokens in it
+    def by_latent(self):  # order of pairs by latent, their tokens in it
         order = self.ids.argsort(stable=True)
         return order, self.rows[order]
 
@@ -207,14 +203,14 @@ class PairDecode(torch.autograd.Function):
     def backward(ctx, grad):
         (values, W_dec), pairs, grad = ctx.saved_tensors, ctx.pairs, grad.contiguous()
         learns = ctx.needs_input_grad[1]
-        grad_W_dec = pairs.sums_by_latent(values, grad, len(W_dec)) if learns else None
-        return pairs.dots(grad, W_dec), grad_W_dec, None
+        return (pairs.dots(grad, W_dec),
+                pairs.sums_by_latent(values, grad, len(W_dec)) if learns else None, None)
 
 
 class Latents(NamedTuple):
-    """Latents z of a batch, at pairs or, where `pairs` is None, dense; a token is a row."""
+    """Latents z of a batch, at pairs or, where `pairs` is None, dense."""
     values: torch.Tensor  # [n_pairs], or [n_tokens, d_sae] where dense
-    pre_acts: torch.Tensor  # of the same shape: what the values were made from
+    pre_acts: torch.Tensor  # of the same shape
     pairs: Pairs | None
     shape: tuple  # (batch, seq, d_sae)
 
@@ -242,7 +238,7 @@ class Latents(NamedTuple):
         return z.reshape(*self.shape[:2], width)
 
     def sparse(self):  # the same latents at pairs, where few are active
-        flat = self.values.detach().flatten().nonzero().flatten()
+        flat = self.values.flatten().nonzero().flatten()
         if len(flat) > MAX_DENSITY * self.values.numel():
             return self
         values = self.values.flatten().index_select(0, flat)
@@ -265,7 +261,7 @@ def best_groups(values, k, groups):
 
 
 def group_top_k(values, k, groups=16):
-    """Exact top k of each row of [n, width]: the k groups with the largest maxima hold them."""
+    """Top k of each row of [n, width]: the k groups with the largest maxima hold them."""
     width = values.shape[1]
     if width % groups or width // groups < 2 * k:
         return values.topk(k, dim=1, sorted=False)
@@ -277,11 +273,10 @@ def group_top_k(values, k, groups=16):
 def top_k_pairs(x, W_enc, b_enc, k, groups=16):
     """The k largest pre-activations x @ W_enc + b_enc of each token, exact in fp32.
 
-    With bf16 units, bf16 proposes all latents that reach the 2k-th best group, and fp32 rescores
-    them. Another latent lies at most one rounding error above that; rows where it could matter are
-    computed again in fp32.
+    With bf16 units, bf16 proposes all latents that reach the 2k-th best group; fp32 rescores them.
+    Others lie at most one rounding error above that; rows where it could matter are done again.
     """
-    (n, _), (_, width) = x.shape, W_enc.shape
+    n, width = len(x), W_enc.shape[1]
     if not BF16_UNITS or width % groups or width < 4 * groups * k:
         pre_acts, ids = group_top_k(torch.addmm(b_enc, x, W_enc), k)
         return Pairs.from_ids(ids, pre_acts)
@@ -309,7 +304,7 @@ def top_k_pairs(x, W_enc, b_enc, k, groups=16):
 
 
 class Step(torch.autograd.Function):
-    """Heaviside step whose pseudo-derivative is a rectangle of the given width."""
+    """Heaviside step; its pseudo-derivative is a rectangle."""
 
     @staticmethod
     def forward(ctx, u, bandwidth):
@@ -324,11 +319,11 @@ class Step(torch.autograd.Function):
 
 # ---- Variants. One contiguous block each; a curriculum is data ----
 class Stage(NamedTuple):
-    """One stage of a curriculum. The stages of every variant add up to 20 epochs."""
+    """Of a curriculum. The stages of every variant add up to 20 epochs."""
     name: str
     epochs: float
-    weights: dict  # loss -> weight: a number, or a function of the stage's progress
-    trains: tuple = ("",)  # prefixes of parameters' names; the others keep every bit
+    weights: dict  # loss -> a number, or a function of the stage's progress
+    trains: tuple = ("",)  # prefixes of parameters' names; the others keep still
     lr: float = 1.0  # multiplies LEARNING_RATE
     anneals: dict = {}  # attribute of the SAE -> function of the stage's progress in [0, 1)
 
@@ -341,7 +336,7 @@ class SAE(nn.Module):
     """
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "sparsity": 1.0}),)
     components = ()  # what ABLATE may name besides losses
-    resamples_dead = True  # dead latents are resampled in the first half of training
+    resamples_dead = True  # in the first half of training
     kept = ()  # buffers that inference needs
 
     def __init__(self, d_in, d_sae, target_l0):
@@ -360,7 +355,7 @@ class SAE(nn.Module):
         """Called with the first batch, before training: thresholds and the like."""
 
     def resampled(self, dead):
-        """Called after latents were resampled, for what else keeps them from firing."""
+        """Called after latents were resampled: what else keeps them from firing."""
 
     def encoder(self, batch):
         """What the encoder reads [batch, seq, d], its centre [d], its weights [d, d_sae]."""
@@ -370,14 +365,14 @@ class SAE(nn.Module):
         """Pairs at which to compute latents of x [n_tokens, d]; None: all."""
         pre_acts = torch.addmm(self.b_enc, x, W_enc)
         flat = (pre_acts > self.lowest_pre_act()).flatten().nonzero().flatten()
-        dense = len(flat) > MAX_DENSITY * pre_acts.numel()
-        return None if dense else Pairs.from_flat(flat, pre_acts)
+        few = len(flat) <= MAX_DENSITY * pre_acts.numel()
+        return Pairs.from_flat(flat, pre_acts) if few else None
 
     def lowest_pre_act(self):
         return 0.0
 
     def activate(self, latents):
-        """Values of the latents from `latents.pre_acts`, at the same places."""
+        """Values from `latents.pre_acts`, at the same places."""
         return F.relu(latents.pre_acts)
 
     def encode(self, batch):
@@ -413,7 +408,7 @@ class SAE(nn.Module):
         return self.tokens_since_fired > self.dead_after
 
     def exported(self):
-        """SAELens's name for the architecture where it has one, weights to add, names to drop."""
+        """SAELens's name of the architecture, where known; weights to add, names to drop."""
         return SAE_VARIANT, {name: getattr(self, name) for name in self.kept}, ()
 
     def parameters_of_interest(self):
@@ -431,7 +426,7 @@ def valid(batch, values):  # [batch, seq, ...], zero at padding
 
 def squared_error(batch, x_hat):
     """Mean over tokens of |x - x_hat|^2, the fraction of variance unexplained."""
-    expect_shape("x_hat", x_hat, tuple(batch.x.shape))
+    expect_shape("x_hat", x_hat, batch.x.shape)
     return valid(batch, (batch.x - x_hat).square()).sum() / n_tokens(batch)
 
 
@@ -453,15 +448,15 @@ class TopK(SAE):
         return {"reconstruction": squared_error(batch, x_hat), "auxk": self.auxk_loss(batch, x_hat)}
 
     def auxk_loss(self, batch, x_hat):
-        """The residual as the top d_in / 2 dead latents reconstruct it: error over variance."""
+        """The residual's fraction of variance unexplained by its top d_in / 2 dead latents."""
         dead = self.dead_mask().nonzero().flatten()
         if not len(dead):
             return x_hat.new_zeros(())
         x, centre, W_enc = self.encoder(batch)
         residual = batch._replace(x=valid(batch, (batch.x - x_hat).detach()))
         pre_acts = (x - centre) @ W_enc[:, dead] + self.b_enc[dead]
-        top = F.relu(pre_acts).topk(min(self.d_in // 2, len(dead)), dim=-1)
-        latents = torch.zeros_like(pre_acts).scatter(-1, top.indices, top.values)
+        values, ids = F.relu(pre_acts).topk(min(self.d_in // 2, len(dead)), dim=-1)
+        latents = torch.zeros_like(pre_acts).scatter(-1, ids, values)
         error = squared_error(residual, latents @ self.W_dec[dead])
         mean = residual.x.sum((0, 1)) / n_tokens(batch)
         variance = squared_error(residual, mean.expand_as(x_hat))
@@ -482,7 +477,7 @@ class BatchTopK(TopK):
             pre_acts.masked_fill_(~mask[:, None], NEVER)
         least = 0.8 * self.threshold if self.training else self.threshold
         flat = (pre_acts > least).flatten().nonzero().flatten()
-        if self.training:  # what lies above 0.8 thresholds is short and nearly always enough
+        if self.training:  # above 0.8 thresholds lie few, nearly always enough
             keep = int(self.k * (len(x) if mask is None else mask.sum()))
             if len(flat) < keep:
                 flat = torch.arange(pre_acts.numel(), device=x.device)
@@ -525,14 +520,14 @@ class JumpReLU(SAE):
     def initialise(self, batch):
         x = batch.x.flatten(0, 1) if batch.mask is None else batch.x[batch.mask]
         pre_acts = ((x[:1024] - self.b_dec) @ self.W_enc + self.b_enc).flatten()
-        rank = int(len(pre_acts) * (1 - self.target_l0 / self.d_sae))  # where L0 is on target
-        self.log_threshold.data.fill_(pre_acts.kthvalue(max(1, rank)).values.clamp_min(1e-3).log())
+        rank = max(1, int(len(pre_acts) * (1 - self.target_l0 / self.d_sae)))
+        self.log_threshold.data.fill_(pre_acts.kthvalue(rank).values.clamp_min(1e-3).log())
 
     def lowest_pre_act(self):
         return self.log_threshold.exp() - self.bandwidth / 2
 
     def resampled(self, dead):
-        self.b_enc[dead] = self.lowest_pre_act()[dead]  # where thresholds let them learn
+        self.b_enc[dead] = self.lowest_pre_act()[dead]  # where they learn
 
     def gate(self, latents):
         above = latents.pre_acts.detach() - latents.at(self.log_threshold.exp())
@@ -685,8 +680,7 @@ def contrastive(batch, z, span):
 
 
 class Trace(torch.autograd.Function):
-    """h_{t-1} at every t, where h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0: u [batch, seq, d],
-    lam [d]. Exact; one fused operation a position."""
+    """h_{t-1} at every t, h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0: u [batch, seq, d], lam [d]."""
 
     @staticmethod
     def forward(ctx, u, lam):
@@ -788,15 +782,14 @@ SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprel
 
 # ---- Data and model ----
 def load_windows(tokenizer, bos, cache):
-    """The windows of this configuration, from the cache where they are there, and their key."""
+    """The windows, from the cache where they are there, and their key."""
     wanted = corpus.Wanted(CONTEXT_LENGTH, TRAIN_TOKENS, EVAL_FILES, TRAIN_WINDOWS_PER_FILE,
                            EVAL_WINDOWS_PER_FILE, MIN_WINDOW, DATA_SEED)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else MODEL_NAME
     key = fingerprint(corpus.data_identity(DATASET), vocabulary, bos, wanted,
                       inspect.getsource(corpus))
     path = cache / "tokens" / f"{key}.npz"
-    windows = corpus.read_windows(path)
-    if windows is None:
+    if not (windows := corpus.read_windows(path)):
         print(f"tokenising {DATASET}", flush=True)
         windows = corpus.make_windows(DATASET, tokenizer, bos, wanted)
         with replacing(path) as partial, open(partial, "wb") as file:
@@ -805,13 +798,13 @@ def load_windows(tokenizer, bos, cache):
 
 
 def model_folder():
-    """The local folder that MODEL_NAME means, as a path or from here; None where it is a hub id."""
+    """The folder that MODEL_NAME means; None where it is a hub id."""
     places = Path(MODEL_NAME).expanduser(), HERE / MODEL_NAME
     return next((path.resolve() for path in places if path.is_dir()), None)
 
 
 def load_pretrained(loader, what, **kwargs):
-    """A config, tokenizer or model by MODEL_NAME; one short error for all that can go wrong."""
+    """A config, tokenizer or model by MODEL_NAME; one error for all that can go wrong."""
     if model_folder() is None and not corpus.hub_reachable():
         corpus.go_offline()
     try:
@@ -820,9 +813,8 @@ def load_pretrained(loader, what, **kwargs):
         cause = str(error).split("\n")[0].split("http")[0][:300]
         if "gated" in str(error).lower():
             cause = "gated: accept its licence on the hub and log in with `hf auth login`"
-        raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r}: no {what} in a folder or on the hub of "
-                          f"that name ({cause}). Names that work: 'embedded/model', "
-                          "'EleutherAI/pythia-70m-deduped', 'google/gemma-2-2b'.") from None
+        raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r}: no {what} there ({cause}). Names that work: "
+                          "'embedded/model', 'EleutherAI/pythia-70m-deduped', a folder.") from None
 
 
 @functools.cache
@@ -841,22 +833,21 @@ def model_identity(config):
         size, date = path.stat().st_size, path.stat().st_mtime_ns
         return path.name, zlib.crc32(path.read_bytes()) if size < 2 ** 26 else (size, date)
 
-    if model_folder() is None:
+    if not (folder := model_folder()):
         return MODEL_NAME, config._commit_hash
-    return [identity(path) for path in sorted(model_folder().iterdir()) if path.is_file()]
+    return [identity(path) for path in sorted(folder.iterdir()) if path.is_file()]
 
 
 def stand_in(config):
-    """A random causal model of the same family: real hidden size, two layers, 256 tokens."""
+    """A random model of the same family and hidden size: two layers, 256 tokens."""
     config = type(config).from_dict(config.to_dict())
     text = config.get_text_config()
     text.num_hidden_layers, text.vocab_size = 2, 256
     text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:2]
-    wrong = RunnerError(
-        f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type}) is no causal language model. Take a "
-        "decoder: GPT-NeoX/Pythia, GPT-2, Llama, Gemma, Qwen, OPT or Mistral.")
+    if types := getattr(text, "layer_types", None):
+        text.layer_types = types[:2]
+    wrong = RunnerError(f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type}) is no causal language "
+                        "model. Take a decoder: Pythia, GPT-2, Llama, Gemma, Qwen, OPT, Mistral.")
     try:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except ValueError:
@@ -871,7 +862,7 @@ def stand_in(config):
 
 
 def find_blocks(model):
-    """The decoder's blocks: the largest ModuleList as long as the configuration says."""
+    """The largest ModuleList as long as the configuration says."""
     depth = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
@@ -885,7 +876,7 @@ class Captured(Exception):
 
 @torch.no_grad()
 def block_output(model, layer, tokens):
-    """What block `layer` returns, a tensor or a tuple by family; nothing later is computed."""
+    """What block `layer` returns, a tensor or a tuple; nothing later is computed."""
     def stop(module, inputs, output):
         raise Captured(output)
 
@@ -920,7 +911,7 @@ def logits_from(model, layer, hidden, tokens):
             del block.forward
 
 
-# ---- Activations: collected once, cached by content in shards, shared by all runs ----
+# ---- Activations: collected once, cached by content, shared by all runs ----
 class Store:
     """Activations of all windows [window, CONTEXT_LENGTH, d_in], cached; centred, scaled batches."""
 
@@ -936,10 +927,9 @@ class Store:
     def collect(self, get_model, layer):
         """Fills in missing shards, under a lock that other runs wait for; then opens all."""
         with locked(self.folder / "lock"):
-            for killed in self.folder.glob("*.partial"):
-                killed.unlink()
-            missing = [(a, b) for a, b in self.shards if not corpus.intact(self.path(a))]
-            if missing:
+            for left in self.folder.glob("*.partial"):
+                left.unlink()
+            if missing := [(a, b) for a, b in self.shards if not corpus.intact(self.path(a))]:
                 model, began = get_model(), time.time()
                 tokens = sum(b - a for a, b in missing) * CONTEXT_LENGTH
                 need = tokens * self.d_in * self.dtype.itemsize
@@ -949,8 +939,7 @@ class Store:
                                       f"{free / 1e9:.1f}. Lower TRAIN_TOKENS or set SAE_CACHE_DIR.")
                 for start, end in tqdm(missing, "collecting", disable=None):
                     self.collect_shard(model, layer, start, end)
-                rate = tokens / (time.time() - began)
-                print(f"collected {tokens:,} tokens at {rate:,.0f} tokens/s", flush=True)
+                print(f"collected {tokens:,} tokens in {time.time() - began:.0f} s", flush=True)
         self.open()
 
     def collect_shard(self, model, layer, start, end, batch=32):
@@ -962,7 +951,7 @@ class Store:
                 file.write(hidden.to(self.dtype).cpu().contiguous().view(torch.uint8).numpy())
 
     def open(self):
-        """Maps the shards; takes the mean and the scale from the first 2^18 training tokens."""
+        """Maps the shards; mean and scale are of the first 2^18 training tokens."""
         row = CONTEXT_LENGTH * self.d_in
         self.maps = [torch.from_file(str(self.path(a)), size=(b - a) * row, dtype=self.dtype)
                      .view(b - a, CONTEXT_LENGTH, self.d_in) for a, b in self.shards]
@@ -977,7 +966,7 @@ class Store:
         self.scale = (squares.sum() / n.sum() - mean.square().sum()).sqrt().item()
 
     def moments(self, chunks):
-        """Over windows, by position: sum of x [seq, d_in], of |x|^2 [seq], and tokens [seq]."""
+        """By position: sum of x [seq, d_in], of |x|^2 [seq], and tokens [seq]."""
         sums, squares, n = 0.0, 0.0, 0
         for ids in chunks:
             x, keep = self.batch(ids).x.double(), self.valid(ids)
@@ -990,7 +979,7 @@ class Store:
         return torch.from_numpy(self.windows.valid(ids)[:, 1:]).to(DEVICE)
 
     def raw(self, ids):
-        """Activations as the model made them, BOS included: [len(ids), CONTEXT_LENGTH, d_in]."""
+        """Activations as the model made them, with BOS: [len(ids), CONTEXT_LENGTH, d_in]."""
         if self.resident is not None:
             return self.resident[torch.as_tensor(ids, device=DEVICE)].float()
         rows = [self.maps[i // SHARD_WINDOWS][i % SHARD_WINDOWS] for i in map(int, ids)]
@@ -1011,11 +1000,10 @@ class Store:
     def tokens_of(self, ids):
         return self.tokens[torch.as_tensor(ids, device=DEVICE)]
 
-    def unscaled(self, x):  # as `batch` gives it -> as the model made it
+    def unscaled(self, x):  # -> as the model made it
         return x * self.scale + self.mean
 
-    def heldout(self, size):
-        """Held-out window ids in chunks of `size`."""
+    def heldout(self, size):  # ids of windows in chunks
         return np.array_split(ids := self.windows.heldout(), range(size, len(ids), size))
 
 
@@ -1077,16 +1065,16 @@ def resample_dead(sae, optimizer, batch):
     if not len(dead) or not all(p.requires_grad for p in parameters):
         return
     residual = valid(batch, batch.x - sae.decode(sae.encode(batch))).flatten(0, 1)
-    worst = residual.square().sum(1).square()  # 0 at padding
-    rows = F.normalize(residual[torch.multinomial(worst, len(dead), replacement=True)], dim=1)
+    worst = residual.square().sum(1).square().multinomial(len(dead), replacement=True)
+    rows = F.normalize(residual[worst], dim=1)
     sae.W_dec[dead] = rows
     sae.W_enc[:, dead] = 0.2 * sae.W_enc.norm(dim=0).mean() * rows.t()
     sae.b_enc[dead] = 0.0
     sae.tokens_since_fired[dead] = 0
     sae.resampled(dead)
-    for parameter, at in zip(parameters, (dead, (slice(None), dead), dead)):
+    for p, at in zip(parameters, (dead, (slice(None), dead), dead)):
         for moment in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[parameter][moment][at] = 0.0
+            optimizer.state[p][moment][at] = 0.0
 
 
 def batch_ids(seed, step, n_windows, size):
@@ -1139,15 +1127,15 @@ def fit_to_deadline(steps, step, seconds, deadline):
 
 
 def record(log, sae, step, stage, losses):
-    """Appends one row to the log; a loss that is not finite ends the run."""
-    values = {name: float(value) for name, value in losses.items()}
+    """Appends to the log; a loss that is not finite ends the run."""
+    values = {name: loss.item() for name, loss in losses.items()}
     if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
         raise RunnerError(f"step {step} of stage {stage.name!r}: {', '.join(wrong)}. Look for a log "
                           "or a division by zero in `losses`, or lower LEARNING_RATE.")
-    dead = sae.dead_mask().float().mean().item()
-    row = {"step": step, "l0": values.pop("l0"), "dead_fraction": dead}
-    parameters = {name: float(value) for name, value in sae.parameters_of_interest().items()}
-    for table, row in ((log, row), (log["losses"], values), (log["parameters"], parameters)):
+    row = {"step": step, "l0": values.pop("l0"),
+           "dead_fraction": sae.dead_mask().float().mean().item()}
+    followed = {name: float(value) for name, value in sae.parameters_of_interest().items()}
+    for table, row in ((log, row), (log["losses"], values), (log["parameters"], followed)):
         for name, value in row.items():
             table.setdefault(name, []).append(value)
 
@@ -1155,10 +1143,9 @@ def record(log, sae, step, stage, losses):
 def plan_steps(stages, n_windows, size):
     """Steps of each stage at `size` windows a step."""
     planned = [round(stage.epochs * (n_windows // size)) for stage in stages]
-    for stage, steps in zip(stages, planned):
-        if steps < 1:
-            raise RunnerError(f"stage {stage.name!r} gets no step of {size} out of {n_windows} "
-                              "windows. Raise TRAIN_TOKENS or EPOCHS_SCALE, or lower BATCH_TOKENS.")
+    if 0 in planned:
+        raise RunnerError(f"stage {stages[planned.index(0)].name!r} gets no step: raise TRAIN_TOKENS "
+                          "or EPOCHS_SCALE, or lower BATCH_TOKENS.")
     return planned
 
 
@@ -1187,9 +1174,9 @@ def train(sae, store, stages, seed, size, deadline, state_path):
     while step < sum(steps):
         index = int(np.searchsorted(np.cumsum(steps), step, "right"))
         stage, first = stages[index], sum(steps[:index])
-        for name, parameter in sae.named_parameters():
-            parameter.requires_grad_(name.startswith(stage.trains))
-        torch.manual_seed(seed * 1_000_003 + step)  # a function of the step: nothing to resume
+        for name, p in sae.named_parameters():
+            p.requires_grad_(name.startswith(stage.trains))
+        torch.manual_seed(seed * 1_000_003 + step)  # nothing to resume
         optimizer.param_groups[0]["lr"] = stage.lr * learning_rate(step / sum(steps), sae.d_sae)
         batch = only_positions(store.batch(batch_ids(seed, step, n_windows, size)))
         losses = train_step(sae.train(), optimizer, batch, stage, (step - first) / steps[index])
@@ -1227,13 +1214,13 @@ class Run(NamedTuple):
     store: Store
     get_model: Callable  # -> the language model
     layer: int
-    live: tuple  # (firings, files) that a latent needs to count as live
+    live: tuple  # (firings, files) that a live latent needs
     log: dict  # of the training
 
 
 class Result(NamedTuple):
     metrics: dict  # name -> float
-    curves: dict = {}  # name -> list of floats
+    curves: dict = {}  # name -> list
     per_sequence: dict = {}  # name -> list of floats, one per sample window
 
 
@@ -1264,7 +1251,7 @@ def encode_heldout(run):
 
 
 def variance_by_position(store):
-    """Mean squared distance of held-out x from its overall mean: by position [seq], and overall."""
+    """Variance of held-out x about its overall mean: by position [seq], and overall."""
     sums, squares, n = store.moments(store.heldout(64))
     mean = sums.sum(0) / n.sum()
     total = squares - 2 * (sums @ mean) + n * mean.square().sum()
@@ -1273,9 +1260,9 @@ def variance_by_position(store):
 
 @torch.no_grad()
 def next_token_losses(run, splice):
-    """Cross-entropy after each position >= 1, and KL from the model's own prediction:
+    """Cross-entropy after each position, and KL from the model's own prediction:
     [sample, CONTEXT_LENGTH - 2], NaN at padding. splice(batch) gives the residual stream
-    [batch, seq, d_in] in the model's own scale; BOS is left alone."""
+    [batch, seq, d_in], unscaled; BOS is left alone."""
     found, model, store = [], run.get_model(), run.store
     sample = store.windows.sample()
     for ids in np.array_split(sample, len(sample) // 16 + 1):
@@ -1291,8 +1278,8 @@ def next_token_losses(run, splice):
 
 @torch.no_grad()
 def bigram_explained_variance(store, variance):
-    """Explained variance of a lookup by (previous token, token), fitted on the first 2^18 training
-    tokens: a pair's mean, shrunk by one pseudo-count to its token's, and that to the overall, 0."""
+    """Of a lookup by (previous token, token), fitted on the first 2^18 training tokens: a pair's
+    mean, shrunk by one pseudo-count to its token's, and that to 0."""
     vocabulary = int(store.tokens.max()) + 1
 
     def rows(ids):  # pair key, token and activation of each valid token
@@ -1316,7 +1303,7 @@ def bigram_explained_variance(store, variance):
 
 
 def cached(run, compute, *depends):
-    """compute(run), kept beside the activations; made again where it or what it calls changes."""
+    """compute(run), kept beside the activations until its code changes."""
     source = SOURCE[SOURCE.index("# ---- Data and model"):SOURCE.index("# ---- Results")]
     key = fingerprint(compute.__name__, source, inspect.getsource(TopK), *depends)
     path = run.store.folder / f"{compute.__name__}-{key}.json"
@@ -1349,13 +1336,12 @@ def controls(run):
 
 
 def explained_variance(run, variance):
-    """1 - E|x - x_hat|^2 / sum_d Var(x_d) on held-out tokens: a mean predictor scores 0."""
+    """1 - E|x - x_hat|^2 / sum_d Var(x_d) on held-out tokens."""
     return 1 - np.nanmean(encode_heldout(run)[1]["error"]) / variance
 
 
 def live_latents(codes, run):
-    """[d_sae] whether a latent fired often enough, in enough files, on at most half the tokens; and
-    [d_sae] firing rates."""
+    """[d_sae] whether a latent fired often, in many files, on at most half the tokens; and rates."""
     windows, d_sae = run.store.windows, run.sae.d_sae
     file = windows.doc_ids[windows.n_train:][codes.token // (CONTEXT_LENGTH - 1)].astype(np.int64)
     n_files = file.max(initial=0) + 1
@@ -1420,7 +1406,7 @@ def eval_core(run):
 
 
 def by_document(store, values, docs):
-    """Means of values [n] over each of the sample's documents, [sample]; NaN where none is of it."""
+    """Mean of values [n] over each of the sample's documents [sample]; NaN where there are none."""
     means = [values[docs == doc].mean() if (docs == doc).any() else np.nan
              for doc in store.windows.doc_ids[store.windows.sample()]]
     return np.array(means)
@@ -1451,12 +1437,12 @@ def stability(active, rate, draws=0):
 
     active [window, seq, d] is 0 or 1, or the probability of firing; rate [d] its mean."""
     n, seq, _ = active.shape
-    lag = torch.arange(seq, device=DEVICE)[None] - torch.arange(seq, device=DEVICE)[:, None]
-    band = ((lag >= STABILITY_LAGS[0]) & (lag <= STABILITY_LAGS[1])).to(active.dtype)
+    low, high = STABILITY_LAGS
+    band = torch.ones(seq, seq, dtype=active.dtype, device=DEVICE).triu(low).tril(high)
     total = active.sum(1, dtype=torch.float32)  # exact mean over all permutations:
     shuffled = (total ** 2 - active.float().square().sum(1)) / (seq * (seq - 1))
 
-    def excess(pairs):  # mean of a_t a_s over the pairs of positions, in units of the variance
+    def excess(pairs):  # mean of a_t a_s over pairs of positions, in units of the variance
         chunks = zip(active.split(32), pairs.split(32))
         sums = [(torch.bmm(p, a) * a).sum(1, dtype=torch.float32) for a, p in chunks]
         means = torch.cat(sums) / band.sum().float().clamp_min(1)
@@ -1493,22 +1479,22 @@ def coherence(firings, classes, files, rate, rng, n_firings=50, group=100):
 
     firings: token indices [n] of each latent; files: of each held-out window."""
     roles = []
-    for latent in sorted(range(len(firings)), key=lambda i: rate[i]):
-        window, position = np.divmod(firings[latent], CONTEXT_LENGTH - 1)
-        other = files[window] % 2 == 1
-        blocks = ((position < 32) & ~other, (position < 32) & other, (position >= 63) & other)
-        if min(block.sum() for block in blocks) >= n_firings:
-            drawn = (rng.choice(firings[latent][b], n_firings, replace=False) for b in blocks)
-            roles.append([np.bincount(classes[at], minlength=classes.max() + 1) for at in drawn])
+    for at in (firings[i] for i in sorted(range(len(firings)), key=lambda i: rate[i])):
+        window, position = np.divmod(at, CONTEXT_LENGTH - 1)
+        early, other = position < 32, files[window] % 2 == 1
+        blocks = [at[early & ~other], at[early & other], at[(position >= 63) & other]]
+        if min(map(len, blocks)) >= n_firings:
+            drawn = (rng.choice(block, n_firings, replace=False) for block in blocks)
+            roles.append([np.bincount(classes[of], minlength=classes.max() + 1) for of in drawn])
     n, hits = min(group, len(roles)), np.zeros(2)
     if n < 10:
         return None
     for low in range(0, len(roles) - n + 1, n):
-        first, same, later = np.array(roles[low:low + n]).swapaxes(0, 1)
-        for i, block in enumerate((later, same)):
-            hits[i] += (cdist(block, first, "jensenshannon").argmin(1) == np.arange(n)).sum()
-    chance = len(roles) // n
-    return (hits[0] - chance) / max(hits[1] - chance, 1e-9)
+        first, *blocks = np.array(roles[low:low + n]).swapaxes(0, 1)
+        hits += [(cdist(block, first, "jensenshannon").argmin(1) == np.arange(n)).sum()
+                 for block in blocks]
+    same, later = hits - len(roles) // n  # above chance
+    return later / max(same, 1e-9)
 
 
 def entropy(values):
@@ -1546,14 +1532,14 @@ def follow(run):
                   f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
     for name, p in run.sae.named_parameters():
         if p.numel() == 1:
-            at, d = p.data.clone(), 0.1 * max(abs(p.item()), 0.1)
-            losses = [p.data.copy_(at + sign * d) is None or validation_loss(run.sae, run.store)
-                      for sign in (1, -1)]
-            p.data.copy_(at)
+            at, d, losses = p.data.clone(), 0.1 * max(abs(p.item()), 0.1), []
+            for value in (at + d, at - d, at):
+                p.data.copy_(value)
+                losses.append(validation_loss(run.sae, run.store))
             found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
     if gaps := log["losses"].get("consistency_gap"):
-        border = log["stage_starts"][-1] if len(log["stages"]) > 1 else 0
-        before = gaps[int(np.searchsorted(steps, border, side="right")) - 1 if border else 0]
+        border = log["stage_starts"][-1]
+        before = gaps[np.searchsorted(steps, border, "right") - 1 if border else 0]
         found |= {"consistency_gap": gaps[-1], "consistency_gap_before": before,
                   "collapse_alarm": float(gaps[-1] < before)}
     if hasattr(run.sae, "decay"):
@@ -1561,8 +1547,8 @@ def follow(run):
             lam, v = run.sae.decay(), run.sae.scaled_variance()
         x, y = (a.double().log().expand(run.sae.d_sae).cpu().numpy() for a in (v, -lam.log()))
         if x.std() > 0:
-            fit = scipy.stats.linregress(x, y)
-            found |= {"decay_slope": fit.slope, "decay_r2": fit.rvalue ** 2}
+            slope, _, r, *_ = scipy.stats.linregress(x, y)
+            found |= {"decay_slope": slope, "decay_r2": r ** 2}
     return found
 
 
@@ -1650,7 +1636,7 @@ def channel_polysemanticity(store, rate, kinds, rng):
 
 
 def evolution(run, window, stable, alive, n=16):
-    """The latents that carry most of one window's stable energy, over its tokens."""
+    """The latents with the most stable energy in one window, over its tokens."""
     z = run.sae.encode(run.store.batch([window])).dense()[0].cpu().numpy()
     top = alive[np.argsort(-np.square(z[:, alive]).sum(0) * np.maximum(stable, 1e-6))[:n]]
     tokens = load_tokenizer().batch_decode(run.store.windows.tokens[window, 1:, None])
@@ -1659,7 +1645,7 @@ def evolution(run, window, stable, alive, n=16):
 
 # ---- Probes: what one token's latents tell about syntax and context ----
 def probe(features, labels, fold):
-    """Labels as logistic regressions predict them, each fitted on the other fold of files."""
+    """Labels as logistic regressions predict them, fitted on the other fold of files."""
     predicted = np.empty_like(labels)
     for held in (fold, ~fold):
         model = LogisticRegression(max_iter=200, class_weight="balanced")
@@ -1736,9 +1722,9 @@ def summarise(per_seed, config):
         info[name] = {"means": {f"{key}_mean": means[key] for key in shown}, "metrics": means,
                       "final_info_dict": {key: values[key] for key in shown}}
         if len(results) > 1:
-            errors = {key: np.std(v, ddof=1) / math.sqrt(len(v)) for key, v in values.items()}
-            info[name]["stderrs"] = {f"{key}_stderr": errors[key] for key in shown}
-            info[name]["metric_stderrs"] = errors
+            errors = {key: scipy.stats.sem(v) for key, v in values.items()}
+            info[name] |= {"stderrs": {f"{key}_stderr": errors[key] for key in shown},
+                           "metric_stderrs": errors}
         for part in ("curves", "per_sequence"):
             info[name][part] = [result[part] for result in results]
     info[EVALS[0]]["config"] = config
@@ -1857,7 +1843,7 @@ def check_variant(sae, store, stages):
 
 
 def preflight(config, cache):
-    """The variant through every stage, evaluation and the writing of results, on a stand-in."""
+    """Every stage, evaluation and result, on a stand-in."""
     folder = cache / f"preflight.{os.getpid()}"
     try:
         model, d_in = stand_in(config), config.hidden_size
@@ -1881,7 +1867,7 @@ def preflight(config, cache):
 # ---- main: config -> preflight -> tokens -> activations -> train -> evaluate -> write ----
 @contextmanager
 def doing(what):
-    """Names the part of the run that an error comes from."""
+    """Names the part of the run for errors."""
     try:
         yield
     except Exception as error:
