@@ -680,7 +680,8 @@ def contrastive(batch, z, span):
 
 
 class Trace(torch.autograd.Function):
-    """h_{t-1} at every t, h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0: u [batch, seq, d], lam [d]."""
+    """h_{t-1} at every t, h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0; u [batch, seq, d], lam [d]
+    """
 
     @staticmethod
     def forward(ctx, u, lam):
@@ -703,9 +704,8 @@ class TemporalAdaptation(SAE):
     lam_i = exp(-softplus(beta) v_i^T), v_i = clamp(var(u_i) / geometric mean, 1/16, 16), running;
     L = |x - x_hat|^2 + w |z|_1 + REGULARISATION (distance of beta, theta, T from their starts)^2.
 
-    beta, theta = tanh(theta_raw) and T are global. ABLATE "sharing": a beta and a theta for each
-    latent; "variance_scaling": v = 1; "trace": (beta x / Var^T + theta) W_enc, per input channel.
-    """
+    beta, theta = tanh(theta_raw) and T are global. ABLATE "sharing": beta and theta by latent;
+    "variance_scaling": v = 1; "trace": (beta x / Var^T + theta) W_enc, by input channel."""
     curriculum = (Stage("autoencoder", 20, {
         "reconstruction": 1.0, "sparsity": 1.0, "regularisation": REGULARISATION},
         anneals={"done": lambda done: done}),)
@@ -746,19 +746,19 @@ class TemporalAdaptation(SAE):
         scale = self.scaled_variance(batch.x.flatten(0, 1)) ** -self.temperature()
         return self.beta * scale * batch.x + self.theta_raw.tanh(), self.b_dec, self.W_enc
 
+    def select(self, x, W_enc, mask):
+        return None if self.traces else super().select(x, W_enc, mask)
+
     def encode(self, batch):
+        latents = super().encode(batch)
         if not self.traces:
-            return super().encode(batch)
-        shape, x = (*batch.x.shape[:2], self.d_sae), batch.x.flatten(0, 1)
-        pre_acts = torch.addmm(self.b_enc - self.b_dec @ self.W_enc, x, self.W_enc)
-        if batch.mask is not None:
-            pre_acts = pre_acts.masked_fill(~batch.mask.flatten()[:, None], NEVER)
-        theta, lam = self.theta_raw.tanh(), self.decay(pre_acts.relu())
-        pre_acts = pre_acts.view(shape)
+            return latents
+        theta, lam, shape = self.theta_raw.tanh(), self.decay(latents.values), latents.shape
+        pre_acts, u = latents.pre_acts.view(shape), latents.values.view(shape)
         if DRIVE == "u":
-            z = F.relu(pre_acts - theta * Trace.apply(pre_acts.relu(), lam.expand(self.d_sae)))
+            z = F.relu(pre_acts - theta * Trace.apply(u, lam.expand(self.d_sae)))
         else:
-            h, z = pre_acts.new_zeros(shape[0], self.d_sae), []
+            h, z = u.new_zeros(shape[0], self.d_sae), []
             for pre in pre_acts.unbind(1):
                 z.append(F.relu(pre - theta * h))
                 h = torch.lerp(z[-1], h, lam)
@@ -813,7 +813,7 @@ def load_pretrained(loader, what, **kwargs):
         cause = str(error).split("\n")[0].split("http")[0][:300]
         if "gated" in str(error).lower():
             cause = "gated: accept its licence on the hub and log in with `hf auth login`"
-        raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r}: no {what} there ({cause}). Names that work: "
+        raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r}: no {what} ({cause}). Names that work: "
                           "'embedded/model', 'EleutherAI/pythia-70m-deduped', a folder.") from None
 
 
@@ -913,7 +913,7 @@ def logits_from(model, layer, hidden, tokens):
 
 # ---- Activations: collected once, cached by content, shared by all runs ----
 class Store:
-    """Activations of all windows [window, CONTEXT_LENGTH, d_in], cached; centred, scaled batches."""
+    """Activations of all windows, [window, CONTEXT_LENGTH, d_in], cached; batches of them."""
 
     def __init__(self, folder, windows, d_in, dtype):
         self.folder, self.windows, self.d_in, self.dtype = folder, windows, d_in, dtype
@@ -967,13 +967,12 @@ class Store:
 
     def moments(self, chunks):
         """By position: sum of x [seq, d_in], of |x|^2 [seq], and tokens [seq]."""
-        sums, squares, n = 0.0, 0.0, 0
+        parts = []
         for ids in chunks:
             x, keep = self.batch(ids).x.double(), self.valid(ids)
-            sums = sums + (x * keep[..., None]).sum(0)
-            squares = squares + (x.square().sum(-1) * keep).sum(0)
-            n = n + keep.sum(0)
-        return sums, squares, n
+            parts.append([part.sum(0) for part in (
+                x * keep[..., None], x.square().sum(-1) * keep, keep)])
+        return map(sum, zip(*parts))
 
     def valid(self, ids):  # [len(ids), seq] False at padding
         return torch.from_numpy(self.windows.valid(ids)[:, 1:]).to(DEVICE)
@@ -1045,7 +1044,7 @@ def train_step(sae, optimizer, batch, stage, done):
             W.grad.addcmul_((W.grad * W).sum(1, keepdim=True), W, value=-1)
         nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
         if learns:
             W.div_(W.norm(dim=1, keepdim=True))
         fired = latents.active()[1]
@@ -1144,8 +1143,8 @@ def plan_steps(stages, n_windows, size):
     """Steps of each stage at `size` windows a step."""
     planned = [round(stage.epochs * (n_windows // size)) for stage in stages]
     if 0 in planned:
-        raise RunnerError(f"stage {stages[planned.index(0)].name!r} gets no step: raise TRAIN_TOKENS "
-                          "or EPOCHS_SCALE, or lower BATCH_TOKENS.")
+        raise RunnerError(f"stage {stages[planned.index(0)].name!r} gets no step: raise "
+                          "TRAIN_TOKENS or EPOCHS_SCALE, or lower BATCH_TOKENS.")
     return planned
 
 
@@ -1306,9 +1305,13 @@ def cached(run, compute, *depends):
     """compute(run), kept beside the activations until its code changes."""
     source = SOURCE[SOURCE.index("# ---- Data and model"):SOURCE.index("# ---- Results")]
     key = fingerprint(compute.__name__, source, inspect.getsource(TopK), *depends)
-    path = run.store.folder / f"{compute.__name__}-{key}.json"
+    return kept(run.store.folder / f"{compute.__name__}-{key}.json", lambda: compute(run))
+
+
+def kept(path, compute):
+    """compute() as it stands in the file at `path`, written where there is none."""
     if not path.exists():
-        found = compute(run)
+        found = compute()
         with replacing(path) as partial:
             partial.write_text(json.dumps(found))
     return json.loads(path.read_text())
@@ -1407,9 +1410,8 @@ def eval_core(run):
 
 def by_document(store, values, docs):
     """Mean of values [n] over each of the sample's documents [sample]; NaN where there are none."""
-    means = [values[docs == doc].mean() if (docs == doc).any() else np.nan
-             for doc in store.windows.doc_ids[store.windows.sample()]]
-    return np.array(means)
+    of = (values[docs == doc] for doc in store.windows.doc_ids[store.windows.sample()])
+    return np.array([part.mean() if len(part) else np.nan for part in of])
 
 
 def plain(value):
@@ -1553,18 +1555,18 @@ def follow(run):
 
 
 def latent_statistics(run, codes, full, alive, spans):
-    """By live latent: stability [latent, window] and under the null [latent, draws], that of the
-    token surrogate, autocorrelation [latent, lag], rate, energy E[z^2]; by window: smoothness,
-    scaled by a latent's 95th percentile, and raw."""
+    """By live latent: stability [latent, window], under the null [latent, draws] and of the token
+    surrogate, autocorrelation [latent, lag], rate, energy E[z^2]; by window: smoothness, scaled by
+    a latent's 95th percentile, and raw."""
     store, ids, found = run.store, full + run.store.windows.n_train, []
-    x, tokens, parts = store.x(ids), store.tokens_of(ids)[:, 1:], np.array_split(ids, len(ids) // 64 + 1)
-    lags = range(1, min(33, CONTEXT_LENGTH - 1))
+    x, tokens, lags = store.x(ids), store.tokens_of(ids)[:, 1:], range(1, min(33, CONTEXT_LENGTH - 1))
+    parts = np.array_split(ids, len(ids) // 64 + 1)
     fold = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(DEVICE)
     q95 = torch.tensor([np.quantile(codes.value[span], 0.95) for span in spans], device=DEVICE)
     scaled, raw, present = torch.zeros(3, len(ids), device=DEVICE)
     for at in np.array_split(np.arange(len(alive)), len(alive) // 2048 + 1):
         z = torch.cat([run.sae.encode(store.batch(part)).dense()[..., alive[at]] for part in parts])
-        active = (z > 0).to(torch.bfloat16)
+        active = (z > 0).bfloat16()
         rate = active.mean((0, 1), dtype=torch.float32)
         observed, null = stability(active, rate, NULL_DRAWS)
         token, _ = stability(fire_given_token(active, tokens, fold, rate), rate)
@@ -1580,16 +1582,16 @@ def latent_statistics(run, codes, full, alive, spans):
 
 @torch.no_grad()
 def eval_temporal(run):
-    """Stability, smoothness, coherence, polysemanticity, beside their nulls (README: result keys)."""
+    """Stability, smoothness, coherence, polysemanticity beside their nulls (README: result keys)."""
     sae, store, windows, rng = run.sae, run.store, run.store.windows, np.random.default_rng(0)
     torch.manual_seed(0)
     (codes, errors), full = encode_heldout(run), full_windows(store)
     base = cached(run, controls, TARGET_L0, sae.d_sae)
     live, rates = live_latents(codes, run)
     alive, files = np.flatnonzero(live), windows.doc_ids[windows.n_train:]
-    order = np.argsort(codes.latent, kind="stable")
-    starts = np.searchsorted(codes.latent[order], np.arange(sae.d_sae + 1))
-    spans = [order[starts[i]:starts[i + 1]] for i in alive]
+    firings = np.bincount(codes.latent, minlength=sae.d_sae)
+    spans = np.split(np.argsort(codes.latent, kind="stable"), firings.cumsum())
+    spans = [spans[i] for i in alive]
     observed, null, token, r, rate, energy, scaled, raw = latent_statistics(
         run, codes, full, alive, spans)
     mean, weight, early = observed.mean(1), energy / energy.sum(), alive < sae.d_sae / 5
@@ -1704,8 +1706,8 @@ def evaluate(run, train_seconds):
         "best_val_loss": min(log["val_loss"]), "total_train_time": train_seconds} | first["metrics"]
     first["curves"] = first["curves"] | {"training": log}
     for result in results.values():
-        result["metrics"] = {key: float(value) for key, value in result["metrics"].items()}
         for key, value in result["metrics"].items():
+            result["metrics"][key] = float(value)
             if not math.isfinite(value):
                 raise RunnerError(f"metric {key!r} is {value}.")
     return results
@@ -1732,7 +1734,7 @@ def summarise(per_seed, config):
 
 
 def export(sae, store, layer, folder):
-    """SAELens's sae_weights.safetensors and cfg.json, the inputs' centring and scaling folded in."""
+    """SAELens's two files, the inputs' centring and scaling folded in."""
     folder.mkdir(parents=True, exist_ok=True)
     architecture, added, dropped = sae.exported()
     weights = dict(sae.named_parameters()) | added | {
@@ -1740,12 +1742,12 @@ def export(sae, store, layer, folder):
         "b_dec": sae.b_dec * store.scale + store.mean}
     save_file({name: value.detach().float().cpu().contiguous() for name, value in weights.items()
                if name not in dropped}, folder / "sae_weights.safetensors")
+    metadata = {"sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
+                "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
+                "context_size": CONTEXT_LENGTH, "prepend_bos": True}
     cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32",
            "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
-           "reshape_activations": "none",
-           "metadata": {"sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
-                        "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
-                        "context_size": CONTEXT_LENGTH, "prepend_bos": True}}
+           "reshape_activations": "none", "metadata": metadata}
     if architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     (folder / "cfg.json").write_text(json.dumps(cfg, indent=1))
@@ -1884,20 +1886,18 @@ def make_sae(d_in, d_sae, seed):
 
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
     """One SAE -> (sae, results, steps planned, done); the folder `state` keeps what is finished."""
-    began, kept = time.time(), state / f"seed_{seed}.json"
+    began = time.time()
     with doing(f"training, seed {seed}"):
         sae = make_sae(store.d_in, round(EXPANSION * store.d_in), seed)
         stages, size = planned_stages(type(sae)), BATCH_TOKENS // CONTEXT_LENGTH
         log, *steps = train(sae, store, stages, seed, size, deadline, state / f"seed_{seed}.pt")
     trained = time.time()
     with doing(f"evaluation, seed {seed}"):
-        if not kept.exists():
-            result = evaluate(Run(sae, store, get_model, layer, LIVE, log), trained - began)
-            with replacing(kept) as partial:
-                partial.write_text(json.dumps(result))
+        run = Run(sae, store, get_model, layer, LIVE, log)
+        result = kept(state / f"seed_{seed}.json", lambda: evaluate(run, trained - began))
     timing[f"train_seconds, seed {seed}"] = trained - began
     timing[f"evaluation_seconds, seed {seed}"] = time.time() - trained
-    return sae, json.loads(kept.read_text()), *steps
+    return sae, result, *steps
 
 
 def resolved_config(store, layer, seeds):
@@ -1940,11 +1940,10 @@ def main():
         config = load_pretrained(transformers.AutoConfig, "config.json").get_text_config()
         layer = config.num_hidden_layers // 2 - 1 if LAYER is None else LAYER
         if not 0 <= layer < config.num_hidden_layers:
-            raise RunnerError(f"LAYER = {LAYER}: {MODEL_NAME} has {config.num_hidden_layers} blocks, "
-                              "from 0.")
+            raise RunnerError(f"LAYER = {LAYER}: the model has {config.num_hidden_layers} blocks.")
         longest = getattr(config, "max_position_embeddings", None) or CONTEXT_LENGTH
         if CONTEXT_LENGTH > longest:
-            raise RunnerError(f"CONTEXT_LENGTH = {CONTEXT_LENGTH}: {MODEL_NAME} has {longest}.")
+            raise RunnerError(f"CONTEXT_LENGTH = {CONTEXT_LENGTH}: the model takes {longest}.")
     with corpus.publishing(out_dir, HERE) as partial:
         with doing("preflight"):
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
