@@ -2,10 +2,9 @@
 
     python experiment.py --out_dir=run_1
 
-There is no other argument: everything that varies is a constant below. Results: final_info.json in
-that folder, and the SAE beside it. A preflight first passes the chosen variant through every stage
-and evaluation on tiny batches. The run ends within TIME_BUDGET_MINUTES; killed and started again,
-it carries on.
+All settings are constants below. Results: final_info.json in that folder, and the SAE beside it. A
+preflight first passes the variant through every stage and evaluation on tiny batches. The run ends
+within TIME_BUDGET_MINUTES; killed and started again, it carries on.
 
 To add a variant: (A) copy a small class from "Variants", state its equation in the docstring and
 override what differs: `encode` (or `select`, `activate`), `decode`, `losses`, `curriculum`;
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")    # spinning threads cost 4x on a busy machine
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # spinning threads cost 4x on a busy machine
 import numpy as np
 import scipy.stats
 import torch
@@ -53,57 +52,57 @@ import corpus
 from corpus import cache_folder, fingerprint, locked, make_folder, replacing
 
 # ---- CONFIG: edit here; there is no command line for these ----
-SAE_VARIANT = "standard"      # standard, topk, batch_topk, jumprelu, gated, matryoshka, temporal,
-                              # temporal_adaptation, tsae
-ABLATE = ()                   # losses or components of the variant to switch off, e.g. ("auxk",)
-MODEL_NAME = "embedded/model" # a local folder or a hub id, e.g. "google/gemma-2-2b"
-LAYER = None                  # residual stream after this block, from 0; None: the middle one
-DATASET = "embedded"          # or a local file or folder, a nanoGPT data folder, a hub name
-TRAIN_TOKENS = 196_608        # distinct training tokens; every epoch passes over all of them
-CONTEXT_LENGTH = 128          # tokens in a window, with the beginning-of-sequence token
-EXPANSION = 8                 # d_sae / d_in
-TARGET_L0 = 48                # active latents per token, the same for every variant
-SEEDS = (0,)                  # one SAE is trained and evaluated per seed
-TIME_BUDGET_MINUTES = 90      # the whole run; training shrinks where it would take longer
-EVALS = ("core", "temporal", "probes")             # names in EVALUATIONS
-EPOCHS_SCALE = 1.0            # multiplies the epochs of every stage
-BATCH_TOKENS = 1024           # tokens per training step (whole windows)
-LEARNING_RATE = None          # Adam; None: 3e-3 * sqrt(1536 / d_sae)
-TRAIN_POSITIONS = None        # None: all; (low, high): train on these positions alone, from 1
-WINDOW = 5                    # temporal: positions that attention sees
-ATTENTION = "causal"          # temporal: the window ends at its token; "centred": lies around it
-HEADS, HEAD_WIDTH = 1, 32     # temporal: attention heads and the width of each
-CONSISTENT_FRACTION = 0.2     # temporal: share of the latents that the consistency loss binds
-CONSISTENCY_WEIGHT = 0.1      # temporal
-CONTRAST_WEIGHT = 1.0         # temporal
-HIGH_WEIGHT = 0.3             # temporal: of the reconstruction by the bound latents alone
-CONTRAST_SPAN = 16            # temporal: positions back to which two tokens should agree
-TSAE_READING = "paper"        # tsae: or "code", as its authors released it
-TEMPERATURE = "learned"       # temporal_adaptation: "learned", "scheduled" or a fixed number
-DRIVE = "u"                   # temporal_adaptation: the trace follows u, or the latents: "z"
-REGULARISATION = 1e-3         # temporal_adaptation: pull of its parameters to their starts
+# standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, temporal, temporal_adaptation
+SAE_VARIANT = "standard"
+ABLATE = ()  # losses or components of the variant to switch off, e.g. ("auxk",)
+MODEL_NAME = "embedded/model"  # a local folder or a hub id, e.g. "google/gemma-2-2b"
+LAYER = None  # residual stream after this block, from 0; None: the middle one
+DATASET = "embedded"  # or a local file or folder, a nanoGPT data folder, a hub name
+TRAIN_TOKENS = 196_608  # distinct training tokens; every epoch passes over all of them
+CONTEXT_LENGTH = 128  # tokens in a window, with the beginning-of-sequence token
+EXPANSION = 8  # d_sae / d_in
+TARGET_L0 = 48  # active latents per token, the same for every variant
+SEEDS = (0,)  # one SAE is trained and evaluated per seed
+TIME_BUDGET_MINUTES = 90  # the whole run; training shrinks where it would take longer
+EVALS = ("core", "temporal", "probes")  # names in EVALUATIONS
+EPOCHS_SCALE = 1.0  # multiplies the epochs of every stage
+BATCH_TOKENS = 1024  # tokens per training step (whole windows)
+LEARNING_RATE = None  # Adam; None: 3e-3 * sqrt(1536 / d_sae)
+TRAIN_POSITIONS = None  # None: all; (low, high): train on these positions alone, from 1
+WINDOW = 5  # temporal: positions that attention sees
+ATTENTION = "causal"  # temporal: the window ends at its token; "centred": lies around it
+HEADS, HEAD_WIDTH = 1, 32  # temporal: attention heads and the width of each
+CONSISTENT_FRACTION = 0.2  # temporal: share of the latents that the consistency loss binds
+CONSISTENCY_WEIGHT = 0.1  # temporal
+CONTRAST_WEIGHT = 1.0  # temporal
+HIGH_WEIGHT = 0.3  # temporal: of the reconstruction by the bound latents alone
+CONTRAST_SPAN = 16  # temporal: positions back to which two tokens should agree
+TSAE_READING = "paper"  # tsae: or "code", as its authors released it
+TEMPERATURE = "learned"  # temporal_adaptation: "learned", "scheduled" or a fixed number
+DRIVE = "u"  # temporal_adaptation: the trace follows u, or the latents: "z"
+REGULARISATION = 1e-3  # temporal_adaptation: pull of its parameters to their starts
 
 # FIXED PROTOCOL: runs compare only while these stay as they are
-DATA_SEED = 42                # order of documents, choice of windows
-TRAIN_WINDOWS_PER_FILE = 8    # windows taken from one document, spread over it at random
-EVAL_FILES = 256              # held-out documents
-EVAL_WINDOWS_PER_FILE = 4     # windows of each; the first is in the per-sequence sample
-MIN_WINDOW = 32               # a document's tail shorter than this is left out
-WARMUP_FRACTION = 0.05        # of all steps: linear rise of the learning rate
-DECAY_FRACTION = 0.2          # of all steps: linear fall to zero
-GRADIENT_CLIP = 1.0           # norm over all parameters
-DEAD_AFTER_FRACTION = 0.05    # dead: has not fired for this share of all training tokens
-AUXK_WEIGHT = 1 / 32          # Gao et al. 2024 (arXiv 2406.04093)
-STABILITY_LAGS = (5, 16)      # beyond every window
-NULL_DRAWS = 50               # permutations
-PROBE_EVERY = 8               # held-out tokens
-LIVE = (50, 10)               # firings, and held-out files with one, for a latent to be live
-EVALUATION_RESERVE = 0.15     # share of the time budget kept for evaluation
-LOG_EVERY = 20                # steps
-CHECKPOINT_SECONDS = 60       # between checkpoints, from which a killed run carries on
-SHARD_WINDOWS = 512           # windows in one file of the activation cache
+DATA_SEED = 42  # order of documents, choice of windows
+TRAIN_WINDOWS_PER_FILE = 8  # windows taken from one document, spread over it at random
+EVAL_FILES = 256  # held-out documents
+EVAL_WINDOWS_PER_FILE = 4  # windows of each; the first is in the per-sequence sample
+MIN_WINDOW = 32  # a document's tail shorter than this is left out
+WARMUP_FRACTION = 0.05  # of all steps: linear rise of the learning rate
+DECAY_FRACTION = 0.2  # of all steps: linear fall to zero
+GRADIENT_CLIP = 1.0  # norm over all parameters
+DEAD_AFTER_FRACTION = 0.05  # dead: has not fired for this share of all training tokens
+AUXK_WEIGHT = 1 / 32  # Gao et al. 2024 (arXiv 2406.04093)
+STABILITY_LAGS = (5, 16)  # beyond every window
+NULL_DRAWS = 50  # permutations
+PROBE_EVERY = 8  # held-out tokens
+LIVE = (50, 10)  # firings, and held-out files with one, for a latent to be live
+EVALUATION_RESERVE = 0.15  # share of the time budget kept for evaluation
+LOG_EVERY = 20  # steps
+CHECKPOINT_SECONDS = 60  # between checkpoints, from which a killed run carries on
+SHARD_WINDOWS = 512  # windows in one file of the activation cache
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODEL_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32     # of the language model
+MODEL_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of the language model
 
 
 class RunnerError(Exception):
@@ -111,36 +110,38 @@ class RunnerError(Exception):
 
 
 class Batch(NamedTuple):
-    """What flows into a variant. A row is a window of one document without its first token, BOS."""
-    x: torch.Tensor             # [batch, seq, d_in] activations, centred, mean squared norm 1
-    tokens: torch.Tensor        # [batch, seq] token ids
-    doc_ids: torch.Tensor       # [batch] document of each window
-    positions: torch.Tensor     # [seq] position in the window, from 1
-    mask: torch.Tensor | None   # [batch, seq] False at padding; None where there is none
+    """What flows into a variant. A row is a window of one document without BOS."""
+    x: torch.Tensor  # [batch, seq, d_in] activations, centred, mean squared norm 1
+    tokens: torch.Tensor  # [batch, seq] token ids
+    doc_ids: torch.Tensor  # [batch] document of each window
+    positions: torch.Tensor  # [seq] from 1
+    mask: torch.Tensor | None  # [batch, seq] False at padding; None where there is none
 
 
 # ---- Sparse latents: arithmetic at the active (token, latent) pairs, equal to the dense form ----
-NEVER = -1e9                    # the pre-activation at padding: no latent fires there
-MAX_DENSITY = 0.08              # above this share of active pairs the dense form is faster
+NEVER = -1e9  # the pre-activation at padding: no latent fires there
+MAX_DENSITY = 0.08  # above this share of active pairs the dense form is faster
 BF16_UNITS = DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def first_places(ids, n):
+    """Where each of 0 ... n - 1 begins among the sorted ids: [n]."""
+    counts = torch.bincount(ids, minlength=n)
+    return counts.cumsum(0) - counts
+
+
 class Pairs:
-    """The (token, latent) pairs where latents may be non-zero, in the order of tokens."""
+    """The (token, latent) pairs where latents may be non-zero, by token."""
 
     def __init__(self, ids, starts, pre_acts=None):
-        self.ids = ids              # [n_pairs] latent of each pair
-        self.starts = starts        # [n_tokens] index of each token's first pair
-        self.pre_acts = pre_acts    # [n_pairs] pre-activations, where the selection computed them
+        self.ids = ids  # [n_pairs] latent of each pair
+        self.starts = starts  # [n_tokens] each token's first pair
+        self.pre_acts = pre_acts  # [n_pairs], where the selection computed them
 
     @classmethod
-    def from_flat(cls, flat, pre_acts):     # ascending indices into pre_acts [n_tokens, d_sae]
+    def from_flat(cls, flat, pre_acts):  # ascending indices into pre_acts [n_tokens, d_sae]
         n, d_sae = pre_acts.shape
-        rows = torch.div(flat, d_sae, rounding_mode="floor")
-        counts = torch.bincount(rows, minlength=n)
-        pairs = cls(flat - rows * d_sae, counts.cumsum(0) - counts, pre_acts.flatten()[flat])
-        pairs.rows = rows
-        return pairs
+        return cls(flat % d_sae, first_places(flat // d_sae, n), pre_acts.flatten()[flat])
 
     @classmethod
     def from_ids(cls, ids, pre_acts=None):  # [n_tokens, k], as many for each token
@@ -148,28 +149,24 @@ class Pairs:
         return cls(ids.flatten(), starts, None if pre_acts is None else pre_acts.flatten())
 
     @functools.cached_property
-    def rows(self):                         # [n_pairs] token of each pair
-        ends = torch.cat([self.starts[1:], self.starts.new_tensor([len(self.ids)])])
-        tokens = torch.arange(len(self.starts), device=self.ids.device)
-        return tokens.repeat_interleave(ends - self.starts)
+    def rows(self):  # [n_pairs] token of each pair
+        end = self.starts.new_tensor([len(self.ids)])
+        return torch.repeat_interleave(self.starts.diff(append=end))
 
-    def by_latent(self, d_sae):
-        """The transposed pattern: order of pairs, their tokens in it, each latent's first pair."""
-        if not hasattr(self, "_by_latent"):
-            order = self.ids.argsort(stable=True)
-            counts = torch.bincount(self.ids, minlength=d_sae)
-            self._by_latent = order, self.rows[order], counts.cumsum(0) - counts
-        return self._by_latent
+    @functools.cached_property
+    def by_latent(self):  # order of pairs by latent, their tokens in it
+        order = self.ids.argsort(stable=True)
+        return order, self.rows[order]
 
-    def dots(self, a, b):                   # [n_tokens, d], [d_sae, d] -> [n_pairs]
+    def dots(self, a, b):  # [n_tokens, d], [d_sae, d] -> [n_pairs]
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             a, b, self.ids, self.starts, self.rows, 0)
 
-    def sums(self, values, b):              # value * b[latent] over a token's pairs: [n_tokens, d]
+    def sums(self, values, b):  # value * b[latent] over a token's pairs: [n_tokens, d]
         return F.embedding_bag(self.ids, b, self.starts, mode="sum", per_sample_weights=values)
 
-    def sums_by_latent(self, values, a, d_sae):     # value * a[token] over a latent's: [d_sae, d]
-        order, rows, starts = self.by_latent(d_sae)
+    def sums_by_latent(self, values, a, d_sae):  # value * a[token] over a latent's: [d_sae, d]
+        (order, rows), starts = self.by_latent, first_places(self.ids, d_sae)
         return F.embedding_bag(rows, a, starts, mode="sum", per_sample_weights=values[order])
 
 
@@ -181,7 +178,7 @@ class PairEncode(torch.autograd.Function):
         centred = x - b_dec
         ctx.save_for_backward(centred, W_enc)
         ctx.pairs = pairs
-        values, pairs.pre_acts = pairs.pre_acts, None       # kept there, it would close a cycle
+        values, pairs.pre_acts = pairs.pre_acts, None  # kept there, it would close a cycle
         return values if values is not None else pairs.dots(centred, W_enc.t()) + b_enc[pairs.ids]
 
     @staticmethod
@@ -206,50 +203,48 @@ class PairDecode(torch.autograd.Function):
     def backward(ctx, grad):
         (values, W_dec), pairs, grad = ctx.saved_tensors, ctx.pairs, grad.contiguous()
         learns = ctx.needs_input_grad[1]
-        grad_W_dec = pairs.sums_by_latent(values, grad, len(W_dec)) if learns else None
-        return pairs.dots(grad, W_dec), grad_W_dec, None
+        return (pairs.dots(grad, W_dec),
+                pairs.sums_by_latent(values, grad, len(W_dec)) if learns else None, None)
 
 
 class Latents(NamedTuple):
-    """Latents z of a batch, at pairs or, where `pairs` is None, dense; a token is a row."""
-    values: torch.Tensor            # [n_pairs], or [n_tokens, d_sae] where dense
-    pre_acts: torch.Tensor          # of the same shape: what the values were made from
+    """Latents z of a batch, at pairs or, where `pairs` is None, dense."""
+    values: torch.Tensor  # [n_pairs], or [n_tokens, d_sae] where dense
+    pre_acts: torch.Tensor  # of the same shape
     pairs: Pairs | None
-    shape: tuple                    # (batch, seq, d_sae)
+    shape: tuple  # (batch, seq, d_sae)
 
-    def at(self, per_latent):       # [d_sae] -> the entry of each value's latent
+    def at(self, per_latent):  # [d_sae] -> the entry of each value's latent
         return per_latent if self.pairs is None else per_latent.index_select(0, self.pairs.ids)
 
-    def decode(self, W_dec):        # -> [batch, seq, d_in]
-        dense, pairs = self.pairs is None, self.pairs
-        x_hat = self.values @ W_dec if dense else PairDecode.apply(self.values, W_dec, pairs)
+    def decode(self, W_dec):  # -> [batch, seq, d_in]
+        x_hat = (self.values @ W_dec if self.pairs is None
+                 else PairDecode.apply(self.values, W_dec, self.pairs))
         return x_hat.view(*self.shape[:2], -1)
 
-    def within(self, low, high):    # only the latents low <= i < high
+    def within(self, low, high):  # only the latents low <= i < high
+        ids = self.at(torch.arange(self.shape[2], device=self.values.device))
+        keep = (ids >= low) & (ids < high)
         if self.pairs is None:
-            columns = torch.arange(self.shape[2], device=self.values.device)
-            return self._replace(values=self.values * ((columns >= low) & (columns < high)))
-        keep = (self.pairs.ids >= low) & (self.pairs.ids < high)
-        counts = torch.bincount(self.pairs.rows[keep], minlength=len(self.pairs.starts))
-        pairs = Pairs(self.pairs.ids[keep], counts.cumsum(0) - counts)
-        return Latents(self.values[keep], self.pre_acts[keep], pairs, self.shape)
+            return self._replace(values=self.values * keep)
+        starts = first_places(self.pairs.rows[keep], len(self.pairs.starts))
+        return Latents(self.values[keep], self.pre_acts[keep], Pairs(ids[keep], starts), self.shape)
 
-    def dense(self, width=None):    # -> the first `width` latents (None: all) [batch, seq, width]
+    def dense(self, width=None):  # -> the first `width` latents (None: all) [batch, seq, width]
         width, z = width or self.shape[2], self.values[..., :width]
         if self.pairs is not None:
-            part = self if width == self.shape[2] else self.within(0, width)
-            zeros = self.values.new_zeros(math.prod(self.shape[:2]), width)
+            part, zeros = self.within(0, width), z.new_zeros(math.prod(self.shape[:2]), width)
             z = zeros.index_put((part.pairs.rows, part.pairs.ids), part.values)
         return z.reshape(*self.shape[:2], width)
 
-    def sparse(self):               # the same latents at pairs, where few are active
-        flat = self.values.detach().flatten().nonzero().flatten()
+    def sparse(self):  # the same latents at pairs, where few are active
+        flat = self.values.flatten().nonzero().flatten()
         if len(flat) > MAX_DENSITY * self.values.numel():
             return self
         values = self.values.flatten().index_select(0, flat)
         return Latents(values, values, Pairs.from_flat(flat, self.values.detach()), self.shape)
 
-    def active(self):               # -> token [n], latent [n], value [n] of the non-zero latents
+    def active(self):  # -> token [n], latent [n], value [n] of the non-zero latents
         if self.pairs is None:
             rows, ids = self.values.nonzero(as_tuple=True)
             return rows, ids, self.values[rows, ids]
@@ -257,15 +252,20 @@ class Latents(NamedTuple):
         return self.pairs.rows[keep], self.pairs.ids[keep], self.values[keep]
 
 
-def group_top_k(values, k, groups=16):
-    """Exact top k of each row of [n, width]: the k groups with the largest maxima hold them."""
+def best_groups(values, k, groups):
+    """Maxima [n, k] and members [n, groups * k] of each row's k best of width / groups groups."""
     n, width = values.shape
-    columns = width // groups
-    if width % groups or columns < 2 * k:
+    best = values.view(n, groups, -1).amax(1).topk(k, dim=1, sorted=False)
+    members = torch.arange(0, width, width // groups, device=values.device)
+    return best.values, (best.indices[:, None, :] + members[None, :, None]).flatten(1)
+
+
+def group_top_k(values, k, groups=16):
+    """Top k of each row of [n, width]: the k groups with the largest maxima hold them."""
+    width = values.shape[1]
+    if width % groups or width // groups < 2 * k:
         return values.topk(k, dim=1, sorted=False)
-    best = values.view(n, groups, columns).amax(1).topk(k, dim=1, sorted=False).indices
-    members = torch.arange(0, width, columns, device=values.device)
-    candidates = (best[:, None, :] + members[None, :, None]).flatten(1)          # [n, groups * k]
+    candidates = best_groups(values, k, groups)[1]
     top, where = values.gather(1, candidates).topk(k, dim=1, sorted=False)
     return top, candidates.gather(1, where)
 
@@ -273,26 +273,23 @@ def group_top_k(values, k, groups=16):
 def top_k_pairs(x, W_enc, b_enc, k, groups=16):
     """The k largest pre-activations x @ W_enc + b_enc of each token, exact in fp32.
 
-    With bf16 units, bf16 proposes all latents that reach the 2k-th best group, and fp32 rescores
-    them. Another latent lies at most one rounding error above that; rows where it could matter are
-    computed again in fp32.
+    With bf16 units, bf16 proposes all latents that reach the 2k-th best group; fp32 rescores them.
+    Others lie at most one rounding error above that; rows where it could matter are done again.
     """
-    (n, _), (_, width) = x.shape, W_enc.shape
+    n, width = len(x), W_enc.shape[1]
     if not BF16_UNITS or width % groups or width < 4 * groups * k:
         pre_acts, ids = group_top_k(torch.addmm(b_enc, x, W_enc), k)
         return Pairs.from_ids(ids, pre_acts)
     x_coarse, W_coarse = x.bfloat16(), W_enc.bfloat16()
     coarse = torch.addmm(b_enc.bfloat16(), x_coarse, W_coarse)
-    best = coarse.view(n, groups, -1).amax(1).topk(2 * k, dim=1, sorted=False)
-    members = torch.arange(0, width, width // groups, device=x.device)
-    candidates = (best.indices[:, None, :] + members[None, :, None]).flatten(1)
-    last = best.values.amin(1, keepdim=True)
+    maxima, candidates = best_groups(coarse, 2 * k, groups)
+    last = maxima.amin(1, keepdim=True)
     flat = (coarse.gather(1, candidates) >= last).flatten().nonzero().flatten()
     proposed = Pairs.from_flat(flat, candidates)
-    row, proposed.ids = proposed.rows, proposed.pre_acts       # columns -> latents
+    row, proposed.ids = proposed.rows, proposed.pre_acts  # columns -> latents
     exact = proposed.dots(x, W_enc.t()) + b_enc[proposed.ids]
     place = torch.arange(len(flat), device=x.device) - proposed.starts[row]
-    width = int(place.max()) + 1        # [n, width]: proposals, left-aligned
+    width = int(place.max()) + 1  # [n, width]: proposals, left-aligned
     pre_acts, ids = exact.new_full((n, width), NEVER), flat.new_zeros(n, width)
     pre_acts[row, place], ids[row, place] = exact, proposed.ids
     pre_acts, where = pre_acts.topk(k, dim=1, sorted=False)
@@ -307,7 +304,7 @@ def top_k_pairs(x, W_enc, b_enc, k, groups=16):
 
 
 class Step(torch.autograd.Function):
-    """Heaviside step whose pseudo-derivative is a rectangle of the given width."""
+    """Heaviside step; its pseudo-derivative is a rectangle."""
 
     @staticmethod
     def forward(ctx, u, bandwidth):
@@ -322,61 +319,60 @@ class Step(torch.autograd.Function):
 
 # ---- Variants. One contiguous block each; a curriculum is data ----
 class Stage(NamedTuple):
-    """One stage of a curriculum. The stages of every variant add up to 20 epochs."""
+    """Of a curriculum. The stages of every variant add up to 20 epochs."""
     name: str
     epochs: float
-    weights: dict               # loss -> weight: a number, or a function of the stage's progress
-    trains: tuple = ("",)       # prefixes of parameters' names; the others keep every bit
-    lr: float = 1.0             # multiplies LEARNING_RATE
-    anneals: dict = {}          # attribute of the SAE -> function of the stage's progress in [0, 1)
+    weights: dict  # loss -> a number, or a function of the stage's progress
+    trains: tuple = ("",)  # prefixes of parameters' names; the others keep still
+    lr: float = 1.0  # multiplies LEARNING_RATE
+    anneals: dict = {}  # attribute of the SAE -> function of the stage's progress in [0, 1)
 
 
 class SAE(nn.Module):
     """Standard SAE: z = ReLU((x - b_dec) W_enc + b_enc), x_hat = z W_dec + b_dec,
     L = |x - x_hat|^2 + w |z|_1 (Bricken et al. 2023).
 
-    Rows of W_dec keep unit norm. w multiplies the loss named "sparsity" and is steered until
-    L0 = TARGET_L0.
+    Rows of W_dec keep unit norm. w, the weight of "sparsity", is steered until L0 = TARGET_L0.
     """
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "sparsity": 1.0}),)
-    components = ()             # what ABLATE may name besides losses
-    resamples_dead = True       # dead latents are resampled in the first half of training
-    architecture = "standard"   # SAELens's name for it, where it has one
+    components = ()  # what ABLATE may name besides losses
+    resamples_dead = True  # in the first half of training
+    architecture = "standard"  # SAELens's name, where it has one
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__()
         self.d_in, self.d_sae, self.target_l0 = d_in, d_sae, target_l0
         directions = F.normalize(torch.randn(d_sae, d_in), dim=1)
-        self.W_dec = nn.Parameter(directions)               # [d_sae, d_in]
-        self.W_enc = nn.Parameter(directions.clone().t())   # [d_in, d_sae], columns contiguous
+        self.W_dec = nn.Parameter(directions)  # [d_sae, d_in]
+        self.W_enc = nn.Parameter(directions.clone().t())  # [d_in, d_sae], columns contiguous
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))        # inputs are centred: 0 is their mean
+        self.b_dec = nn.Parameter(torch.zeros(d_in))  # inputs are centred: 0 is their mean
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.long))
-        self.register_buffer("dead_after", torch.tensor(10 ** 12))      # tokens; set by the trainer
+        self.register_buffer("dead_after", torch.tensor(10 ** 12))  # tokens; set by the trainer
         self.register_buffer("sparsity_weight", torch.tensor(1e-3))
 
     def initialise(self, batch):
-        """Called once with the first batch, before training: thresholds and the like."""
+        """Called with the first batch, before training: thresholds and the like."""
 
     def resampled(self, dead):
-        """Called when the latents `dead` were resampled, for what else keeps them from firing."""
+        """Called after latents were resampled: what else keeps them from firing."""
 
     def encoder(self, batch):
         """What the encoder reads [batch, seq, d], its centre [d], its weights [d, d_sae]."""
         return batch.x, self.b_dec, self.W_enc
 
     def select(self, x, W_enc, mask):
-        """Pairs at which to compute latents of x [n_tokens, d]; None: all. mask: [n_tokens]."""
+        """Pairs at which to compute latents of x [n_tokens, d]; None: all."""
         pre_acts = torch.addmm(self.b_enc, x, W_enc)
         flat = (pre_acts > self.lowest_pre_act()).flatten().nonzero().flatten()
-        dense = len(flat) > MAX_DENSITY * pre_acts.numel()
-        return None if dense else Pairs.from_flat(flat, pre_acts)
+        few = len(flat) <= MAX_DENSITY * pre_acts.numel()
+        return Pairs.from_flat(flat, pre_acts) if few else None
 
     def lowest_pre_act(self):
         return 0.0
 
     def activate(self, latents):
-        """Values of the latents from `latents.pre_acts`, at the same places."""
+        """Values from `latents.pre_acts`, at the same places."""
         return F.relu(latents.pre_acts)
 
     def encode(self, batch):
@@ -408,7 +404,7 @@ class SAE(nn.Module):
     def l1(self, batch, latents):
         return latents.values.abs().sum() / n_tokens(batch)
 
-    def dead_mask(self):             # [d_sae]
+    def dead_mask(self):  # [d_sae]
         return self.tokens_since_fired > self.dead_after
 
     def exported(self):
@@ -424,14 +420,13 @@ def n_tokens(batch):
     return batch.x.shape[0] * batch.x.shape[1] if batch.mask is None else batch.mask.sum()
 
 
-def valid(batch, values):       # [batch, seq, ...], zero at padding
+def valid(batch, values):  # [batch, seq, ...], zero at padding
     return values if batch.mask is None else values * batch.mask[..., None]
 
 
 def squared_error(batch, x_hat):
-    """Mean over tokens of |x - x_hat|^2: with inputs of mean squared norm 1, the fraction of
-    variance unexplained."""
-    expect_shape("x_hat", x_hat, tuple(batch.x.shape))
+    """Mean over tokens of |x - x_hat|^2, the fraction of variance unexplained."""
+    expect_shape("x_hat", x_hat, batch.x.shape)
     return valid(batch, (batch.x - x_hat).square()).sum() / n_tokens(batch)
 
 
@@ -439,11 +434,11 @@ class TopK(SAE):
     """z = TopK_k(ReLU((x - b_dec) W_enc + b_enc)), L = |x - x_hat|^2 + 1/32 auxk (Gao et al. 2024,
     arXiv 2406.04093)."""
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "auxk": AUXK_WEIGHT}),)
-    resamples_dead, architecture = False, "topk"        # auxk revives them
+    resamples_dead, architecture = False, "topk"  # auxk revives them
 
-    def __init__(self, d_in, d_sae, target_l0):
-        super().__init__(d_in, d_sae, target_l0)
-        self.k = target_l0
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.k = self.target_l0
 
     def select(self, x, W_enc, mask):
         return top_k_pairs(x, W_enc, self.b_enc, self.k)
@@ -453,15 +448,15 @@ class TopK(SAE):
         return {"reconstruction": squared_error(batch, x_hat), "auxk": self.auxk_loss(batch, x_hat)}
 
     def auxk_loss(self, batch, x_hat):
-        """The residual as the top d_in / 2 dead latents reconstruct it: error over variance."""
+        """The residual's fraction of variance unexplained by its top d_in / 2 dead latents."""
         dead = self.dead_mask().nonzero().flatten()
         if not len(dead):
             return x_hat.new_zeros(())
         x, centre, W_enc = self.encoder(batch)
         residual = batch._replace(x=valid(batch, (batch.x - x_hat).detach()))
         pre_acts = (x - centre) @ W_enc[:, dead] + self.b_enc[dead]
-        top = F.relu(pre_acts).topk(min(self.d_in // 2, len(dead)), dim=-1)
-        latents = torch.zeros_like(pre_acts).scatter(-1, top.indices, top.values)
+        values, ids = F.relu(pre_acts).topk(min(self.d_in // 2, len(dead)), dim=-1)
+        latents = torch.zeros_like(pre_acts).scatter(-1, ids, values)
         error = squared_error(residual, latents @ self.W_dec[dead])
         mean = residual.x.sum((0, 1)) / n_tokens(batch)
         variance = squared_error(residual, mean.expand_as(x_hat))
@@ -469,13 +464,13 @@ class TopK(SAE):
 
 
 class BatchTopK(TopK):
-    """TopK over the whole batch: the k * n_tokens largest pre-activations (Bussmann et al. 2024,
-    arXiv 2412.06410). In evaluation z = pre * 1[pre > threshold], the threshold a running mean of
-    the least value kept in training."""
+    """TopK over the whole batch: the k * n_tokens largest pre-activations; in evaluation
+    z = pre * 1[pre > threshold], a running mean of the least value kept in training (Bussmann et
+    al. 2024, arXiv 2412.06410)."""
     architecture = "jumprelu"
 
-    def __init__(self, d_in, d_sae, target_l0):
-        super().__init__(d_in, d_sae, target_l0)
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
         self.register_buffer("threshold", torch.tensor(0.0))
 
     def select(self, x, W_enc, mask):
@@ -484,7 +479,7 @@ class BatchTopK(TopK):
             pre_acts.masked_fill_(~mask[:, None], NEVER)
         least = 0.8 * self.threshold if self.training else self.threshold
         flat = (pre_acts > least).flatten().nonzero().flatten()
-        if self.training:       # what lies above 0.8 thresholds is short and nearly always enough
+        if self.training:  # above 0.8 thresholds lie few, nearly always enough
             keep = int(self.k * (len(x) if mask is None else mask.sum()))
             if len(flat) < keep:
                 flat = torch.arange(pre_acts.numel(), device=x.device)
@@ -499,8 +494,8 @@ class BatchTopK(TopK):
 
 
 class Matryoshka(BatchTopK):
-    """BatchTopK of which each nested prefix of latents reconstructs x; L is the mean of the
-    prefixes' errors (Bussmann et al. 2025, arXiv 2503.17547)."""
+    """BatchTopK; L is the mean of the errors of nested prefixes of the latents (Bussmann et al.
+    2025, arXiv 2503.17547)."""
     group_fractions = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
 
     def losses(self, batch, latents):
@@ -518,21 +513,21 @@ class JumpReLU(SAE):
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "l0": 3.0}),)
     bandwidth, architecture = 0.05, "jumprelu"
 
-    def __init__(self, d_in, d_sae, target_l0):
-        super().__init__(d_in, d_sae, target_l0)
-        self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(0.1)))
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.log_threshold = nn.Parameter(torch.full((self.d_sae,), math.log(0.1)))
 
     def initialise(self, batch):
         x = batch.x.flatten(0, 1) if batch.mask is None else batch.x[batch.mask]
         pre_acts = ((x[:1024] - self.b_dec) @ self.W_enc + self.b_enc).flatten()
-        rank = int(len(pre_acts) * (1 - self.target_l0 / self.d_sae))       # where L0 is on target
-        self.log_threshold.data.fill_(pre_acts.kthvalue(max(1, rank)).values.clamp_min(1e-3).log())
+        rank = max(1, int(len(pre_acts) * (1 - self.target_l0 / self.d_sae)))
+        self.log_threshold.data.fill_(pre_acts.kthvalue(rank).values.clamp_min(1e-3).log())
 
     def lowest_pre_act(self):
         return self.log_threshold.exp() - self.bandwidth / 2
 
     def resampled(self, dead):
-        self.b_enc[dead] = self.lowest_pre_act()[dead]      # where thresholds let them learn
+        self.b_enc[dead] = self.lowest_pre_act()[dead]  # where they learn
 
     def gate(self, latents):
         above = latents.pre_acts.detach() - latents.at(self.log_threshold.exp())
@@ -553,14 +548,14 @@ class JumpReLU(SAE):
 
 class Gated(SAE):
     """pi = (x - b_dec) W_enc + b_enc, z = 1[pi > 0] ReLU(exp(r) (pi - b_enc) + b_mag),
-    L = |x - x_hat|^2 + w |ReLU(pi)|_1 + |x - x_hat_frozen(ReLU(pi))|^2, the last through a frozen
-    decoder (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+    L = |x - x_hat|^2 + w |ReLU(pi)|_1 + |x - x_hat(ReLU(pi))|^2, the last through a frozen decoder
+    (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
     curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "sparsity": 1.0, "gate": 1.0}),)
     architecture = "gated"
 
-    def __init__(self, d_in, d_sae, target_l0):
-        super().__init__(d_in, d_sae, target_l0)
-        self.r_mag, self.b_mag = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_sae))
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(self.d_sae)) for _ in range(2))
 
     def activate(self, latents):
         pi = latents.pre_acts
@@ -581,21 +576,21 @@ class Temporal(BatchTopK):
     """pre_i = (x_t - b_dec + tanh(gate_i) sum_s a_ts (x_s - b_dec)) . W_enc_i + b_enc_i, s in the
     WINDOW at t, a = softmax((x_t W_q) . (x_s + P_{t-s}) W_k / sqrt(HEAD_WIDTH)); then BatchTopK.
 
-    Bound are the first CONSISTENT_FRACTION of the latents, H: consistency = mean of
-    1 - cos(zH_t, zH_{t-1}); contrastive = InfoNCE between zH_t and zH_s, s at most CONTRAST_SPAN before.
-    Gates start at 0: the second stage begins with the function that the first one learned.
+    Gates start at 0: the second stage begins with the function that the first one learned. The
+    third binds the first CONSISTENT_FRACTION of the latents, H: consistency = mean of
+    1 - cos(zH_t, zH_{t-1}), contrastive = InfoNCE over CONTRAST_SPAN, high = |x - zH W_H - b|^2.
     """
     plain = {"reconstruction": 1.0, "auxk": AUXK_WEIGHT}
     bound = plain | {"consistency": CONSISTENCY_WEIGHT, "contrastive": CONTRAST_WEIGHT,
                      "high": HIGH_WEIGHT}
-    on = {"attends": lambda done: True}
+    on, binding = ({name: lambda done: True} for name in ("attends", "binds"))
     curriculum = (Stage("autoencoder", 10, plain), Stage("attention", 5, plain, anneals=on),
-                  Stage("consistency", 5, bound, anneals=on))
+                  Stage("consistency", 5, bound, anneals=on | binding))
     components, architecture = ("attention", "positions"), "temporal"
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__(d_in, d_sae, target_l0)
-        self.attends, self.n_high = False, round(CONSISTENT_FRACTION * d_sae)
+        self.attends, self.binds, self.n_high = False, False, round(CONSISTENT_FRACTION * d_sae)
         if "attention" in ABLATE:
             return
         self.W_q, self.W_k = (nn.Parameter(torch.randn(d_in, HEADS * HEAD_WIDTH) * d_in ** -0.5)
@@ -629,6 +624,8 @@ class Temporal(BatchTopK):
 
     def losses(self, batch, latents):
         found = super().losses(batch, latents) | consistency(batch, latents, self.n_high)
+        if not self.binds:
+            return found
         z = F.normalize(latents.dense(self.n_high), dim=-1)
         x_hat = latents.within(0, self.n_high).decode(self.W_dec) + self.b_dec
         return found | {"contrastive": contrastive(batch, z, CONTRAST_SPAN, 2 * CONTRAST_SPAN),
@@ -667,7 +664,8 @@ class TSAE(Matryoshka):
         z, span = latents.dense(n_high), batch.x.shape[1]
         if TSAE_READING == "paper":
             z, span = F.normalize(z, dim=-1), 1
-        return found | consistency(batch, latents, n_high) | {"contrastive": contrastive(batch, z, span)}
+        found["contrastive"] = contrastive(batch, z, span)
+        return found | consistency(batch, latents, n_high)
 
 
 def contrastive(batch, z, span, far=None):
@@ -685,13 +683,14 @@ def contrastive(batch, z, span, far=None):
     if far is not None:
         apart = (at[:, None] - at).abs()
         same &= (apart <= far) | (apart >= 1e5)
-    logits, target = (now @ then.t()).masked_fill(same, NEVER), torch.arange(len(now), device=z.device)
+    logits = (now @ then.t()).masked_fill(same, NEVER)
+    target = torch.arange(len(now), device=z.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
 class Trace(torch.autograd.Function):
-    """h_{t-1} at every t, where h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0: u [batch, seq, d],
-    lam [d]. Exact; one fused operation a position."""
+    """h_{t-1} at every t, h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0; u [batch, seq, d], lam [d]
+    """
 
     @staticmethod
     def forward(ctx, u, lam):
@@ -703,8 +702,8 @@ class Trace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (u, h, lam), total = ctx.saved_tensors, torch.zeros_like(grad)      # total: dL / dh_t
-        for t in range(u.shape[1] - 2, -1, -1):
+        (u, h, lam), total = ctx.saved_tensors, torch.zeros_like(grad)  # dL / dh_t
+        for t in reversed(range(u.shape[1] - 1)):
             torch.addcmul(grad[:, t + 1], lam, total[:, t + 1], out=total[:, t])
         return total * (1 - lam), (total * (h - u)).sum((0, 1))
 
@@ -714,33 +713,31 @@ class TemporalAdaptation(SAE):
     lam_i = exp(-softplus(beta) v_i^T), v_i = clamp(var(u_i) / geometric mean, 1/16, 16), running;
     L = |x - x_hat|^2 + w |z|_1 + REGULARISATION (distance of beta, theta, T from their starts)^2.
 
-    beta, theta = tanh(theta_raw) and T are global. ABLATE "sharing": a beta and a theta for each
-    latent; "variance_scaling": v = 1; "trace": (beta x / Var^T + theta) W_enc, per input channel.
-    """
+    beta, theta = tanh(theta_raw) and T are global. ABLATE "sharing": beta and theta by latent;
+    "variance_scaling": v = 1; "trace": (beta x / Var^T + theta) W_enc, by input channel."""
     curriculum = (Stage("autoencoder", 20, {
         "reconstruction": 1.0, "sparsity": 1.0, "regularisation": REGULARISATION},
         anneals={"done": lambda done: done}),)
     components = ("trace", "sharing", "variance_scaling")
     architecture = "temporal_adaptation"
 
-    def __init__(self, d_in, d_sae, target_l0):
-        super().__init__(d_in, d_sae, target_l0)
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
         self.traces, self.done, learned = "trace" not in ABLATE, 0.0, isinstance(TEMPERATURE, str)
-        width, self.T = d_sae if self.traces else d_in, 0.5 if learned else TEMPERATURE
+        width, self.T = self.d_sae if self.traces else self.d_in, 0.5 if learned else TEMPERATURE
         self.starts = {"beta": 0.0 if self.traces else 1.0, "theta_raw": 0.0}
         if learned and "variance_scaling" not in ABLATE:
             del self.T
             self.starts |= {"T": 0.5} | ({"T_decay": 0.5} if TEMPERATURE == "scheduled" else {})
         for name, start in self.starts.items():
-            wide = "sharing" in ABLATE and not name.startswith("T")
-            parameter = nn.Parameter(torch.full((width,) if wide else (), start))
-            self.register_parameter(name, parameter)
+            shape = (width,) if "sharing" in ABLATE and not name.startswith("T") else ()
+            setattr(self, name, nn.Parameter(torch.full(shape, start)))
         self.register_buffer("variance", torch.ones(width))
 
     def temperature(self):
         return self.T * torch.exp(-self.T_decay * self.done) if "T_decay" in self.starts else self.T
 
-    def scaled_variance(self, values=None):     # v [width]; values [tokens, width] to learn it from
+    def scaled_variance(self, values=None):  # v [width]; values [tokens, width] to learn it from
         if self.training and values is not None:
             self.variance.lerp_(values.detach().var(0), 0.01)
         if "variance_scaling" in ABLATE:
@@ -749,9 +746,9 @@ class TemporalAdaptation(SAE):
         mean = live[live > math.log(2e-9)].mean().nan_to_num(0.0)
         return (live - mean).exp().clamp(1 / 16, 16)
 
-    def decay(self, values=None):       # lam [d_sae]
-        v = self.scaled_variance(values)
-        return torch.exp(-F.softplus(self.beta) * v ** self.temperature())
+    def decay(self, values=None):  # lam [d_sae]
+        v = self.scaled_variance(values) ** self.temperature()
+        return torch.exp(-F.softplus(self.beta) * v)
 
     def encoder(self, batch):
         if self.traces:
@@ -759,19 +756,19 @@ class TemporalAdaptation(SAE):
         scale = self.scaled_variance(batch.x.flatten(0, 1)) ** -self.temperature()
         return self.beta * scale * batch.x + self.theta_raw.tanh(), self.b_dec, self.W_enc
 
+    def select(self, x, W_enc, mask):
+        return None if self.traces else super().select(x, W_enc, mask)
+
     def encode(self, batch):
+        latents = super().encode(batch)
         if not self.traces:
-            return super().encode(batch)
-        shape, x = (*batch.x.shape[:2], self.d_sae), batch.x.flatten(0, 1)
-        pre_acts = torch.addmm(self.b_enc - self.b_dec @ self.W_enc, x, self.W_enc)
-        if batch.mask is not None:
-            pre_acts = pre_acts.masked_fill(~batch.mask.flatten()[:, None], NEVER)
-        theta, lam = self.theta_raw.tanh(), self.decay(pre_acts.relu())
-        pre_acts = pre_acts.view(shape)
+            return latents
+        theta, lam, shape = self.theta_raw.tanh(), self.decay(latents.values), latents.shape
+        pre_acts, u = latents.pre_acts.view(shape), latents.values.view(shape)
         if DRIVE == "u":
-            z = F.relu(pre_acts - theta * Trace.apply(pre_acts.relu(), lam.expand(self.d_sae)))
+            z = F.relu(pre_acts - theta * Trace.apply(u, lam.expand(self.d_sae)))
         else:
-            h, z = pre_acts.new_zeros(shape[0], self.d_sae), []
+            h, z = u.new_zeros(shape[0], self.d_sae), []
             for pre in pre_acts.unbind(1):
                 z.append(F.relu(pre - theta * h))
                 h = torch.lerp(z[-1], h, lam)
@@ -798,15 +795,14 @@ SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprel
 
 # ---- Data and model ----
 def load_windows(tokenizer, bos, cache):
-    """The windows of this configuration, from the cache where they are known, and their key."""
+    """The windows, from the cache where they are there, and their key."""
     wanted = corpus.Wanted(CONTEXT_LENGTH, TRAIN_TOKENS, EVAL_FILES, TRAIN_WINDOWS_PER_FILE,
                            EVAL_WINDOWS_PER_FILE, MIN_WINDOW, DATA_SEED)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else MODEL_NAME
-    source = inspect.getsource(corpus)
-    key = fingerprint(corpus.data_identity(DATASET), vocabulary, bos, wanted, source)
+    key = fingerprint(corpus.data_identity(DATASET), vocabulary, bos, wanted,
+                      inspect.getsource(corpus))
     path = cache / "tokens" / f"{key}.npz"
-    windows = corpus.read_windows(path)
-    if windows is None:
+    if not (windows := corpus.read_windows(path)):
         print(f"tokenising {DATASET}", flush=True)
         windows = corpus.make_windows(DATASET, tokenizer, bos, wanted)
         with replacing(path) as partial, open(partial, "wb") as file:
@@ -815,13 +811,13 @@ def load_windows(tokenizer, bos, cache):
 
 
 def model_folder():
-    """The local folder that MODEL_NAME means, as a path or from here; None where it is a hub id."""
-    folders = [path for path in (Path(MODEL_NAME).expanduser(), HERE / MODEL_NAME) if path.is_dir()]
-    return folders[0].resolve() if folders else None
+    """The folder that MODEL_NAME means; None where it is a hub id."""
+    places = Path(MODEL_NAME).expanduser(), HERE / MODEL_NAME
+    return next((path.resolve() for path in places if path.is_dir()), None)
 
 
 def load_pretrained(loader, what, **kwargs):
-    """A config, tokenizer or model by MODEL_NAME, or one short error for all that can go wrong."""
+    """A config, tokenizer or model by MODEL_NAME; one error for all that can go wrong."""
     if model_folder() is None and not corpus.hub_reachable():
         corpus.go_offline()
     try:
@@ -829,12 +825,9 @@ def load_pretrained(loader, what, **kwargs):
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         cause = str(error).split("\n")[0].split("http")[0][:300]
         if "gated" in str(error).lower():
-            cause = "access is gated: accept its licence on the hub and log in with `hf auth login`"
-        raise RunnerError(
-            f"MODEL_NAME = {MODEL_NAME!r}: no {what} in such a folder or on the hub ({cause}). "
-            "Names that work: 'embedded/model', 'EleutherAI/pythia-70m-deduped', "
-            "'google/gemma-2-2b', or a folder with config.json, model.safetensors and "
-            "tokenizer.json.") from None
+            cause = "gated: accept its licence on the hub and log in with `hf auth login`"
+        raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r}: no {what} ({cause}). Names that work: "
+                          "'embedded/model', 'EleutherAI/pythia-70m-deduped', a folder.") from None
 
 
 @functools.cache
@@ -848,42 +841,41 @@ def load_model():
 
 
 def model_identity(config):
-    """What activations depend on: a local model's files (their bytes; above 64 MB size and date),
-    or a hub commit."""
+    """A hub commit, or a local model's files: their bytes; above 64 MB size and date."""
     def identity(path):
         size, date = path.stat().st_size, path.stat().st_mtime_ns
         return path.name, zlib.crc32(path.read_bytes()) if size < 2 ** 26 else (size, date)
 
-    if model_folder() is None:
+    if not (folder := model_folder()):
         return MODEL_NAME, config._commit_hash
-    return [identity(path) for path in sorted(model_folder().iterdir()) if path.is_file()]
+    return [identity(path) for path in sorted(folder.iterdir()) if path.is_file()]
 
 
 def stand_in(config):
-    """A random causal model of the same family: real hidden size, two layers, 256 tokens."""
+    """A random model of the same family and hidden size: two layers, 256 tokens."""
     config = type(config).from_dict(config.to_dict())
     text = config.get_text_config()
     text.num_hidden_layers, text.vocab_size = 2, 256
     text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:2]
-    wrong = f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type}) is no causal language model"
-    advice = "Take a decoder: GPT-NeoX/Pythia, GPT-2, Llama, Gemma, Qwen, OPT or Mistral."
+    if types := getattr(text, "layer_types", None):
+        text.layer_types = types[:2]
+    wrong = RunnerError(f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type}) is no causal language "
+                        "model. Take a decoder: Pythia, GPT-2, Llama, Gemma, Qwen, OPT, Mistral.")
     try:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except ValueError:
-        raise RunnerError(f"{wrong}: transformers has no such head for it. {advice}") from None
+        raise wrong from None
     model.to(DEVICE).eval().requires_grad_(False)
     tokens = torch.arange(1, 9, device=DEVICE)[None]
     before = residual_after(model, 0, tokens)[0, :-1]
-    tokens[0, -1] = 0
+    tokens[0, -1] = 0  # a later token must not change earlier activations
     if not torch.allclose(before, residual_after(model, 0, tokens)[0, :-1], atol=1e-5):
-        raise RunnerError(f"{wrong}: a later token changes earlier activations. {advice}")
+        raise wrong
     return model
 
 
 def find_blocks(model):
-    """The decoder's blocks: the largest ModuleList as long as the configuration says."""
+    """The largest ModuleList as long as the configuration says."""
     depth = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
@@ -897,9 +889,10 @@ class Captured(Exception):
 
 @torch.no_grad()
 def block_output(model, layer, tokens):
-    """What block `layer` returns, a tensor or a tuple by family; nothing later is computed."""
+    """What block `layer` returns, a tensor or a tuple; nothing later is computed."""
     def stop(module, inputs, output):
         raise Captured(output)
+
     handle = find_blocks(model)[layer].register_forward_hook(stop)
     try:
         model.base_model(input_ids=tokens, use_cache=False)
@@ -917,11 +910,11 @@ def residual_after(model, layer, tokens):
 
 @torch.no_grad()
 def logits_from(model, layer, hidden, tokens):
-    """Logits [batch, seq, vocab] with `hidden` as the residual stream after block `layer`; the
-    blocks up to there are skipped."""
+    """Logits [batch, seq, vocab] from `hidden`, the residual stream after block `layer`."""
     skipped, output = find_blocks(model)[:layer + 1], hidden.to(next(model.parameters()).dtype)
     usual = block_output(model, layer, tokens[:1, :1])
-    output = (output, *usual[1:]) if isinstance(usual, tuple) else output
+    if isinstance(usual, tuple):
+        output = output, *usual[1:]
     for block in skipped:
         block.forward = lambda *args, **kwargs: output
     try:
@@ -931,10 +924,9 @@ def logits_from(model, layer, hidden, tokens):
             del block.forward
 
 
-# ---- Activations: collected once, cached by content in shards, shared by all runs ----
+# ---- Activations: collected once, cached by content, shared by all runs ----
 class Store:
-    """Cached activations of all windows, [window, CONTEXT_LENGTH, d_in] in shards; hands out
-    batches, centred and scaled."""
+    """Activations of all windows, [window, CONTEXT_LENGTH, d_in], cached; batches of them."""
 
     def __init__(self, folder, windows, d_in, dtype):
         self.folder, self.windows, self.d_in, self.dtype = folder, windows, d_in, dtype
@@ -946,24 +938,21 @@ class Store:
         return self.folder / f"{start:09d}.bin"
 
     def collect(self, get_model, layer):
-        """Fills in the missing shards, under a lock that other runs wait for; then opens all."""
+        """Fills in missing shards, under a lock that other runs wait for; then opens all."""
         with locked(self.folder / "lock"):
-            for killed in self.folder.glob("*.partial"):
-                killed.unlink()
-            missing = [(a, b) for a, b in self.shards if not corpus.intact(self.path(a))]
-            if missing:
+            for left in self.folder.glob("*.partial"):
+                left.unlink()
+            if missing := [(a, b) for a, b in self.shards if not corpus.intact(self.path(a))]:
                 model, began = get_model(), time.time()
                 tokens = sum(b - a for a, b in missing) * CONTEXT_LENGTH
                 need = tokens * self.d_in * self.dtype.itemsize
                 free = shutil.disk_usage(self.folder).free
                 if free < need * 1.05:
-                    raise RunnerError(
-                        f"the activation cache needs {need / 1e9:.1f} GB in {self.folder}, where "
-                        f"{free / 1e9:.1f} GB are free. Lower TRAIN_TOKENS or set SAE_CACHE_DIR.")
-                for start, end in tqdm(missing, "collecting", disable=not sys.stderr.isatty()):
+                    raise RunnerError(f"{self.folder} needs {need / 1e9:.1f} GB and has "
+                                      f"{free / 1e9:.1f}. Lower TRAIN_TOKENS or set SAE_CACHE_DIR.")
+                for start, end in tqdm(missing, "collecting", disable=None):
                     self.collect_shard(model, layer, start, end)
-                rate = tokens / (time.time() - began)
-                print(f"collected {tokens:,} tokens at {rate:,.0f} tokens/s", flush=True)
+                print(f"collected {tokens:,} tokens in {time.time() - began:.0f} s", flush=True)
         self.open()
 
     def collect_shard(self, model, layer, start, end, batch=32):
@@ -975,7 +964,7 @@ class Store:
                 file.write(hidden.to(self.dtype).cpu().contiguous().view(torch.uint8).numpy())
 
     def open(self):
-        """Maps the shards; takes the mean and the scale from the first 2^18 training tokens."""
+        """Maps the shards; mean and scale are of the first 2^18 training tokens."""
         row = CONTEXT_LENGTH * self.d_in
         self.maps = [torch.from_file(str(self.path(a)), size=(b - a) * row, dtype=self.dtype)
                      .view(b - a, CONTEXT_LENGTH, self.d_in) for a, b in self.shards]
@@ -984,26 +973,25 @@ class Store:
         self.resident = torch.cat(self.maps).to(DEVICE) if size < room else None
         self.mean, self.scale = torch.zeros(self.d_in, device=DEVICE), 1.0
         sample = np.arange(min(self.windows.n_train, 2 ** 18 // CONTEXT_LENGTH))
-        sums, square, n = self.moments(np.array_split(sample, len(sample) // 64 + 1))
-        self.mean = (sums.sum(0) / n.sum()).float()
-        self.scale = (square.sum() / n.sum() - (sums.sum(0) / n.sum()).square().sum()).sqrt().item()
+        sums, squares, n = self.moments(np.array_split(sample, len(sample) // 64 + 1))
+        mean = sums.sum(0) / n.sum()
+        self.mean = mean.float()
+        self.scale = (squares.sum() / n.sum() - mean.square().sum()).sqrt().item()
 
     def moments(self, chunks):
-        """Over windows, by position: sum of x [seq, d_in], of |x|^2 [seq], and tokens [seq]."""
-        sums, squares, n = 0.0, 0.0, 0
+        """By position: sum of x [seq, d_in], of |x|^2 [seq], and tokens [seq]."""
+        parts = []
         for ids in chunks:
             x, keep = self.batch(ids).x.double(), self.valid(ids)
-            sums = sums + (x * keep[..., None]).sum(0)
-            squares = squares + (x.square().sum(-1) * keep).sum(0)
-            n = n + keep.sum(0)
-        return sums, squares, n
+            parts.append([part.sum(0) for part in (
+                x * keep[..., None], x.square().sum(-1) * keep, keep)])
+        return map(sum, zip(*parts))
 
-    def valid(self, ids):
-        """[len(ids), seq] False at padding."""
+    def valid(self, ids):  # [len(ids), seq] False at padding
         return torch.from_numpy(self.windows.valid(ids)[:, 1:]).to(DEVICE)
 
     def raw(self, ids):
-        """Activations as the model made them, BOS included: [len(ids), CONTEXT_LENGTH, d_in]."""
+        """Activations as the model made them, with BOS: [len(ids), CONTEXT_LENGTH, d_in]."""
         if self.resident is not None:
             return self.resident[torch.as_tensor(ids, device=DEVICE)].float()
         rows = [self.maps[i // SHARD_WINDOWS][i % SHARD_WINDOWS] for i in map(int, ids)]
@@ -1013,40 +1001,40 @@ class Store:
         ids = np.asarray(ids)
         x = (self.raw(ids)[:, 1:] - self.mean) / self.scale
         full = (self.windows.lengths[ids] == CONTEXT_LENGTH).all()
-        mask = None if full else self.valid(ids)
         doc_ids = torch.as_tensor(self.windows.doc_ids[ids], device=DEVICE)
         positions = torch.arange(1, CONTEXT_LENGTH, device=DEVICE)
-        return Batch(x, self.tokens_of(ids)[:, 1:], doc_ids, positions, mask)
+        return Batch(x, self.tokens_of(ids)[:, 1:], doc_ids, positions,
+                     None if full else self.valid(ids))
+
+    def x(self, ids):  # of many windows, [len(ids), seq, d_in]
+        return torch.cat([self.batch(part).x for part in np.array_split(ids, len(ids) // 64 + 1)])
 
     def tokens_of(self, ids):
         return self.tokens[torch.as_tensor(ids, device=DEVICE)]
 
-    def unscaled(self, x):
-        """x as `batch` gives it -> as the model made it."""
+    def unscaled(self, x):  # -> as the model made it
         return x * self.scale + self.mean
 
-    def heldout(self, size):
-        """Held-out window ids in chunks of `size`."""
+    def heldout(self, size):  # ids of windows in chunks
         return np.array_split(ids := self.windows.heldout(), range(size, len(ids), size))
 
 
 # ---- Trainer: knows no variant ----
 def planned_stages(variant):
     """The variant's curriculum with ABLATE and EPOCHS_SCALE applied."""
-    def kept(weights):
-        return {name: weight for name, weight in weights.items() if name not in ABLATE}
-    return [stage._replace(epochs=stage.epochs * EPOCHS_SCALE, weights=kept(stage.weights))
-            for stage in variant.curriculum]
+    return [stage._replace(epochs=stage.epochs * EPOCHS_SCALE, weights={
+        name: weight for name, weight in stage.weights.items() if name not in ABLATE})
+        for stage in variant.curriculum]
 
 
 def learning_rate(done, d_sae):
-    """Adam's rate when the share `done` of all steps is behind: rise, constant, fall to zero."""
+    """Adam's rate after the share `done` of all steps: rise, constant, fall to zero."""
     base = LEARNING_RATE or 3e-3 * math.sqrt(1536 / d_sae)
     return base * min(1.0, (done + 1e-3) / WARMUP_FRACTION, (1 - done) / DECAY_FRACTION)
 
 
 def make_optimizer(sae, lr):
-    return torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.Adam(sae.parameters(), lr, fused=True)
 
 
 def anneal(sae, stage, done):
@@ -1055,7 +1043,7 @@ def anneal(sae, stage, done):
 
 
 def train_step(sae, optimizer, batch, stage, done):
-    """One step; `done` is the stage's progress in [0, 1). Returns the named losses and L0."""
+    """One step, at the stage's progress `done` in [0, 1) -> the named losses and L0."""
     anneal(sae, stage, done)
     latents = sae.encode(batch)
     losses, total = sae.losses(batch, latents), 0.0
@@ -1065,9 +1053,9 @@ def train_step(sae, optimizer, batch, stage, done):
     total.backward()
     with torch.no_grad():
         W, learns = sae.W_dec, sae.W_dec.grad is not None
-        if learns:              # the gradient along a row would be undone by the renormalisation
+        if learns:  # the gradient along a row would be undone by the renormalisation
             W.grad.addcmul_((W.grad * W).sum(1, keepdim=True), W, value=-1)
-        nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP)       # gradients are final here
+        nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if learns:
@@ -1076,7 +1064,7 @@ def train_step(sae, optimizer, batch, stage, done):
         sae.tokens_since_fired += n_tokens(batch)
         sae.tokens_since_fired[fired] = 0
         l0 = torch.as_tensor(len(fired) / n_tokens(batch))
-        if "sparsity" in stage.weights:     # multiplicative control: too many active raise it
+        if "sparsity" in stage.weights:  # too many active raise it
             error = (l0.clamp_min(1e-2) / sae.target_l0).log().clamp(-1, 1)
             sae.sparsity_weight.mul_((0.05 * error).exp())
     return {name: loss.detach() for name, loss in losses.items()} | {"l0": l0}
@@ -1086,29 +1074,29 @@ def train_step(sae, optimizer, batch, stage, done):
 def resample_dead(sae, optimizer, batch):
     """Points dead latents at badly reconstructed tokens (Bricken et al. 2023)."""
     dead, parameters = sae.dead_mask().nonzero().flatten(), (sae.W_dec, sae.W_enc, sae.b_enc)
-    if not len(dead) or not all(parameter.requires_grad for parameter in parameters):
+    if not len(dead) or not all(p.requires_grad for p in parameters):
         return
     residual = valid(batch, batch.x - sae.decode(sae.encode(batch))).flatten(0, 1)
-    worst = residual.square().sum(1).square()           # 0 at padding
-    rows = F.normalize(residual[torch.multinomial(worst, len(dead), replacement=True)], dim=1)
+    worst = residual.square().sum(1).square().multinomial(len(dead), replacement=True)
+    rows = F.normalize(residual[worst], dim=1)
     sae.W_dec[dead] = rows
     sae.W_enc[:, dead] = 0.2 * sae.W_enc.norm(dim=0).mean() * rows.t()
     sae.b_enc[dead] = 0.0
     sae.tokens_since_fired[dead] = 0
     sae.resampled(dead)
-    for parameter, at in zip(parameters, (dead, (slice(None), dead), dead)):
+    for p, at in zip(parameters, (dead, (slice(None), dead), dead)):
         for moment in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[parameter][moment][at] = 0.0
+            optimizer.state[p][moment][at] = 0.0
 
 
 def batch_ids(seed, step, n_windows, size):
-    """Windows of one step: slices of a permutation per (seed, epoch). Only here is data ordered."""
+    """Windows of one step: a slice of a permutation per (seed, epoch)."""
     epoch, place = divmod(step, n_windows // size)
     return epoch_order(seed, epoch, n_windows)[place * size:(place + 1) * size]
 
 
 def only_positions(batch):
-    """The batch with all positions but TRAIN_POSITIONS treated as padding."""
+    """The batch with all positions but TRAIN_POSITIONS as padding."""
     if TRAIN_POSITIONS is None:
         return batch
     low, high = TRAIN_POSITIONS
@@ -1123,26 +1111,26 @@ def epoch_order(seed, epoch, n_windows):
 
 @torch.no_grad()
 def validation_loss(sae, store):
-    """Reconstruction loss on the first held-out windows (at most 64), in evaluation mode."""
+    """Reconstruction loss on the first 64 held-out windows, in evaluation mode."""
     batch = store.batch(store.heldout(64)[0])
     return squared_error(batch, sae.eval().decode(sae.encode(batch))).item()
 
 
 def seconds_per_step(sae, store, stages, size):
-    """Seconds of one step of each stage, measured on a copy."""
+    """Seconds of one step of each stage, the second one on a copy."""
     seconds, batch = [], store.batch(np.arange(size))
     for stage in stages:
         trial = copy.deepcopy(sae).train()
         optimizer = make_optimizer(trial, 1e-4)
-        train_step(trial, optimizer, batch, stage, 0.0)
-        began = time.perf_counter()
-        train_step(trial, optimizer, batch, stage, 0.0)
+        for _ in range(2):
+            began = time.perf_counter()
+            train_step(trial, optimizer, batch, stage, 0.0)
         seconds.append(time.perf_counter() - began)
     return seconds
 
 
 def fit_to_deadline(steps, step, seconds, deadline):
-    """Steps of each stage; where they would overrun, those to come shrink in proportion."""
+    """Steps of each stage; those to come shrink in proportion where they would overrun."""
     left = [int(min(n, max(0, end - step))) for n, end in zip(steps, np.cumsum(steps))]
     need, have = sum(n * s for n, s in zip(left, seconds)), max(deadline - time.time(), 0.0)
     if need <= have:
@@ -1151,35 +1139,32 @@ def fit_to_deadline(steps, step, seconds, deadline):
 
 
 def record(log, sae, step, stage, losses):
-    """Appends one row to the log; a loss that is not finite ends the run."""
-    values = {name: float(value) for name, value in losses.items()}
+    """Appends to the log; a loss that is not finite ends the run."""
+    values = {name: loss.item() for name, loss in losses.items()}
     if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
-        raise RunnerError(f"non-finite loss at step {step} of stage {stage.name!r}: "
-                          f"{', '.join(wrong)}. Look for a log or a division by zero in `losses`, "
-                          "or lower LEARNING_RATE.")
-    dead = sae.dead_mask().float().mean().item()
-    row = {"step": step, "l0": values.pop("l0"), "dead_fraction": dead}
-    parameters = sae.parameters_of_interest()
-    for table, names in ((log, row), (log["losses"], values), (log["parameters"], parameters)):
-        for name, value in names.items():
-            table.setdefault(name, []).append(value if name == "step" else float(value))
+        raise RunnerError(f"step {step} of stage {stage.name!r}: {', '.join(wrong)}. Look for a "
+                          "log or a division by zero in `losses`, or lower LEARNING_RATE.")
+    row = {"step": step, "l0": values.pop("l0"),
+           "dead_fraction": sae.dead_mask().float().mean().item()}
+    followed = {name: float(value) for name, value in sae.parameters_of_interest().items()}
+    for table, row in ((log, row), (log["losses"], values), (log["parameters"], followed)):
+        for name, value in row.items():
+            table.setdefault(name, []).append(value)
 
 
 def plan_steps(stages, n_windows, size):
-    """Steps of each stage at `size` windows a step; a stage without any is an error."""
+    """Steps of each stage at `size` windows a step."""
     planned = [round(stage.epochs * (n_windows // size)) for stage in stages]
-    for stage, steps in zip(stages, planned):
-        if steps < 1:
-            raise RunnerError(f"stage {stage.name!r} would get no step: {n_windows} windows make "
-                              f"{n_windows // size} batches of {size}, for {stage.epochs} epochs. "
-                              "Raise TRAIN_TOKENS or EPOCHS_SCALE, or lower BATCH_TOKENS.")
+    if 0 in planned:
+        raise RunnerError(f"stage {stages[planned.index(0)].name!r} gets no step: raise "
+                          "TRAIN_TOKENS or EPOCHS_SCALE, or lower BATCH_TOKENS.")
     return planned
 
 
 def train(sae, store, stages, seed, size, deadline, state_path):
-    """Trains `sae` through its stages -> log, steps planned, steps done (of each stage). From the
-    latest checkpoint at `state_path` a killed run carries on, to the same bits."""
-    n_windows, step, current = store.windows.n_train, 0, None
+    """Trains `sae` -> log, steps planned and done of each stage. From the latest checkpoint at
+    `state_path` a killed run carries on, to the same bits."""
+    n_windows, step = store.windows.n_train, 0
     per_epoch, planned = n_windows // size, plan_steps(stages, n_windows, size)
     sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(planned) * size * CONTEXT_LENGTH))
     sae.initialise(only_positions(store.batch(batch_ids(seed, 0, n_windows, size))))
@@ -1191,21 +1176,19 @@ def train(sae, store, stages, seed, size, deadline, state_path):
         sae.load_state_dict(state["sae"])
         optimizer.load_state_dict(state["optimizer"])
         step, steps, log = state["step"], state["steps"], state["log"]
-        for past, n in zip(stages, steps[:int(np.searchsorted(np.cumsum(steps), step, "right"))]):
+        for past, n in zip(stages, steps[:np.searchsorted(np.cumsum(steps), step, "right")]):
             anneal(sae, past, (n - 1) / n)
         print(f"seed {seed}: carrying on at step {step}", flush=True)
     minutes = sum(n * s for n, s in zip(steps, seconds)) / 60
     print(f"seed {seed}: about {minutes:.1f} min for {sum(steps):,} steps", flush=True)
-    bar = tqdm(total=sum(steps), initial=step, disable=not sys.stderr.isatty())
+    bar = tqdm(total=sum(steps), initial=step, disable=None)
     saved = said = since = time.time()
     while step < sum(steps):
-        index = int(np.searchsorted(np.cumsum(steps), step, side="right"))
+        index = int(np.searchsorted(np.cumsum(steps), step, "right"))
         stage, first = stages[index], sum(steps[:index])
-        if stage is not current:
-            current = stage
-            for name, parameter in sae.named_parameters():
-                parameter.requires_grad_(name.startswith(stage.trains))
-        torch.manual_seed(seed * 1_000_003 + step)      # a function of the step: nothing to resume
+        for name, p in sae.named_parameters():
+            p.requires_grad_(name.startswith(stage.trains))
+        torch.manual_seed(seed * 1_000_003 + step)  # nothing to resume
         optimizer.param_groups[0]["lr"] = stage.lr * learning_rate(step / sum(steps), sae.d_sae)
         batch = only_positions(store.batch(batch_ids(seed, step, n_windows, size)))
         losses = train_step(sae.train(), optimizer, batch, stage, (step - first) / steps[index])
@@ -1222,20 +1205,18 @@ def train(sae, store, stages, seed, size, deadline, state_path):
                 resample_dead(sae.train(), optimizer, batch)
         bar.update()
         if bar.disable and now - said > 15 and "l0" in log:
-            latest = {"L0": log["l0"]} | log["losses"]
-            figures = [f"{name} {values[-1]:.4g}" for name, values in latest.items()]
-            print(f"  {stage.name}: step {step}/{sum(steps)}", *figures, flush=True)
-            said = now
+            said, latest = now, {"L0": log["l0"]} | log["losses"]
+            print(f"  {stage.name}: step {step}/{sum(steps)}",
+                  *(f"{name} {values[-1]:.4g}" for name, values in latest.items()), flush=True)
         if now - saved > CHECKPOINT_SECONDS or step == sum(steps):
-            state = {"sae": sae.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                     "steps": steps, "log": log}
+            saved, state = now, {"sae": sae.state_dict(), "optimizer": optimizer.state_dict(),
+                                 "step": step, "steps": steps, "log": log}
             with replacing(state_path) as partial:
                 torch.save(state, partial)
-            saved = now
     if sae.dead_mask().all():
-        raise RunnerError(f"all {sae.d_sae} latents are dead after training: it has collapsed.")
-    borders = {"stage_starts": np.cumsum([0] + steps[:-1]).tolist()}
-    return log | borders | {"stages": [stage.name for stage in stages]}, planned, steps
+        raise RunnerError(f"all {sae.d_sae} latents are dead after training.")
+    log["stage_starts"] = np.cumsum([0] + steps[:-1]).tolist()
+    return log | {"stages": [stage.name for stage in stages]}, planned, steps
 
 
 # ---- Evaluations on held-out documents: Run -> Result. plot.py compares runs ----
@@ -1243,21 +1224,21 @@ class Run(NamedTuple):
     """What an evaluation may look at."""
     sae: SAE
     store: Store
-    get_model: Callable     # -> the language model
+    get_model: Callable  # -> the language model
     layer: int
-    live: tuple             # (firings, files) that a latent needs to count as live
-    log: dict               # of the training
+    live: tuple  # (firings, files) that a live latent needs
+    log: dict  # of the training
 
 
 class Result(NamedTuple):
-    metrics: dict           # name -> float
-    curves: dict = {}       # name -> list of floats
-    per_sequence: dict = {}     # name -> list of floats, one per sample window
+    metrics: dict  # name -> float
+    curves: dict = {}  # name -> list
+    per_sequence: dict = {}  # name -> list of floats, one per sample window
 
 
 class Codes(NamedTuple):
-    """The non-zero latents of all held-out tokens, in the order of tokens; arrays [n]."""
-    token: np.ndarray       # held-out window * (CONTEXT_LENGTH - 1) + position - 1
+    """The non-zero latents of all held-out tokens, in their order; arrays [n]."""
+    token: np.ndarray  # held-out window * (CONTEXT_LENGTH - 1) + position - 1
     latent: np.ndarray
     value: np.ndarray
 
@@ -1267,15 +1248,14 @@ def encode_heldout(run):
     """Codes, and {name: [window, position]} of |x - x_hat|^2 and the like, NaN at padding."""
     codes, sums, offset = [], {}, 0
     for ids in run.store.heldout(32):
-        batch = run.store.batch(ids)
+        batch, padding = run.store.batch(ids), ~run.store.valid(ids)
         latents = run.sae.encode(batch)
         x, x_hat, (token, latent, value) = batch.x, run.sae.decode(latents), latents.active()
         codes.append([a.cpu().numpy() for a in (token + offset, latent, value)])
-        offset += len(ids) * (CONTEXT_LENGTH - 1)
-        l0 = torch.bincount(token, minlength=x.shape[0] * x.shape[1]).view(x.shape[:2])
+        offset += padding.numel()
+        l0 = torch.bincount(token, minlength=padding.numel()).view(padding.shape)
         rows = {"error": (x - x_hat).square().sum(-1), "norm": x.square().sum(-1), "l0": l0,
                 "norm_hat": x_hat.square().sum(-1), "dot": (x * x_hat).sum(-1)}
-        padding = ~run.store.valid(ids)
         for name, values in rows.items():
             values = values.double().masked_fill(padding, torch.nan)
             sums.setdefault(name, []).append(values.cpu().numpy())
@@ -1283,7 +1263,7 @@ def encode_heldout(run):
 
 
 def variance_by_position(store):
-    """Mean squared distance of held-out x from its overall mean: by position [seq], and overall."""
+    """Variance of held-out x about its overall mean: by position [seq], and overall."""
     sums, squares, n = store.moments(store.heldout(64))
     mean = sums.sum(0) / n.sum()
     total = squares - 2 * (sums @ mean) + n * mean.square().sum()
@@ -1292,33 +1272,32 @@ def variance_by_position(store):
 
 @torch.no_grad()
 def next_token_losses(run, splice):
-    """Cross-entropy after each position >= 1, and KL from the model's own prediction to the spliced
-    one: [sample, CONTEXT_LENGTH - 2], NaN at padding. splice(batch) gives the residual stream
-    [batch, seq, d_in] in the model's own scale; BOS is left alone."""
-    losses, divergences, model, sample = [], [], run.get_model(), run.store.windows.sample()
+    """Cross-entropy after each position, and KL from the model's own prediction:
+    [sample, CONTEXT_LENGTH - 2], NaN at padding. splice(batch) gives the residual stream
+    [batch, seq, d_in], unscaled; BOS is left alone."""
+    found, model, store = [], run.get_model(), run.store
+    sample = store.windows.sample()
     for ids in np.array_split(sample, len(sample) // 16 + 1):
-        hidden, tokens = run.store.raw(ids), run.store.tokens_of(ids)
-        own = logits_from(model, run.layer, hidden, tokens)[:, 1:-1].log_softmax(-1)
-        hidden = torch.cat([hidden[:, :1], splice(run.store.batch(ids))], 1)
-        spliced = logits_from(model, run.layer, hidden, tokens)[:, 1:-1].log_softmax(-1)
-        padding = ~run.store.valid(ids)[:, 1:]
-        loss = -spliced.gather(2, tokens[:, 2:, None])[..., 0]
-        kl = (own.exp() * (own - spliced)).sum(-1)
-        for parts, values in ((losses, loss), (divergences, kl)):
-            parts.append(values.double().masked_fill(padding, torch.nan).cpu().numpy())
-    return np.concatenate(losses), np.concatenate(divergences)
+        hidden, tokens, padding = store.raw(ids), store.tokens_of(ids), ~store.valid(ids)[:, 1:]
+        spliced = torch.cat([hidden[:, :1], splice(store.batch(ids))], 1)
+        own, new = (logits_from(model, run.layer, x, tokens)[:, 1:-1].log_softmax(-1)
+                    for x in (hidden, spliced))
+        loss, kl = -new.gather(2, tokens[:, 2:, None])[..., 0], (own.exp() * (own - new)).sum(-1)
+        found.append([values.double().masked_fill(padding, torch.nan).cpu().numpy()
+                      for values in (loss, kl)])
+    return [np.concatenate(parts) for parts in zip(*found)]
 
 
 @torch.no_grad()
 def bigram_explained_variance(store, variance):
-    """Explained variance of a lookup by (previous token, token), fitted on the first 2^18 training
-    tokens: a pair's mean, shrunk by one pseudo-count to its token's, and that to the overall, 0."""
+    """Of a lookup by (previous token, token), fitted on the first 2^18 training tokens: a pair's
+    mean, shrunk by one pseudo-count to its token's, and that to 0."""
     vocabulary = int(store.tokens.max()) + 1
 
-    def rows(ids):          # pair key, token and activation of each valid token
-        before, after = store.tokens_of(ids)[:, :-1], store.tokens_of(ids)[:, 1:]
-        keep = store.valid(ids)
-        return (before * vocabulary + after)[keep], after[keep], store.batch(ids).x[keep]
+    def rows(ids):  # pair key, token and activation of each valid token
+        keep, tokens = store.valid(ids), store.tokens_of(ids)
+        pairs = tokens[:, :-1] * vocabulary + tokens[:, 1:]
+        return pairs[keep], tokens[:, 1:][keep], store.batch(ids).x[keep]
 
     train = np.arange(min(store.windows.n_train, 2 ** 18 // CONTEXT_LENGTH))
     pairs, tokens, x = rows(train)
@@ -1336,115 +1315,120 @@ def bigram_explained_variance(store, variance):
 
 
 def cached(run, compute, *depends):
-    """compute(run), kept beside the activations; made again where it or what it calls changes."""
+    """compute(run), kept beside the activations until its code changes."""
     source = SOURCE[SOURCE.index("# ---- Data and model"):SOURCE.index("# ---- Results")]
     key = fingerprint(compute.__name__, source, inspect.getsource(TopK), *depends)
-    path = run.store.folder / f"{compute.__name__}-{key}.json"
+    return kept(run.store.folder / f"{compute.__name__}-{key}.json", lambda: compute(run))
+
+
+def kept(path, compute):
+    """compute() as it stands in the file at `path`, written where there is none."""
     if not path.exists():
-        found = compute(run)
+        found = compute()
         with replacing(path) as partial:
             partial.write_text(json.dumps(found))
     return json.loads(path.read_text())
 
 
 def controls(run):
-    """What does not depend on the SAE: the model's own loss, losses under ablations and unigrams,
-    the bigram bar, an untrained TopK."""
+    """What no SAE changes: the model's loss, its own, ablated and of unigrams, the bigram bar, an
+    untrained TopK."""
     print("computing the model's own loss and the controls", flush=True)
-    store = run.store
-    by_position, variance = variance_by_position(store)
+    store, (by_position, variance) = run.store, variance_by_position(run.store)
     torch.manual_seed(0)
     untrained = TopK(store.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
-    own = next_token_losses(run, lambda batch: store.unscaled(batch.x))[0]
-    found = {
+    splices = {"ce": lambda batch: store.unscaled(batch.x),
+               "ce_zero": lambda batch: torch.zeros_like(batch.x),
+               "ce_mean": lambda batch: store.mean.expand_as(batch.x)}
+    losses = {name: next_token_losses(run, splice)[0] for name, splice in splices.items()}
+    vocabulary = len(run.get_model().get_output_embeddings().weight)
+    losses["ce_unigram"] = corpus.unigram_losses(store.windows, vocabulary)
+    return {name: np.nanmean(loss) for name, loss in losses.items()} | {
         "variance": variance, "variance_by_position": by_position,
-        "ce": own, "ce_by_sequence": np.nanmean(own, 1).tolist(),
-        "ce_by_position": np.nanmean(own, 0).tolist(),
-        "ce_zero": next_token_losses(run, lambda batch: torch.zeros_like(batch.x))[0],
-        "ce_mean": next_token_losses(run, lambda batch: store.mean.expand_as(batch.x))[0],
-        "ce_unigram": corpus.unigram_losses(store.windows, len(run.get_model().get_output_embeddings().weight)),
+        "ce_by_sequence": np.nanmean(losses["ce"], 1).tolist(),
+        "ce_by_position": np.nanmean(losses["ce"], 0).tolist(),
         "bigram_explained_variance": bigram_explained_variance(store, variance),
         "untrained_explained_variance": explained_variance(run._replace(sae=untrained), variance)}
-    for name in ("ce", "ce_zero", "ce_mean", "ce_unigram"):
-        found[name] = float(np.nanmean(found[name]))
-    return found
 
 
 def explained_variance(run, variance):
-    """1 - E|x - x_hat|^2 / sum_d Var(x_d) on held-out tokens: a mean predictor scores 0."""
-    return 1 - float(np.nanmean(encode_heldout(run)[1]["error"])) / variance
+    """1 - E|x - x_hat|^2 / sum_d Var(x_d) on held-out tokens."""
+    return 1 - np.nanmean(encode_heldout(run)[1]["error"]) / variance
 
 
 def live_latents(codes, run):
-    """[d_sae] whether a latent fired often enough, in enough files, on at most half the tokens; and
-    [d_sae] firing rates."""
-    heldout = run.store.windows.heldout()
-    file = run.store.windows.doc_ids[heldout][codes.token // (CONTEXT_LENGTH - 1)].astype(np.int64)
-    n_files, d_sae = file.max(initial=0) + 1, run.sae.d_sae
+    """[d_sae] whether it fired often, in many files, on at most half the tokens; and its rate."""
+    windows, d_sae = run.store.windows, run.sae.d_sae
+    file = windows.doc_ids[windows.n_train:][codes.token // (CONTEXT_LENGTH - 1)].astype(np.int64)
+    n_files = file.max(initial=0) + 1
     firings = np.bincount(codes.latent, minlength=d_sae)
     files = np.bincount(np.unique(codes.latent * n_files + file) // n_files, minlength=d_sae)
-    rate = firings / run.store.valid(heldout).sum().item()
+    rate = firings / run.store.valid(windows.heldout()).sum().item()
     return (firings >= run.live[0]) & (files >= run.live[1]) & (rate <= 0.5), rate
 
 
 def single_token_fraction(codes, run, live):
     """Share of live latents of which 90 % of the top 40 firings are one token."""
-    order = np.lexsort((-codes.value, codes.latent))
+    order, windows = np.lexsort((-codes.value, codes.latent)), run.store.windows
     latent = codes.latent[order]
     keep = (np.arange(len(latent)) - np.searchsorted(latent, latent) < 40) & live[latent]
-    tokens = run.store.windows.tokens[run.store.windows.heldout()][:, 1:].flatten()
-    pairs = np.stack([latent[keep], tokens[codes.token[order][keep]]])
-    (of, _), counts = np.unique(pairs, axis=1, return_counts=True)
+    tokens = windows.tokens[windows.n_train:, 1:].ravel()[codes.token[order][keep]]
+    (of, _), counts = np.unique(np.stack([latent[keep], tokens]), axis=1, return_counts=True)
     most = np.zeros(len(live))
     np.maximum.at(most, of, counts)
-    return float((most >= 0.9 * np.bincount(latent[keep], minlength=len(live)))[live].mean())
+    return (most >= 0.9 * np.bincount(latent[keep], minlength=len(live)))[live].mean()
 
 
 def eval_core(run):
     """Reconstruction, sparsity and next-token loss, beside controls (README: result keys)."""
-    base = cached(run, controls, TARGET_L0, run.sae.d_sae)
-    sae, store = run.sae, run.store
+    sae, store, base = run.sae, run.store, cached(run, controls, TARGET_L0, run.sae.d_sae)
     began = time.perf_counter()
     codes, rows = encode_heldout(run)
     seconds = time.perf_counter() - began
     live, rate = live_latents(codes, run)
-    mean = {name: float(np.nanmean(values)) for name, values in rows.items()}
+    mean = {name: np.nanmean(values) for name, values in rows.items()}
     if not live.any():
         raise RunnerError(f"no latent of {sae.d_sae} is live (fired {run.live[0]} times in "
-                          f"{run.live[1]} held-out files): collapsed, L0 = {mean['l0']:.2f}.")
+                          f"{run.live[1]} held-out files); L0 = {mean['l0']:.2f}.")
     losses, kl = next_token_losses(run, lambda batch: store.unscaled(sae.decode(sae.encode(batch))))
     permuted = copy.deepcopy(sae)
     permuted.W_dec.data = sae.W_dec.data.roll(sae.d_sae // 2, 0)
-    ce, ce_sae = base["ce"], float(np.nanmean(losses))
+    ce, ce_sae, variance = base["ce"], np.nanmean(losses), base["variance"]
     metrics = {
-        "explained_variance": 1 - mean["error"] / base["variance"], "l0": mean["l0"],
-        "dead_fraction": float((rate == 0).mean()), "live_fraction": float(live.mean()),
-        "dense_fraction": float((rate > 0.1).mean()), "ce_model": ce, "ce_sae": ce_sae,
-        "loss_increase_nats": ce_sae - ce, "kl": float(np.nanmean(kl)),
+        "explained_variance": 1 - mean["error"] / variance, "l0": mean["l0"],
+        "dead_fraction": (rate == 0).mean(), "live_fraction": live.mean(),
+        "dense_fraction": (rate > 0.1).mean(), "ce_model": ce, "ce_sae": ce_sae,
+        "loss_increase_nats": ce_sae - ce, "kl": np.nanmean(kl),
         "ce_recovered": (base["ce_unigram"] - ce_sae) / (base["ce_unigram"] - ce),
         "ce_recovered_vs_mean": (base["ce_mean"] - ce_sae) / (base["ce_mean"] - ce),
         "ce_recovered_vs_zero": (base["ce_zero"] - ce_sae) / (base["ce_zero"] - ce),
-        "cosine": float(np.nanmean(rows["dot"] / np.sqrt(rows["norm"] * rows["norm_hat"] + 1e-12))),
-        "l2_ratio": float(np.nanmean(np.sqrt(rows["norm_hat"] / rows["norm"]))),
+        "cosine": np.nanmean(rows["dot"] / np.sqrt(rows["norm"] * rows["norm_hat"] + 1e-12)),
+        "l2_ratio": np.nanmean(np.sqrt(rows["norm_hat"] / rows["norm"])),
         "relative_reconstruction_bias": mean["norm_hat"] / mean["dot"],
         "single_token_fraction": single_token_fraction(codes, run, live),
         "permuted_decoder_explained_variance":
-            explained_variance(run._replace(sae=permuted), base["variance"]),
+            explained_variance(run._replace(sae=permuted), variance),
         "avg_inference_tokens_per_second": rows["error"].size / seconds}
     metrics |= {name: base[name] for name in ("bigram_explained_variance", "ce_unigram", "ce_mean",
                                               "untrained_explained_variance", "ce_zero")}
     first = store.windows.sample() - store.windows.n_train
-    by_position = 1 - np.nanmean(rows["error"], 0) / np.array(base["variance_by_position"])
+    by_position = 1 - np.nanmean(rows["error"], 0) / base["variance_by_position"]
     curves = {"explained_variance_by_position": by_position, "firing_rates": np.sort(rate)[::-1],
-              "loss_increase_by_position": np.nanmean(losses, 0) - np.array(base["ce_by_position"])}
-    per_sequence = {"fvu": np.nanmean(rows["error"][first], 1) / base["variance"],
+              "loss_increase_by_position": np.nanmean(losses, 0) - base["ce_by_position"]}
+    per_sequence = {"fvu": np.nanmean(rows["error"][first], 1) / variance,
                     "l0": np.nanmean(rows["l0"][first], 1),
-                    "loss_increase_nats": np.nanmean(losses, 1) - np.array(base["ce_by_sequence"])}
+                    "loss_increase_nats": np.nanmean(losses, 1) - base["ce_by_sequence"]}
     return Result(metrics, plain(curves), plain(per_sequence))
 
 
+def by_document(store, values, docs):
+    """Mean of values [n] over each of the sample's documents [sample]; NaN where there are none."""
+    of = (values[docs == doc] for doc in store.windows.doc_ids[store.windows.sample()])
+    return np.array([part.mean() if len(part) else np.nan for part in of])
+
+
 def plain(value):
-    """Arrays and what holds them as lists for JSON; NaN, where there was no token, becomes None."""
+    """Arrays and what holds them as lists for JSON; NaN (no token was there) becomes None."""
     if isinstance(value, dict):
         return {name: plain(part) for name, part in value.items()}
     value = value.tolist() if isinstance(value, np.ndarray) else value
@@ -1458,8 +1442,7 @@ def full_windows(store):
     """Held-out windows without padding, counted from the first held-out one."""
     rows = np.flatnonzero(store.windows.lengths[store.windows.n_train:] == CONTEXT_LENGTH)
     if len(rows) < 2:
-        raise RunnerError("the temporal evaluation needs two held-out documents that fill "
-                          f"CONTEXT_LENGTH = {CONTEXT_LENGTH} tokens: lower it.")
+        raise RunnerError(f"too few held-out documents fill CONTEXT_LENGTH = {CONTEXT_LENGTH}.")
     return rows
 
 
@@ -1469,12 +1452,12 @@ def stability(active, rate, draws=0):
 
     active [window, seq, d] is 0 or 1, or the probability of firing; rate [d] its mean."""
     n, seq, _ = active.shape
-    lag = torch.arange(seq, device=DEVICE)[None] - torch.arange(seq, device=DEVICE)[:, None]
-    band = ((lag >= STABILITY_LAGS[0]) & (lag <= STABILITY_LAGS[1])).to(active.dtype)
-    total = active.sum(1, dtype=torch.float32)          # exact mean over all permutations:
+    low, high = STABILITY_LAGS
+    band = torch.ones(seq, seq, dtype=active.dtype, device=DEVICE).triu(low).tril(high)
+    total = active.sum(1, dtype=torch.float32)  # exact mean over all permutations:
     shuffled = (total ** 2 - active.float().square().sum(1)) / (seq * (seq - 1))
 
-    def excess(pairs):      # mean of a_t a_s over the pairs of positions, in units of the variance
+    def excess(pairs):  # mean of a_t a_s over pairs of positions, in units of the variance
         chunks = zip(active.split(32), pairs.split(32))
         sums = [(torch.bmm(p, a) * a).sum(1, dtype=torch.float32) for a, p in chunks]
         means = torch.cat(sums) / band.sum().float().clamp_min(1)
@@ -1509,24 +1492,24 @@ def coherence(firings, classes, files, rate, rng, n_firings=50, group=100):
     positions 1-32 to 64 and later of other files; over the same from 1-32 to 1-32; each above
     chance. None where too few latents fire often enough.
 
-    firings: of each latent, token indices [n]; files: of each held-out window."""
+    firings: token indices [n] of each latent; files: of each held-out window."""
     roles = []
-    for latent in sorted(range(len(firings)), key=lambda i: rate[i]):
-        window, position = np.divmod(firings[latent], CONTEXT_LENGTH - 1)
-        other = files[window] % 2 == 1
-        blocks = ((position < 32) & ~other, (position < 32) & other, (position >= 63) & other)
-        if min(block.sum() for block in blocks) >= n_firings:
-            drawn = (rng.choice(firings[latent][b], n_firings, replace=False) for b in blocks)
-            roles.append([np.bincount(classes[at], minlength=classes.max() + 1) for at in drawn])
+    for at in (firings[i] for i in sorted(range(len(firings)), key=lambda i: rate[i])):
+        window, position = np.divmod(at, CONTEXT_LENGTH - 1)
+        early, other = position < 32, files[window] % 2 == 1
+        blocks = [at[early & ~other], at[early & other], at[(position >= 63) & other]]
+        if min(map(len, blocks)) >= n_firings:
+            drawn = (rng.choice(block, n_firings, replace=False) for block in blocks)
+            roles.append([np.bincount(classes[of], minlength=classes.max() + 1) for of in drawn])
     n, hits = min(group, len(roles)), np.zeros(2)
     if n < 10:
         return None
     for low in range(0, len(roles) - n + 1, n):
-        first, same, later = np.array(roles[low:low + n]).swapaxes(0, 1)
-        for i, block in enumerate((later, same)):
-            hits[i] += (cdist(block, first, "jensenshannon").argmin(1) == np.arange(n)).sum()
-    chance = len(roles) // n
-    return float((hits[0] - chance) / max(hits[1] - chance, 1e-9))
+        first, *blocks = np.array(roles[low:low + n]).swapaxes(0, 1)
+        hits += [(cdist(block, first, "jensenshannon").argmin(1) == np.arange(n)).sum()
+                 for block in blocks]
+    same, later = hits - len(roles) // n  # above chance
+    return later / max(same, 1e-9)
 
 
 def entropy(values):
@@ -1537,11 +1520,11 @@ def entropy(values):
 
 def polysemanticity(firings, kinds, rng, n=64):
     """Mean over units of the smaller of the entropies of token and of class at n firings, each over
-    that at random positions. firings: of each unit, token indices; kinds: [token] arrays."""
+    that at random positions. firings: token indices of each unit; kinds: [token] arrays."""
     null = [np.mean([entropy(rng.choice(kind, n)) for _ in range(NULL_DRAWS)]) for kind in kinds]
     samples = [rng.choice(unit, n, replace=False) for unit in firings if len(unit) >= n]
     ratios = [min(entropy(kind[at]) / base for kind, base in zip(kinds, null)) for at in samples]
-    return float(np.mean(ratios)) if ratios else 1.0
+    return np.mean(ratios) if ratios else 1.0
 
 
 @torch.no_grad()
@@ -1558,20 +1541,20 @@ def follow(run):
     """What the training did to the parameters of interest, and the collapse alarm of METRICS 5."""
     found, steps, log = {}, run.log["step"], run.log
     for name, values in log["parameters"].items():
-        off = np.abs(np.array(values) - values[-1]) > 0.05 * max(abs(values[-1]), 1e-3)
-        found[f"{name}_final"] = values[-1]
-        last = np.flatnonzero(off).max(initial=-1)
-        found[f"{name}_converged_at"] = steps[min(last + 1, len(off) - 1)]
+        final = values[-1]
+        off = np.flatnonzero(np.abs(np.array(values) - final) > 0.05 * max(abs(final), 1e-3))
+        found |= {f"{name}_final": final,
+                  f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
     for name, p in run.sae.named_parameters():
         if p.numel() == 1:
-            at, d = p.data.clone(), 0.1 * max(abs(p.item()), 0.1)
-            losses = [p.data.copy_(at + sign * d) is None or validation_loss(run.sae, run.store)
-                      for sign in (1, -1)]
-            p.data.copy_(at)
+            at, d, losses = p.data.clone(), 0.1 * max(abs(p.item()), 0.1), []
+            for value in (at + d, at - d, at):
+                p.data.copy_(value)
+                losses.append(validation_loss(run.sae, run.store))
             found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
     if gaps := log["losses"].get("consistency_gap"):
-        border = log["stage_starts"][-1] if len(log["stages"]) > 1 else 0
-        before = gaps[int(np.searchsorted(steps, border, side="right")) - 1 if border else 0]
+        border = log["stage_starts"][-1]
+        before = gaps[np.searchsorted(steps, border, "right") - 1 if border else 0]
         found |= {"consistency_gap": gaps[-1], "consistency_gap_before": before,
                   "collapse_alarm": float(gaps[-1] < before)}
     if hasattr(run.sae, "decay"):
@@ -1579,32 +1562,31 @@ def follow(run):
             lam, v = run.sae.decay(), run.sae.scaled_variance()
         x, y = (a.double().log().expand(run.sae.d_sae).cpu().numpy() for a in (v, -lam.log()))
         if x.std() > 0:
-            fit = scipy.stats.linregress(x, y)
-            found |= {"decay_slope": fit.slope, "decay_r2": fit.rvalue ** 2}
+            slope, _, r, *_ = scipy.stats.linregress(x, y)
+            found |= {"decay_slope": slope, "decay_r2": r ** 2}
     return found
 
 
 def latent_statistics(run, codes, full, alive, spans):
-    """By live latent: stability [latent, window] and under the null [latent, draws], that of the
-    token surrogate, autocorrelation [latent, lag], rate, energy E[z^2]; by window: smoothness,
-    scaled by a latent's 95th percentile, and raw."""
+    """By live latent: stability [latent, window], under the null [latent, draws] and of the token
+    surrogate, autocorrelation [latent, lag], rate, energy E[z^2]; by window: smoothness, scaled by
+    a latent's 95th percentile, and raw."""
     store, ids, found = run.store, full + run.store.windows.n_train, []
-    tokens, lags = store.tokens_of(ids)[:, 1:], range(1, min(33, CONTEXT_LENGTH - 1))
-    fold = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(DEVICE)
+    x, tokens = store.x(ids), store.tokens_of(ids)[:, 1:]
+    lags = range(1, min(33, CONTEXT_LENGTH - 1))
     parts = np.array_split(ids, len(ids) // 64 + 1)
-    x = torch.cat([store.batch(part).x for part in parts])
+    fold = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(DEVICE)
     q95 = torch.tensor([np.quantile(codes.value[span], 0.95) for span in spans], device=DEVICE)
     scaled, raw, present = torch.zeros(3, len(ids), device=DEVICE)
     for at in np.array_split(np.arange(len(alive)), len(alive) // 2048 + 1):
         z = torch.cat([run.sae.encode(store.batch(part)).dense()[..., alive[at]] for part in parts])
-        active = (z > 0).to(torch.bfloat16)
+        active = (z > 0).bfloat16()
         rate = active.mean((0, 1), dtype=torch.float32)
         observed, null = stability(active, rate, NULL_DRAWS)
         token, _ = stability(fire_given_token(active, tokens, fold, rate), rate)
         both = [(active[:, :-l] * active[:, l:]).mean((0, 1), dtype=torch.float32) for l in lags]
-        r = (torch.stack(both, 1).t() - rate ** 2) / (rate * (1 - rate)).clamp_min(1e-9)
-        energy = z.square().mean((0, 1))
-        found.append((observed.t(), null.t(), token.mean(0), r.t(), rate, energy))
+        r = (torch.stack(both) - rate ** 2) / (rate * (1 - rate)).clamp_min(1e-9)
+        found.append((observed.t(), null.t(), token.mean(0), r.t(), rate, z.square().mean((0, 1))))
         scaled += smoothness(z, x, q95[at].float())
         raw += smoothness(z, x, 1.0)
         present += active.amax(1).sum(1)
@@ -1614,25 +1596,23 @@ def latent_statistics(run, codes, full, alive, spans):
 
 @torch.no_grad()
 def eval_temporal(run):
-    """Stability, smoothness, coherence, similarity between positions, polysemanticity, each beside
-    its null (README: result keys)."""
-    sae, store, rng = run.sae, run.store, np.random.default_rng(0)
+    """Stability, smoothness, coherence, polysemanticity beside their nulls (README: keys)."""
+    sae, store, windows, rng = run.sae, run.store, run.store.windows, np.random.default_rng(0)
     torch.manual_seed(0)
     (codes, errors), full = encode_heldout(run), full_windows(store)
     base = cached(run, controls, TARGET_L0, sae.d_sae)
     live, rates = live_latents(codes, run)
-    alive, ids = np.flatnonzero(live), full + store.windows.n_train
-    order = np.argsort(codes.latent, kind="stable")
-    starts = np.searchsorted(codes.latent[order], np.arange(sae.d_sae + 1))
-    spans = [order[starts[i]:starts[i + 1]] for i in alive]
+    alive, files = np.flatnonzero(live), windows.doc_ids[windows.n_train:]
+    firings = np.bincount(codes.latent, minlength=sae.d_sae)
+    spans = np.split(np.argsort(codes.latent, kind="stable"), firings.cumsum())
+    spans = [spans[i] for i in alive]
     observed, null, token, r, rate, energy, scaled, raw = latent_statistics(
         run, codes, full, alive, spans)
     mean, weight, early = observed.mean(1), energy / energy.sum(), alive < sae.d_sae / 5
     p = scipy.stats.norm.sf((mean - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
-    heldout = store.windows.tokens[store.windows.n_train:, 1:].ravel()
-    kinds, firings = (heldout, corpus.token_classes(store.windows)), [codes.token[span] for span in spans]
-    half, error = (CONTEXT_LENGTH - 1) // 2, np.nanmean(errors["error"], 0)
-    variance = np.array(base["variance_by_position"])
+    kinds = windows.tokens[windows.n_train:, 1:].ravel(), corpus.token_classes(windows)
+    firings, half = [codes.token[span] for span in spans], (CONTEXT_LENGTH - 1) // 2
+    error, variance = np.nanmean(errors["error"], 0), np.array(base["variance_by_position"])
     metrics = {
         "stability": mean @ weight, "stability_token": token @ weight,
         "stability_null_95": np.quantile(weight @ null, 0.95),
@@ -1645,38 +1625,34 @@ def eval_temporal(run):
         "polysemanticity_channels": channel_polysemanticity(store, rate.mean(), kinds, rng),
         "explained_variance_early": 1 - error[:half].sum() / variance[:half].sum(),
         "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()} | follow(run)
-    files = store.windows.doc_ids[store.windows.n_train:]
     if (value := coherence(firings, kinds[1], files, rates[alive], rng)) is not None:
         metrics["coherence"] = value
-    decile, by_file = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1))), {}
-    for name, values in (("stability", weight @ observed), ("smoothness", scaled)):
-        sums, counts = (np.bincount(files[full], w, files.max() + 1) for w in (values, None))
-        documents = store.windows.doc_ids[store.windows.sample()]
-        by_file[name] = np.where(counts, sums / np.maximum(counts, 1), np.nan)[documents]
+    decile = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1)))
     deciles = np.bincount(decile, mean, 10) / np.maximum(np.bincount(decile, minlength=10), 1)
+    ids = full + windows.n_train
     curves = {
         "autocorrelation": weight @ r, "stability_null": weight @ null,
         "stability_by_rate_decile": deciles,
         "similarity_matrix": similarity_matrix(run, ids[:256]).cpu().numpy()[::2, ::2].round(4),
         "evolution": evolution(run, ids[0], mean, alive)}
     if hasattr(sae, "decay"):
-        adapted = zip(("variance", "scaled_variance", "decay"),
-                      (sae.variance, sae.scaled_variance(), sae.decay()))
-        curves |= {name: values.cpu().numpy() for name, values in adapted}
-    return Result(metrics, plain(curves), plain(by_file))
+        curves |= {"variance": sae.variance.cpu().numpy(), "decay": sae.decay().cpu().numpy(),
+                   "scaled_variance": sae.scaled_variance().cpu().numpy()}
+    per_sequence = {"stability": by_document(store, weight @ observed, files[full]),
+                    "smoothness": by_document(store, scaled, files[full])}
+    return Result(metrics, plain(curves), plain(per_sequence))
 
 
 def channel_polysemanticity(store, rate, kinds, rng):
-    """Of the residual stream's channels, both signs, each active where it is largest."""
+    """Of the residual stream's channels, both signs, active where they are largest."""
     ids = store.windows.heldout()
-    x = torch.cat([store.batch(part).x for part in np.array_split(ids, len(ids) // 64 + 1)])
-    x = x.flatten(0, 1).masked_fill(~store.valid(ids).flatten()[:, None], 0.0)
+    x = store.x(ids).flatten(0, 1).masked_fill(~store.valid(ids).flatten()[:, None], 0.0)
     top = torch.cat([x, -x], 1).topk(max(1, int(rate * len(x))), dim=0, sorted=False).indices
     return polysemanticity(list(top.t().cpu().numpy()), kinds, rng)
 
 
 def evolution(run, window, stable, alive, n=16):
-    """The latents that carry most of one window's stable energy, over its tokens."""
+    """The latents with the most stable energy in one window, over its tokens."""
     z = run.sae.encode(run.store.batch([window])).dense()[0].cpu().numpy()
     top = alive[np.argsort(-np.square(z[:, alive]).sum(0) * np.maximum(stable, 1e-6))[:n]]
     tokens = load_tokenizer().batch_decode(run.store.windows.tokens[window, 1:, None])
@@ -1685,7 +1661,7 @@ def evolution(run, window, stable, alive, n=16):
 
 # ---- Probes: what one token's latents tell about syntax and context ----
 def probe(features, labels, fold):
-    """Labels as logistic regressions predict them, each fitted on the other fold of files."""
+    """Labels as logistic regressions predict them, fitted on the other fold of files."""
     predicted = np.empty_like(labels)
     for held in (fold, ~fold):
         model = LogisticRegression(max_iter=200, class_weight="balanced")
@@ -1703,29 +1679,25 @@ def probe_baselines(run):
 
 
 def eval_probes(run):
-    """Balanced accuracy of linear probes on a token's latents, beside token identity and a bag of the
-    last 8 tokens; `probe_context` is the mean over all labels but the token's type."""
-    (codes, _), store = encode_heldout(run), run.store
-    places, fold, labels = corpus.probe_labels(store.windows, PROBE_EVERY)
-    base = cached(run, probe_baselines)
-    shape = places.max() + 1, run.sae.d_sae
+    """Balanced accuracy of linear probes on a token's latents, beside token identity and a bag of
+    the last 8 tokens; `probe_context` is the mean over all labels but the token's type."""
+    (codes, _), windows = encode_heldout(run), run.store.windows
+    places, fold, labels = corpus.probe_labels(windows, PROBE_EVERY)
+    base, shape = cached(run, probe_baselines), (places.max() + 1, run.sae.d_sae)
     keep = codes.token < shape[0]
     latents = csr_array((codes.value[keep], (codes.token[keep], codes.latent[keep])), shape)[places]
     features, metrics, right = MaxAbsScaler().fit_transform(latents), {}, {}
     for name, of in labels.items():
         predicted = probe(features, of, fold)
         metrics[f"probe_{name}"] = balanced_accuracy_score(of, predicted)
-        metrics |= {f"probe_{name}_{what}": value for what, value in zip(("token", "bag"), base[name])}
+        metrics[f"probe_{name}_token"], metrics[f"probe_{name}_bag"] = base[name]
         right[name] = predicted == of
-    context = [metrics[f"probe_{name}"] for name in labels if name != "token_type"]
-    if context:
-        metrics["probe_context"] = float(np.mean(context))
-        right["context"] = np.mean([hit for name, hit in right.items() if name != "token_type"], 0)
-    docs = store.windows.doc_ids[store.windows.n_train:][places // (CONTEXT_LENGTH - 1)]
-    sample = store.windows.doc_ids[store.windows.sample()]
-    by_file = {f"probe_{name}": np.array([hits[docs == doc].mean() if (docs == doc).any() else np.nan
-                                          for doc in sample]) for name, hits in right.items()}
-    return Result(metrics, {}, plain(by_file))
+    if context := [name for name in labels if name != "token_type"]:
+        metrics["probe_context"] = np.mean([metrics[f"probe_{name}"] for name in context])
+        right["context"] = np.mean([right[name] for name in context], 0)
+    docs = windows.doc_ids[windows.n_train:][places // (CONTEXT_LENGTH - 1)]
+    return Result(metrics, {}, plain({f"probe_{name}": by_document(run.store, hits, docs)
+                                      for name, hits in right.items()}))
 
 
 EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes}
@@ -1738,27 +1710,20 @@ HEADLINES = {"core": ("final_train_loss", "best_val_loss", "total_train_time",
 
 
 # ---- Results ----
-def finite(name, value):
-    """A plain float; tensors and numpy scalars are welcome, what is not finite is not."""
-    value = float(value)
-    if not math.isfinite(value):
-        raise RunnerError(f"metric {name!r} is {value}: what is not finite is no result.")
-    return value
-
-
 def evaluate(run, train_seconds):
     """{evaluation: Result as a dict} of one seed, the templates' training figures first."""
     run.sae.eval()
-    log = run.log
-    results = {name: EVALUATIONS[name](run) for name in EVALS}
-    figures = {"final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]),
-               "best_val_loss": min(log["val_loss"]), "total_train_time": train_seconds}
+    results, log = {name: EVALUATIONS[name](run)._asdict() for name in EVALS}, run.log
     first = results[EVALS[0]]
-    results[EVALS[0]] = first._replace(metrics=figures | first.metrics,
-                                       curves=first.curves | {"training": log})
-    for name, result in results.items():
-        metrics = {key: finite(key, value) for key, value in result.metrics.items()}
-        results[name] = result._replace(metrics=metrics)._asdict()
+    first["metrics"] = {
+        "final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]),
+        "best_val_loss": min(log["val_loss"]), "total_train_time": train_seconds} | first["metrics"]
+    first["curves"] = first["curves"] | {"training": log}
+    for result in results.values():
+        for key, value in result["metrics"].items():
+            result["metrics"][key] = float(value)
+            if not math.isfinite(value):
+                raise RunnerError(f"metric {key!r} is {value}.")
     return results
 
 
@@ -1769,13 +1734,13 @@ def summarise(per_seed, config):
         results = [seed[name] for seed in per_seed]
         values = {key: [r["metrics"][key] for r in results] for key in results[0]["metrics"]}
         shown = [key for key in HEADLINES[name] if key in values]
-        means = {key: float(np.mean(v)) for key, v in values.items()}
+        means = {key: np.mean(v) for key, v in values.items()}
         info[name] = {"means": {f"{key}_mean": means[key] for key in shown}, "metrics": means,
                       "final_info_dict": {key: values[key] for key in shown}}
         if len(results) > 1:
-            errors = {k: float(np.std(v, ddof=1) / math.sqrt(len(v))) for k, v in values.items()}
-            info[name]["stderrs"] = {f"{key}_stderr": errors[key] for key in shown}
-            info[name]["metric_stderrs"] = errors
+            errors = {key: scipy.stats.sem(v) for key, v in values.items()}
+            info[name] |= {"stderrs": {f"{key}_stderr": errors[key] for key in shown},
+                           "metric_stderrs": errors}
         for part in ("curves", "per_sequence"):
             info[name][part] = [result[part] for result in results]
     info[EVALS[0]]["config"] = config
@@ -1783,8 +1748,7 @@ def summarise(per_seed, config):
 
 
 def export(sae, store, layer, folder):
-    """sae_weights.safetensors and cfg.json as SAELens lays them out, with the inputs' centring and
-    scaling folded in."""
+    """SAELens's two files, the inputs' centring and scaling folded in."""
     folder.mkdir(parents=True, exist_ok=True)
     added, dropped = sae.exported()
     weights = dict(sae.named_parameters()) | added | {
@@ -1792,12 +1756,12 @@ def export(sae, store, layer, folder):
         "b_dec": sae.b_dec * store.scale + store.mean}
     save_file({name: value.detach().float().cpu().contiguous() for name, value in weights.items()
                if name not in dropped}, folder / "sae_weights.safetensors")
-    cfg = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32",
-           "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
-           "reshape_activations": "none",
-           "metadata": {"sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
-                        "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
-                        "context_size": CONTEXT_LENGTH, "prepend_bos": True}}
+    metadata = {"sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
+                "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
+                "context_size": CONTEXT_LENGTH, "prepend_bos": True}
+    cfg = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae,
+           "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
+           "reshape_activations": "none", "metadata": metadata}
     if sae.architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     (folder / "cfg.json").write_text(json.dumps(cfg, indent=1))
@@ -1816,40 +1780,40 @@ def write_results(folder, per_seed, config, timing):
 # ---- Checks at the door ----
 def check_config():
     """Every constant: what is wrong with it, and what would be right."""
-    values, names = globals(), ", ".join
+    values, names, span = globals(), ", ".join, TRAIN_POSITIONS
     variant = SAE_VARIANTS[SAE_VARIANT] if SAE_VARIANT in list(SAE_VARIANTS) else SAE
     losses = {name for stage in variant.curriculum for name in stage.weights} - {"reconstruction"}
+    parts = sorted(losses | set(variant.components))
 
-    def number(value, types=(int, float)):
-        return type(value) in types and 0 < value < math.inf
+    def number(value):
+        return type(value) in (int, float) and 0 < value < math.inf
 
     def subset(value, options):
-        return isinstance(value, tuple) and all(
+        return type(value) is tuple and all(
             v in list(options) and value.count(v) == 1 for v in value)
 
-    parts, span, rules = sorted(losses | set(variant.components)), TRAIN_POSITIONS, []
-    for name, options in (("SAE_VARIANT", SAE_VARIANTS), ("ATTENTION", ("causal", "centred")),
-                          ("TSAE_READING", ("paper", "code")), ("DRIVE", ("u", "z"))):
-        rules.append((name, values[name] in list(options), f"one of {names(options)}"))
-    for name, least in {"CONTEXT_LENGTH": 8, "TRAIN_TOKENS": 1, "EVAL_FILES": 2, "TARGET_L0": 1,
-                        "WINDOW": 1, "CONTRAST_SPAN": 1, "HEADS": 1, "HEAD_WIDTH": 1,
-                        "BATCH_TOKENS": CONTEXT_LENGTH}.items():
-        valid = type(least) is type(values[name]) is int and values[name] >= least
-        rules.append((name, valid, f"a whole number from {least}"))
-    for name in ("EXPANSION", "TIME_BUDGET_MINUTES", "EPOCHS_SCALE", "CONSISTENCY_WEIGHT",
-                 "CONTRAST_WEIGHT", "HIGH_WEIGHT", "REGULARISATION"):
-        rules.append((name, number(values[name]), "a number above 0"))
-    for name in ("MODEL_NAME", "DATASET"):
-        rules.append((name, values[name] and isinstance(values[name], str), "a path or a hub name"))
+    choices = {"SAE_VARIANT": SAE_VARIANTS, "ATTENTION": ("causal", "centred"),
+               "TSAE_READING": ("paper", "code"), "DRIVE": ("u", "z")}
+    least = {"CONTEXT_LENGTH": 8, "TRAIN_TOKENS": 1, "EVAL_FILES": 2, "TARGET_L0": 1, "WINDOW": 1,
+             "CONTRAST_SPAN": 1, "HEADS": 1, "HEAD_WIDTH": 1, "BATCH_TOKENS": CONTEXT_LENGTH}
+    positive = ("EXPANSION", "TIME_BUDGET_MINUTES", "EPOCHS_SCALE", "CONSISTENCY_WEIGHT",
+                "CONTRAST_WEIGHT", "HIGH_WEIGHT", "REGULARISATION")
+    rules = [(name, values[name] in list(of), f"one of {names(of)}")
+             for name, of in choices.items()]
+    rules += [(name, type(n) is type(values[name]) is int and values[name] >= n,
+               f"a whole number from {n}") for name, n in least.items()]
+    rules += [(name, number(values[name]), "a number above 0") for name in positive]
+    rules += [(name, values[name] and type(values[name]) is str, "a path or a hub name")
+              for name in ("MODEL_NAME", "DATASET")]
     rules += [
         ("ABLATE", subset(ABLATE, parts), f"a tuple of names out of {parts} for {SAE_VARIANT}"),
         ("EVALS", EVALS and subset(EVALS, EVALUATIONS), f"a tuple out of {names(EVALUATIONS)}"),
         ("LAYER", LAYER is None or type(LAYER) is int and LAYER >= 0, "None or a whole number"),
         ("SEEDS", SEEDS and subset(SEEDS, SEEDS) and all(type(s) is int and s >= 0 for s in SEEDS),
-         "a tuple of different whole numbers, e.g. (0, 1, 2)"),
+         "a tuple of different whole numbers"),
         ("LEARNING_RATE", LEARNING_RATE is None or number(LEARNING_RATE), "None or above 0"),
         ("TEMPERATURE", TEMPERATURE in ("learned", "scheduled") or number(TEMPERATURE),
-         "'learned', 'scheduled' or a number above 0"),
+         "'learned', 'scheduled' or above 0"),
         ("CONSISTENT_FRACTION", number(CONSISTENT_FRACTION) and CONSISTENT_FRACTION <= 1,
          "above 0, at most 1"),
         ("TRAIN_POSITIONS", span is None or subset(span, range(1, CONTEXT_LENGTH))
@@ -1860,17 +1824,14 @@ def check_config():
 
 
 def expect_shape(name, tensor, wanted):
-    """Raises where a tensor's shape is not `wanted`; None stands for any size."""
-    got = tuple(tensor.shape)
-    if len(got) != len(wanted) or any(w not in (None, g) for w, g in zip(wanted, got)):
-        form = "a scalar" if not wanted else f"{tuple(w or 'any' for w in wanted)}"
-        raise RunnerError(f"{name} has shape {got}, wanted {form}.")
+    if tensor.shape != wanted:
+        raise RunnerError(f"{name} has shape {(*tensor.shape,)}, wanted {wanted or 'a scalar'}.")
 
 
 def check_variant(sae, store, stages):
     """On a tiny batch: every weighed loss exists, every parameter learns, rows do not see each
     other, padding is silent."""
-    batch, reached = store.batch(np.arange(store.windows.n_train)), set()
+    batch, dark = store.batch(np.arange(store.windows.n_train)), dict(sae.named_parameters())
     for stage in stages:
         anneal(sae, stage, 0.0)
         losses = sae.train().losses(batch, sae.encode(batch))
@@ -1881,31 +1842,31 @@ def check_variant(sae, store, stages):
             expect_shape(f"the loss {name!r}", losses[name], ())
         if (total := sum(losses[name] for name in stage.weights)).requires_grad:
             total.backward()
-        reached |= {name for name, parameter in sae.named_parameters()
-                    if parameter.grad is not None and name.startswith(stage.trains)}
-        sae.zero_grad(set_to_none=True)
-    if dark := sorted({name for name, _ in sae.named_parameters()} - reached):
-        raise RunnerError(f"no stage's loss reaches {dark}: detached, unused, or not named by any "
-                          "stage's `trains`.")
+        dark = {name: p for name, p in dark.items()
+                if p.grad is None or not name.startswith(stage.trains)}
+        sae.zero_grad()
+    if dark:
+        raise RunnerError(f"no stage's loss reaches {sorted(dark)}: detached, unused, or named by "
+                          "no stage's `trains`.")
     with torch.no_grad():
         z = sae.eval().encode(batch).dense()
         expect_shape("encode(batch).dense()", z, (*batch.x.shape[:2], sae.d_sae))
         turned = Batch(*(part if part is batch.positions else part.flip(0) for part in batch))
         if not torch.allclose(sae.encode(turned).dense().flip(0), z, atol=1e-4):
-            raise RunnerError(f"latents of {SAE_VARIANT} change when the rows of a batch change "
-                              "places: rows are different documents, not to see each other.")
+            raise RunnerError(f"{SAE_VARIANT}: the rows of a batch are different documents; one "
+                              "changes another's latents.")
         if z[~batch.mask].any():
             raise RunnerError(f"{SAE_VARIANT} has latents that fire on padding.")
 
 
 def preflight(config, cache):
-    """The variant through every stage, evaluation and the writing of results, on a stand-in."""
+    """Every stage, evaluation and result, on a stand-in."""
     folder = cache / f"preflight.{os.getpid()}"
     try:
         model, d_in = stand_in(config), config.hidden_size
         tokens = np.random.default_rng(0).integers(1, 256, (8, CONTEXT_LENGTH)).astype(np.int32)
         lengths = np.full(8, CONTEXT_LENGTH)
-        lengths[3] //= 2        # one is padded
+        lengths[3] //= 2  # padded
         windows = corpus.Windows(tokens, lengths, np.arange(8) // 2, 4, list("abcd"), list("abcd"))
         store = Store(folder / "activations", windows, d_in, torch.float32)
         store.collect(lambda: model, 0)
@@ -1923,7 +1884,7 @@ def preflight(config, cache):
 # ---- main: config -> preflight -> tokens -> activations -> train -> evaluate -> write ----
 @contextmanager
 def doing(what):
-    """Names the part of the run that an error comes from."""
+    """Names the part of the run for errors."""
     try:
         yield
     except Exception as error:
@@ -1933,37 +1894,31 @@ def doing(what):
 
 def make_sae(d_in, d_sae, seed):
     if TARGET_L0 > d_sae:
-        raise RunnerError(f"TARGET_L0 = {TARGET_L0} is more than the {d_sae} latents that "
-                          f"EXPANSION = {EXPANSION} gives.")
+        raise RunnerError(f"TARGET_L0 = {TARGET_L0} of {d_sae} latents: raise EXPANSION.")
     torch.manual_seed(seed)
     return SAE_VARIANTS[SAE_VARIANT](d_in, d_sae, TARGET_L0).to(DEVICE)
 
 
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
-    """Trains and evaluates one SAE -> (sae, results, steps planned, steps done of each stage).
-
-    `state` keeps what is finished."""
-    began, kept = time.time(), state / f"seed_{seed}.json"
+    """One SAE -> (sae, results, steps planned, done); the folder `state` keeps what is finished."""
+    began = time.time()
     with doing(f"training, seed {seed}"):
         sae = make_sae(store.d_in, round(EXPANSION * store.d_in), seed)
         stages, size = planned_stages(type(sae)), BATCH_TOKENS // CONTEXT_LENGTH
         log, *steps = train(sae, store, stages, seed, size, deadline, state / f"seed_{seed}.pt")
     trained = time.time()
     with doing(f"evaluation, seed {seed}"):
-        if not kept.exists():
-            result = evaluate(Run(sae, store, get_model, layer, LIVE, log), trained - began)
-            with replacing(kept) as partial:
-                partial.write_text(json.dumps(result))
+        run = Run(sae, store, get_model, layer, LIVE, log)
+        result = kept(state / f"seed_{seed}.json", lambda: evaluate(run, trained - began))
     timing[f"train_seconds, seed {seed}"] = trained - began
     timing[f"evaluation_seconds, seed {seed}"] = time.time() - trained
-    return sae, json.loads(kept.read_text()), *steps
+    return sae, result, *steps
 
 
 def resolved_config(store, layer, seeds):
     """Every constant of this file and what they came to."""
-    plain = (str, int, float, tuple, type(None))
-    constants = {name: value for name, value in globals().items()
-                 if name.isupper() and isinstance(value, plain) and name != "SOURCE"}
+    constants = {name: value for name, value in globals().items() if name.isupper()
+                 and isinstance(value, str | int | float | tuple | None) and name != "SOURCE"}
     sae, _, planned, done = seeds[0]
     return constants | {
         "layer": layer, "d_in": store.d_in, "d_sae": sae.d_sae, "steps_planned": planned,
@@ -1974,7 +1929,7 @@ def resolved_config(store, layer, seeds):
 
 
 def open_store(config, layer, cache):
-    """Tokens and activations of this configuration, collected where they are not cached."""
+    """Tokens and activations, cached or made -> store, function that loads the model."""
     with doing("reading the data"):
         tokenizer = load_tokenizer()
         if not tokenizer("text", add_special_tokens=False)["input_ids"]:
@@ -2000,12 +1955,10 @@ def main():
         config = load_pretrained(transformers.AutoConfig, "config.json").get_text_config()
         layer = config.num_hidden_layers // 2 - 1 if LAYER is None else LAYER
         if not 0 <= layer < config.num_hidden_layers:
-            raise RunnerError(f"LAYER = {LAYER} is out of range: {MODEL_NAME} has "
-                              f"{config.num_hidden_layers} blocks, from 0.")
+            raise RunnerError(f"LAYER = {LAYER}: the model has {config.num_hidden_layers} blocks.")
         longest = getattr(config, "max_position_embeddings", None) or CONTEXT_LENGTH
         if CONTEXT_LENGTH > longest:
-            raise RunnerError(f"CONTEXT_LENGTH = {CONTEXT_LENGTH} is more than the {longest} "
-                              f"positions of {MODEL_NAME}.")
+            raise RunnerError(f"CONTEXT_LENGTH = {CONTEXT_LENGTH}: the model takes {longest}.")
     with corpus.publishing(out_dir, HERE) as partial:
         with doing("preflight"):
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
@@ -2017,7 +1970,7 @@ def main():
         with locked(state.with_suffix(".lock")):
             code = state / fingerprint(SOURCE, store.folder.name)
             if state.exists() and not code.exists():
-                print("settings or code differ from the unfinished run's: starting afresh")
+                print("settings or code have changed: starting afresh")
                 shutil.rmtree(state)
             code.mkdir(parents=True, exist_ok=True)
             end, seeds = began + 60 * TIME_BUDGET_MINUTES * (1 - EVALUATION_RESERVE), []
@@ -2050,13 +2003,14 @@ def describe(error):
     report += [f"  line {line} in {frame.f_code.co_name}: {source[line - 1].strip()[:110]}"
                for frame, line in frames[-4:]]
     if known:
-        return "\n".join(report) + f"\n{str(error)[:900]}"
+        return "\n".join([*report, str(error)[:900]])
     tensors = [f"{name} {tuple(value.shape)} {value.dtype}"
                for name, value in (frames[-1][0].f_locals if frames else {}).items()
                if isinstance(value, (torch.Tensor, np.ndarray))]
+    text = " ".join(str(error).split())
     report += [f"  there: {', '.join(tensors)[:350]}"] * bool(tensors)
-    report.append(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
-    if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+    report.append(f"{type(error).__name__}: {text[:400]}")
+    if "out of memory" in text.lower() or "can't allocate memory" in text:
         report.append("Try: lower BATCH_TOKENS, EXPANSION or CONTEXT_LENGTH.")
     if getattr(error, "errno", None) == errno.ENOSPC:
         report.append("Try: free disk space, or set SAE_CACHE_DIR to a larger disk.")

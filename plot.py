@@ -475,7 +475,7 @@ def fig_autocorrelation(runs):
             if len(seed_values(run, "autocorrelation")) or "stability" in run.metrics]
     if not runs:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3), width_ratios=(3, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3))
     lags = next((run.config["STABILITY_LAGS"] for run in runs if "STABILITY_LAGS" in run.config),
                 (5, 16))
     left.axvspan(*lags, color="#eeeeee", zorder=0)
@@ -484,11 +484,11 @@ def fig_autocorrelation(runs):
             draw_band(left, run, np.arange(1, values.shape[1] + 1), values, every=4)
         if len(null := seed_values(run, "stability_null")):
             low, high = np.nanpercentile(null, (2.5, 97.5))
-            chance = right.barh(row, high - low, 0.5, low, color="#bbbbbb", edgecolor="#bbbbbb")
-            chance.set_label("permuted positions (95 %)" if row == 0 else None)
+            right.barh(row, high - low, 0.5, low, color="#bbbbbb", edgecolor="#bbbbbb",
+                       label="permuted positions (95 %)")
         if "stability_token" in run.metrics:
             right.plot(run.metrics["stability_token"], row, "k|", markersize=8,
-                       label="from tokens alone" if row == 0 else None)
+                       label="from tokens alone")
         if "stability" in run.metrics:
             bar, _ = error_bar(run, run.entries.get("temporal", {}), "stability")
             right.errorbar(run.metrics["stability"], row, xerr=np.array([bar]).T if bar else None,
@@ -496,16 +496,20 @@ def fig_autocorrelation(runs):
     left.set_title(f"shaded: lags {lags[0]}-{lags[1]} make stability", loc="right", **NOTE)
     left.set_xlabel("lag (tokens)")
     left.set_ylabel("autocorrelation (energy-weighted)")
-    left.set_yscale("log" if left.dataLim.y0 > 0 else "linear")
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if left.dataLim.y0 > 0:
+        left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     right.set_xscale("symlog", linthresh=1e-3)
+    right.use_sticky_edges = False
     for axis in (left.yaxis, right.xaxis):
         axis.set_major_formatter(FuncFormatter(short))
         axis.set_minor_formatter(NullFormatter())
-    right.set_xlabel(TITLES["stability"])
+    right.set_xlabel(f"{TITLES['stability']} (logarithmic beyond 0.001)")
     right.set_ylim(len(runs) - 0.5, -0.5)
     right.set_yticks([])
-    right.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=6.5)
+    named = dict(zip(*right.get_legend_handles_labels()[::-1]))
+    right.legend(named.values(), named, loc="lower right", bbox_to_anchor=(1, 1), ncols=2,
+                 fontsize=6.5, columnspacing=1)
     legend(figure, runs, SEEDS_NOTE)
     return figure
 
@@ -539,7 +543,7 @@ def fig_evolution(runs):
         axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=5.5, parse_math=False)
         axis.grid(False)
         axis.tick_params(length=0, pad=1)
-    figure.colorbar(image, ax=axes, label="value / its maximum here", shrink=0.6, aspect=25, pad=0.01)
+    figure.colorbar(image, ax=axes, label="value / its maximum here", shrink=0.5, pad=0.01)
     return figure
 
 
@@ -560,7 +564,7 @@ def fig_similarity(runs):
         axis.grid(False)
     figure.supxlabel("position s")
     figure.supylabel("position t")
-    figure.colorbar(image, ax=figure.axes, label="cosine, less that between windows",
+    figure.colorbar(image, ax=figure.axes, label="cosine, less that\nbetween windows",
                     extend="max", aspect=25, pad=0.01)
     return figure
 
@@ -572,16 +576,17 @@ def fig_parameters(runs):
     if not runs:
         return None
     names = list(dict.fromkeys(name for run in runs for name in logs[run.folder]["parameters"]))
-    figure, axes = panels(len(names), 2, 1.8)
+    figure, axes = panels(len(names), 2, 1.9)
     for axis, name in zip(axes.flat, names):
-        for run in runs:
+        drawn = [run for run in runs if name in logs[run.folder]["parameters"]]
+        for run in drawn:
             if found := training_curve(run, "step", name):
                 draw_band(axis, run, *found, every=math.ceil(len(found[0]) / 6))
+        draw_stages(np.array([[axis]]), drawn)
         axis.set_ylabel(name.replace("_", " "))
         axis.set_xlabel("training step")
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.xaxis.set_major_formatter(FuncFormatter(short))
-    draw_stages(axes, runs)
     legend(figure, runs, SEEDS_NOTE)
     return figure
 
