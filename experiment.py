@@ -49,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 SOURCE = Path(__file__).read_text()
 sys.path.insert(0, str(HERE / "embedded"))
 import corpus
-from corpus import cache_folder, fingerprint, locked, make_folder, replacing
+from corpus import cache_folder, fingerprint, kept, locked, make_folder, plain, replacing
 
 # ---- CONFIG: edit here; there is no command line for these ----
 # standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, temporal, temporal_adaptation
@@ -69,18 +69,21 @@ EPOCHS_SCALE = 1.0  # multiplies the epochs of every stage
 BATCH_TOKENS = 1024  # tokens per training step (whole windows)
 LEARNING_RATE = None  # Adam; None: 3e-3 * sqrt(1536 / d_sae)
 TRAIN_POSITIONS = None  # None: all; (low, high): train on these positions alone, from 1
-WINDOW = 5  # temporal: positions that attention sees
-ATTENTION = "causal"  # temporal: the window ends at its token; "centred": lies around it
-HEADS, HEAD_WIDTH = 1, 32  # temporal: attention heads and the width of each
-CONSISTENT_FRACTION = 0.2  # temporal: share of the latents that the consistency loss binds
-CONSISTENCY_WEIGHT = 0.1  # temporal
-CONTRAST_WEIGHT = 1.0  # temporal
-HIGH_WEIGHT = 0.3  # temporal: of the reconstruction by the bound latents alone
-CONTRAST_SPAN = 16  # temporal: positions back to which two tokens should agree
-TSAE_READING = "paper"  # tsae: or "code", as its authors released it
-TEMPERATURE = "learned"  # temporal_adaptation: "learned", "scheduled" or a fixed number
-DRIVE = "u"  # temporal_adaptation: the trace follows u, or the latents: "z"
-REGULARISATION = 1e-3  # temporal_adaptation: pull of its parameters to their starts
+# temporal
+WINDOW = 5  # positions that attention sees
+ATTENTION = "causal"  # the window ends at its token; "centred": lies around it
+HEADS, HEAD_WIDTH = 1, 32
+CONSISTENT_FRACTION = 0.2  # share of the latents that are bound
+CONSISTENCY_WEIGHT = 0.1
+CONTRAST_WEIGHT = 1.0
+CONTRAST_SPAN = 16  # positions back to which two tokens should agree
+HIGH_WEIGHT = 1.0  # of the reconstruction by the bound latents alone
+# tsae
+TSAE_READING = "paper"  # or "code", as its authors released it
+# temporal_adaptation
+TEMPERATURE = "learned"  # "learned", "scheduled" or a fixed number
+DRIVE = "u"  # the trace follows u, or the latents: "z"
+REGULARISATION = 1e-3  # pull of its parameters to their starts
 
 # FIXED PROTOCOL: runs compare only while these stay as they are
 DATA_SEED = 42  # order of documents, choice of windows
@@ -105,7 +108,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODEL_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of the language model
 
 
-class RunnerError(Exception):
+class RunnerError(corpus.DataError):
     """A mistake in settings, data or environment: one paragraph for the user, exit code 2."""
 
 
@@ -689,8 +692,7 @@ def contrastive(batch, z, span, far=None):
 
 
 class Trace(torch.autograd.Function):
-    """h_{t-1} at every t, h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0; u [batch, seq, d], lam [d]
-    """
+    """h_{t-1}, where h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0: u [batch, seq, d], lam [d]."""
 
     @staticmethod
     def forward(ctx, u, lam):
@@ -841,14 +843,9 @@ def load_model():
 
 
 def model_identity(config):
-    """A hub commit, or a local model's files: their bytes; above 64 MB size and date."""
-    def identity(path):
-        size, date = path.stat().st_size, path.stat().st_mtime_ns
-        return path.name, zlib.crc32(path.read_bytes()) if size < 2 ** 26 else (size, date)
-
-    if not (folder := model_folder()):
-        return MODEL_NAME, config._commit_hash
-    return [identity(path) for path in sorted(folder.iterdir()) if path.is_file()]
+    """What activations depend on: a local model's files, or a hub commit."""
+    folder = model_folder()
+    return corpus.folder_identity(folder) if folder else (MODEL_NAME, config._commit_hash)
 
 
 def stand_in(config):
@@ -945,11 +942,7 @@ class Store:
             if missing := [(a, b) for a, b in self.shards if not corpus.intact(self.path(a))]:
                 model, began = get_model(), time.time()
                 tokens = sum(b - a for a, b in missing) * CONTEXT_LENGTH
-                need = tokens * self.d_in * self.dtype.itemsize
-                free = shutil.disk_usage(self.folder).free
-                if free < need * 1.05:
-                    raise RunnerError(f"{self.folder} needs {need / 1e9:.1f} GB and has "
-                                      f"{free / 1e9:.1f}. Lower TRAIN_TOKENS or set SAE_CACHE_DIR.")
+                corpus.check_room(self.folder, tokens * self.d_in * self.dtype.itemsize)
                 for start, end in tqdm(missing, "collecting", disable=None):
                     self.collect_shard(model, layer, start, end)
                 print(f"collected {tokens:,} tokens in {time.time() - began:.0f} s", flush=True)
@@ -1321,15 +1314,6 @@ def cached(run, compute, *depends):
     return kept(run.store.folder / f"{compute.__name__}-{key}.json", lambda: compute(run))
 
 
-def kept(path, compute):
-    """compute() as it stands in the file at `path`, written where there is none."""
-    if not path.exists():
-        found = compute()
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(found))
-    return json.loads(path.read_text())
-
-
 def controls(run):
     """What no SAE changes: the model's loss, its own, ablated and of unigrams, the bigram bar, an
     untrained TopK."""
@@ -1421,31 +1405,7 @@ def eval_core(run):
     return Result(metrics, plain(curves), plain(per_sequence))
 
 
-def by_document(store, values, docs):
-    """Mean of values [n] over each of the sample's documents [sample]; NaN where there are none."""
-    of = (values[docs == doc] for doc in store.windows.doc_ids[store.windows.sample()])
-    return np.array([part.mean() if len(part) else np.nan for part in of])
-
-
-def plain(value):
-    """Arrays and what holds them as lists for JSON; NaN (no token was there) becomes None."""
-    if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items()}
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    if isinstance(value, list):
-        return [plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # ---- Temporal evaluation, of every variant, on held-out windows without padding ----
-def full_windows(store):
-    """Held-out windows without padding, counted from the first held-out one."""
-    rows = np.flatnonzero(store.windows.lengths[store.windows.n_train:] == CONTEXT_LENGTH)
-    if len(rows) < 2:
-        raise RunnerError(f"too few held-out documents fill CONTEXT_LENGTH = {CONTEXT_LENGTH}.")
-    return rows
-
-
 def stability(active, rate, draws=0):
     """Autocorrelation of each latent's activity over that of permuted positions, mean over the lags
     STABILITY_LAGS: by window [window, d], and by latent for random permutations [draws, d].
@@ -1538,7 +1498,7 @@ def similarity_matrix(run, ids):
 
 
 def follow(run):
-    """What the training did to the parameters of interest, and the collapse alarm of METRICS 5."""
+    """What the training did to the parameters of interest, and the alarm of a collapse."""
     found, steps, log = {}, run.log["step"], run.log
     for name, values in log["parameters"].items():
         final = values[-1]
@@ -1599,7 +1559,7 @@ def eval_temporal(run):
     """Stability, smoothness, coherence, polysemanticity beside their nulls (README: keys)."""
     sae, store, windows, rng = run.sae, run.store, run.store.windows, np.random.default_rng(0)
     torch.manual_seed(0)
-    (codes, errors), full = encode_heldout(run), full_windows(store)
+    (codes, errors), full = encode_heldout(run), store.windows.full()
     base = cached(run, controls, TARGET_L0, sae.d_sae)
     live, rates = live_latents(codes, run)
     alive, files = np.flatnonzero(live), windows.doc_ids[windows.n_train:]
@@ -1638,8 +1598,8 @@ def eval_temporal(run):
     if hasattr(sae, "decay"):
         curves |= {"variance": sae.variance.cpu().numpy(), "decay": sae.decay().cpu().numpy(),
                    "scaled_variance": sae.scaled_variance().cpu().numpy()}
-    per_sequence = {"stability": by_document(store, weight @ observed, files[full]),
-                    "smoothness": by_document(store, scaled, files[full])}
+    per_sequence = {"stability": windows.by_document(weight @ observed, files[full]),
+                    "smoothness": windows.by_document(scaled, files[full])}
     return Result(metrics, plain(curves), plain(per_sequence))
 
 
@@ -1696,7 +1656,7 @@ def eval_probes(run):
         metrics["probe_context"] = np.mean([metrics[f"probe_{name}"] for name in context])
         right["context"] = np.mean([right[name] for name in context], 0)
     docs = windows.doc_ids[windows.n_train:][places // (CONTEXT_LENGTH - 1)]
-    return Result(metrics, {}, plain({f"probe_{name}": by_document(run.store, hits, docs)
+    return Result(metrics, {}, plain({f"probe_{name}": windows.by_document(hits, docs)
                                       for name, hits in right.items()}))
 
 
@@ -1760,8 +1720,8 @@ def export(sae, store, layer, folder):
                 "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
                 "context_size": CONTEXT_LENGTH, "prepend_bos": True}
     cfg = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae,
-           "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
-           "reshape_activations": "none", "metadata": metadata}
+           "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "metadata": metadata,
+           "normalize_activations": "none", "reshape_activations": "none"}
     if sae.architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     (folder / "cfg.json").write_text(json.dumps(cfg, indent=1))
@@ -1993,7 +1953,7 @@ def main():
 def describe(error):
     """At most 1,400 characters: stage, variant, lines of experiment.py, tensors, the cause."""
     stages, source = ", ".join(getattr(error, "__notes__", ["start"])), SOURCE.splitlines()
-    known = isinstance(error, (RunnerError, corpus.DataError))
+    known = isinstance(error, corpus.DataError)
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
               if frame.f_code.co_filename == __file__
               and (not known or isinstance(frame.f_locals.get("self"), SAE))]
@@ -2028,4 +1988,4 @@ if __name__ == "__main__":
         sys.exit("interrupted; the same command carries on")
     except Exception as error:
         print(describe(error), file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, (RunnerError, corpus.DataError)) else 1)
+        sys.exit(2 if isinstance(error, corpus.DataError) else 1)

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import zlib
 import logging
+import math
 import os
 import pickle
 import random
@@ -591,6 +592,18 @@ class Windows(NamedTuple):
         """Ids of the held-out windows."""
         return np.arange(self.n_train, len(self.tokens))
 
+    def full(self):
+        """Held-out windows without padding, counted from the first held-out one."""
+        rows = np.flatnonzero(self.lengths[self.n_train:] == self.tokens.shape[1])
+        if len(rows) < 2:
+            raise DataError(f"too few held-out documents fill CONTEXT_LENGTH = {self.tokens.shape[1]}.")
+        return rows
+
+    def by_document(self, values, docs):
+        """Mean of values [n] over each of the sample's documents [sample]; NaN where there are none."""
+        of = (values[docs == doc] for doc in self.doc_ids[self.sample()])
+        return np.array([part.mean() if len(part) else np.nan for part in of])
+
     def sample(self):
         """The first held-out window of each held-out file: the per-sequence sample."""
         return self.n_train + np.unique(self.doc_ids[self.n_train:], return_index=True)[1]
@@ -819,3 +832,39 @@ def checked(path):
         checksum = zlib.crc32(np.memmap(partial, np.uint8, "r"))
     with replacing(path.with_suffix(".crc32")) as partial:
         partial.write_text(str(checksum))
+
+
+def kept(path, compute):
+    """compute() as it stands in the file at `path`, written where there is none."""
+    if not path.exists():
+        found = compute()
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(found))
+    return json.loads(path.read_text())
+
+
+def plain(value):
+    """Arrays and what holds them as lists for JSON; NaN (no token was there) becomes None."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def folder_identity(folder):
+    """Name and checksum of each file of a folder; above 64 MB size and date stand for the bytes."""
+    def identity(path):
+        size, date = path.stat().st_size, path.stat().st_mtime_ns
+        return path.name, zlib.crc32(path.read_bytes()) if size < 2 ** 26 else (size, date)
+
+    return [identity(path) for path in sorted(folder.iterdir()) if path.is_file()]
+
+
+def check_room(folder, need):
+    """Raises where a folder's disk has not `need` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < need * 1.05:
+        raise DataError(f"{folder} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f}. Lower TRAIN_TOKENS or set "
+                        "SAE_CACHE_DIR.")

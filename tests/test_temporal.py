@@ -1374,7 +1374,7 @@ def test_latent_statistics_against_loops(E, settings, text):
     lengths = np.full(52, CONTEXT)
     lengths[[14, 15, 30]] = 20, 33, 39
     store, sae = text(lengths=lengths), dictionary(E)
-    full = E.full_windows(store)
+    full = store.windows.full()
     assert full.tolist() == [i for i in range(40) if i not in (2, 3, 18)]
     run, codes, alive, spans, (observed, null, token, r, rate, energy, scaled, raw) = statistics(E, store, sae, full)
     assert len(alive) == 60
@@ -1402,7 +1402,7 @@ def test_smoothness_divides_by_the_exact_number_of_present_latents(E, settings, 
     """Hundreds of latents in a window: more than eight bits can count."""
     settings(NULL_DRAWS=1)
     store, sae = text(n=8), dictionary(E, "standard", 700)
-    full = E.full_windows(store)
+    full = store.windows.full()
     _, _, alive, _, found = statistics(E, store, sae, full)
     batch = store.batch(full + 12)
     z = sae.encode(batch).dense().detach()[..., torch.from_numpy(alive)]
@@ -1421,7 +1421,7 @@ def test_a_padded_window_is_left_out(E, settings, text):
     assert result.per_sequence["stability"][0] is None and result.per_sequence["smoothness"][0] is None
     assert all(value is not None for values in result.per_sequence.values() for value in values[1:])
     json.dumps(result[1:], allow_nan=False)
-    full = E.full_windows(store)
+    full = store.windows.full()
     *_, (_, _, _, _, _, energy, scaled, _) = statistics(E, store, sae, full)
     assert full.tolist() == list(range(3, 40)) and len(scaled) == 37
     assert result.per_sequence["smoothness"][1] == pytest.approx(scaled[0])
@@ -1448,7 +1448,7 @@ def test_no_full_window_is_an_error(E, settings, text):
     lengths = np.full(52, CONTEXT - 1)
     lengths[[0, 20]] = CONTEXT                          # one is not enough, nor do training windows help
     with pytest.raises(E.RunnerError, match="CONTEXT_LENGTH = 40"):
-        E.full_windows(text("one", lengths))
+        text("one", lengths).windows.full()
 
 
 def test_a_dictionary_without_live_latents_is_an_error(E, text):
