@@ -106,7 +106,7 @@ MODEL_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32     # of the
 
 
 class RunnerError(Exception):
-    """A mistake in settings, data or environment: one paragraph for the user, exit code 2."""
+    """A mistake in settings, data or environment: one paragraph, exit code 2."""
 
 
 class Batch(NamedTuple):
@@ -118,9 +118,9 @@ class Batch(NamedTuple):
     mask: torch.Tensor | None  # [batch, seq] False at padding; None where there is none
 
 
-# ---- Sparse latents: arithmetic at the active (token, latent) pairs, equal to the dense form ----
+# ---- Sparse latents: arithmetic at the active (token, latent) pairs alone ----
 NEVER = -1e9  # the pre-activation at padding: no latent fires there
-MAX_DENSITY = 0.08  # above this share of active pairs the dense form is faster
+MAX_DENSITY = 0.08  # above this share of active pairs, dense is faster
 BF16_UNITS = DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
@@ -178,7 +178,7 @@ class PairEncode(torch.autograd.Function):
         centred = x - b_dec
         ctx.save_for_backward(centred, W_enc)
         ctx.pairs = pairs
-        values, pairs.pre_acts = pairs.pre_acts, None  # kept there, it would close a cycle
+        values, pairs.pre_acts = pairs.pre_acts, None  # kept, it would close a cycle
         return values if values is not None else pairs.dots(centred, W_enc.t()) + b_enc[pairs.ids]
 
     @staticmethod
@@ -355,7 +355,7 @@ class SAE(nn.Module):
         """Called with the first batch, before training: thresholds and the like."""
 
     def resampled(self, dead):
-        """Called after latents were resampled: what else keeps them from firing."""
+        """Called after latents were resampled, to lift what else keeps them silent."""
 
     def encoder(self, batch):
         """What the encoder reads [batch, seq, d], its centre [d], its weights [d, d_sae]."""
@@ -680,7 +680,7 @@ def contrastive(batch, z, span):
 
 
 class Trace(torch.autograd.Function):
-    """h_{t-1} at every t, h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0; u [batch, seq, d], lam [d]
+    """h_{t-1} at every t: h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0; u [batch, seq, d], lam [d]
     """
 
     @staticmethod
@@ -828,7 +828,7 @@ def load_model():
 
 
 def model_identity(config):
-    """A hub commit, or a local model's files: their bytes; above 64 MB size and date."""
+    """A hub commit, or the local files' bytes; above 64 MB size and date."""
     def identity(path):
         size, date = path.stat().st_size, path.stat().st_mtime_ns
         return path.name, zlib.crc32(path.read_bytes()) if size < 2 ** 26 else (size, date)
@@ -980,24 +980,20 @@ class Store:
     def raw(self, ids):
         """Activations as the model made them, with BOS: [len(ids), CONTEXT_LENGTH, d_in]."""
         if self.resident is not None:
-            return self.resident[torch.as_tensor(ids, device=DEVICE)].float()
+            return self.resident[np.asarray(ids)].float()
         rows = [self.maps[i // SHARD_WINDOWS][i % SHARD_WINDOWS] for i in map(int, ids)]
         return torch.stack(rows).to(DEVICE, torch.float32)
 
     def batch(self, ids):
         ids = np.asarray(ids)
         x = (self.raw(ids)[:, 1:] - self.mean) / self.scale
-        full = (self.windows.lengths[ids] == CONTEXT_LENGTH).all()
         doc_ids = torch.as_tensor(self.windows.doc_ids[ids], device=DEVICE)
-        positions = torch.arange(1, CONTEXT_LENGTH, device=DEVICE)
-        return Batch(x, self.tokens_of(ids)[:, 1:], doc_ids, positions,
-                     None if full else self.valid(ids))
+        positions, mask = torch.arange(1, CONTEXT_LENGTH, device=DEVICE), self.valid(ids)
+        return Batch(x, self.tokens[ids, 1:], doc_ids, positions, None if mask.all() else mask)
 
     def x(self, ids):  # of many windows, [len(ids), seq, d_in]
         return torch.cat([self.batch(part).x for part in np.array_split(ids, len(ids) // 64 + 1)])
 
-    def tokens_of(self, ids):
-        return self.tokens[torch.as_tensor(ids, device=DEVICE)]
 
     def unscaled(self, x):  # -> as the model made it
         return x * self.scale + self.mean
@@ -1008,7 +1004,7 @@ class Store:
 
 # ---- Trainer: knows no variant ----
 def planned_stages(variant):
-    """The variant's curriculum with ABLATE and EPOCHS_SCALE applied."""
+    """The variant's curriculum under ABLATE and EPOCHS_SCALE."""
     return [stage._replace(epochs=stage.epochs * EPOCHS_SCALE, weights={
         name: weight for name, weight in stage.weights.items() if name not in ABLATE})
         for stage in variant.curriculum]
@@ -1066,10 +1062,8 @@ def resample_dead(sae, optimizer, batch):
     residual = valid(batch, batch.x - sae.decode(sae.encode(batch))).flatten(0, 1)
     worst = residual.square().sum(1).square().multinomial(len(dead), replacement=True)
     rows = F.normalize(residual[worst], dim=1)
-    sae.W_dec[dead] = rows
+    sae.W_dec[dead], sae.b_enc[dead], sae.tokens_since_fired[dead] = rows, 0.0, 0
     sae.W_enc[:, dead] = 0.2 * sae.W_enc.norm(dim=0).mean() * rows.t()
-    sae.b_enc[dead] = 0.0
-    sae.tokens_since_fired[dead] = 0
     sae.resampled(dead)
     for p, at in zip(parameters, (dead, (slice(None), dead), dead)):
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -1129,8 +1123,8 @@ def record(log, sae, step, stage, losses):
     """Appends to the log; a loss that is not finite ends the run."""
     values = {name: loss.item() for name, loss in losses.items()}
     if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
-        raise RunnerError(f"step {step} of stage {stage.name!r}: {', '.join(wrong)}. Look for a log "
-                          "or a division by zero in `losses`, or lower LEARNING_RATE.")
+        raise RunnerError(f"step {step} of stage {stage.name!r}: {', '.join(wrong)}. Look for a "
+                          "log or a division by zero in `losses`, or lower LEARNING_RATE.")
     row = {"step": step, "l0": values.pop("l0"),
            "dead_fraction": sae.dead_mask().float().mean().item()}
     followed = {name: float(value) for name, value in sae.parameters_of_interest().items()}
@@ -1206,7 +1200,7 @@ def train(sae, store, stages, seed, size, deadline, state_path):
     return log | {"stages": [stage.name for stage in stages]}, planned, steps
 
 
-# ---- Evaluations on held-out documents: Run -> Result. plot.py compares runs ----
+# ---- Evaluations on held-out documents: Run -> Result ----
 class Run(NamedTuple):
     """What an evaluation may look at."""
     sae: SAE
@@ -1265,7 +1259,7 @@ def next_token_losses(run, splice):
     found, model, store = [], run.get_model(), run.store
     sample = store.windows.sample()
     for ids in np.array_split(sample, len(sample) // 16 + 1):
-        hidden, tokens, padding = store.raw(ids), store.tokens_of(ids), ~store.valid(ids)[:, 1:]
+        hidden, tokens, padding = store.raw(ids), store.tokens[ids], ~store.valid(ids)[:, 1:]
         spliced = torch.cat([hidden[:, :1], splice(store.batch(ids))], 1)
         own, new = (logits_from(model, run.layer, x, tokens)[:, 1:-1].log_softmax(-1)
                     for x in (hidden, spliced))
@@ -1282,7 +1276,7 @@ def bigram_explained_variance(store, variance):
     vocabulary = int(store.tokens.max()) + 1
 
     def rows(ids):  # pair key, token and activation of each valid token
-        keep, tokens = store.valid(ids), store.tokens_of(ids)
+        keep, tokens = store.valid(ids), store.tokens[ids]
         pairs = tokens[:, :-1] * vocabulary + tokens[:, 1:]
         return pairs[keep], tokens[:, 1:][keep], store.batch(ids).x[keep]
 
@@ -1318,8 +1312,7 @@ def kept(path, compute):
 
 
 def controls(run):
-    """What no SAE changes: the model's loss, its own, ablated and of unigrams, the bigram bar, an
-    untrained TopK."""
+    """What no SAE changes: losses of the model, ablated, of unigrams; bigrams; untrained TopK."""
     print("computing the model's own loss and the controls", flush=True)
     store, (by_position, variance) = run.store, variance_by_position(run.store)
     torch.manual_seed(0)
@@ -1344,7 +1337,7 @@ def explained_variance(run, variance):
 
 
 def live_latents(codes, run):
-    """[d_sae] whether a latent fired often, in many files, on at most half the tokens; and rates."""
+    """[d_sae] whether a latent fired often, in many files, on half the tokens at most; rates."""
     windows, d_sae = run.store.windows, run.sae.d_sae
     file = windows.doc_ids[windows.n_train:][codes.token // (CONTEXT_LENGTH - 1)].astype(np.int64)
     n_files = file.max(initial=0) + 1
@@ -1411,7 +1404,7 @@ def eval_core(run):
 def by_document(store, values, docs):
     """Mean of values [n] over each of the sample's documents [sample]; NaN where there are none."""
     of = (values[docs == doc] for doc in store.windows.doc_ids[store.windows.sample()])
-    return np.array([part.mean() if len(part) else np.nan for part in of])
+    return np.array([part.mean(dtype=float) if len(part) else np.nan for part in of])
 
 
 def plain(value):
@@ -1424,7 +1417,7 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# ---- Temporal evaluation, of every variant, on held-out windows without padding ----
+# ---- Temporal evaluation, on held-out windows without padding ----
 def full_windows(store):
     """Held-out windows without padding, counted from the first held-out one."""
     rows = np.flatnonzero(store.windows.lengths[store.windows.n_train:] == CONTEXT_LENGTH)
@@ -1456,7 +1449,7 @@ def stability(active, rate, draws=0):
 
 
 def fire_given_token(active, tokens, fold, rate):
-    """P(fire | token) at every position, counted in the other fold of files: [window, seq, d]."""
+    """P(fire | token) as counted in the other fold of files: [window, seq, d]."""
     known, index = tokens.unique(return_inverse=True)
     expected = torch.empty_like(active)
     for held in (fold, ~fold):
@@ -1530,8 +1523,7 @@ def follow(run):
     for name, values in log["parameters"].items():
         final = values[-1]
         off = np.flatnonzero(np.abs(np.array(values) - final) > 0.05 * max(abs(final), 1e-3))
-        found |= {f"{name}_final": final,
-                  f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
+        found |= {f"{name}_final": final, f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
     for name, p in run.sae.named_parameters():
         if p.numel() == 1:
             at, d, losses = p.data.clone(), 0.1 * max(abs(p.item()), 0.1), []
@@ -1559,7 +1551,7 @@ def latent_statistics(run, codes, full, alive, spans):
     surrogate, autocorrelation [latent, lag], rate, energy E[z^2]; by window: smoothness, scaled by
     a latent's 95th percentile, and raw."""
     store, ids, found = run.store, full + run.store.windows.n_train, []
-    x, tokens, lags = store.x(ids), store.tokens_of(ids)[:, 1:], range(1, min(33, CONTEXT_LENGTH - 1))
+    x, tokens, lags = store.x(ids), store.tokens[ids, 1:], range(1, min(33, CONTEXT_LENGTH - 1))
     parts = np.array_split(ids, len(ids) // 64 + 1)
     fold = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(DEVICE)
     q95 = torch.tensor([np.quantile(codes.value[span], 0.95) for span in spans], device=DEVICE)
@@ -1582,7 +1574,7 @@ def latent_statistics(run, codes, full, alive, spans):
 
 @torch.no_grad()
 def eval_temporal(run):
-    """Stability, smoothness, coherence, polysemanticity beside their nulls (README: result keys)."""
+    """Stability, smoothness, coherence, polysemanticity and their nulls (README: result keys)."""
     sae, store, windows, rng = run.sae, run.store, run.store.windows, np.random.default_rng(0)
     torch.manual_seed(0)
     (codes, errors), full = encode_heldout(run), full_windows(store)
@@ -1614,11 +1606,10 @@ def eval_temporal(run):
     if (value := coherence(firings, kinds[1], files, rates[alive], rng)) is not None:
         metrics["coherence"] = value
     decile = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1)))
-    deciles = np.bincount(decile, mean, 10) / np.maximum(np.bincount(decile, minlength=10), 1)
-    ids = full + windows.n_train
+    ids, counts = full + windows.n_train, np.bincount(decile, minlength=10)
     curves = {
         "autocorrelation": weight @ r, "stability_null": weight @ null,
-        "stability_by_rate_decile": deciles,
+        "stability_by_rate_decile": np.bincount(decile, mean, 10) / np.maximum(counts, 1),
         "similarity_matrix": similarity_matrix(run, ids[:256]).cpu().numpy()[::2, ::2].round(4),
         "evolution": evolution(run, ids[0], mean, alive)}
     if hasattr(sae, "decay"):
@@ -1645,7 +1636,7 @@ def evolution(run, window, stable, alive, n=16):
     return {"tokens": tokens, "latents": top, "values": z[:, top].T.round(4)}
 
 
-# ---- Probes: what one token's latents tell about syntax and context ----
+# ---- Probes: what a token's latents tell about its context ----
 def probe(features, labels, fold):
     """Labels as logistic regressions predict them, fitted on the other fold of files."""
     predicted = np.empty_like(labels)
@@ -1765,7 +1756,7 @@ def write_results(folder, per_seed, config, timing):
 
 # ---- Checks at the door ----
 def check_config():
-    """Every constant: what is wrong with it, and what would be right."""
+    """Every constant: what would be right."""
     values, names, span = globals(), ", ".join, TRAIN_POSITIONS
     variant = SAE_VARIANTS[SAE_VARIANT] if SAE_VARIANT in list(SAE_VARIANTS) else SAE
     losses = {name for stage in variant.curriculum for name in stage.weights} - {"reconstruction"}
@@ -1784,7 +1775,8 @@ def check_config():
              "CONTRAST_SPAN": 1, "HEADS": 1, "HEAD_WIDTH": 1, "BATCH_TOKENS": CONTEXT_LENGTH}
     positive = ("EXPANSION", "TIME_BUDGET_MINUTES", "EPOCHS_SCALE", "CONSISTENCY_WEIGHT",
                 "CONTRAST_WEIGHT", "HIGH_WEIGHT", "REGULARISATION")
-    rules = [(name, values[name] in list(of), f"one of {names(of)}") for name, of in choices.items()]
+    rules = [(name, values[name] in list(options), f"one of {names(options)}")
+             for name, options in choices.items()]
     rules += [(name, type(n) is type(values[name]) is int and values[name] >= n,
                f"a whole number from {n}") for name, n in least.items()]
     rules += [(name, number(values[name]), "a number above 0") for name in positive]
@@ -1814,8 +1806,7 @@ def expect_shape(name, tensor, wanted):
 
 
 def check_variant(sae, store, stages):
-    """On a tiny batch: every weighed loss exists, every parameter learns, rows do not see each
-    other, padding is silent."""
+    """Every weighed loss exists, every parameter learns, rows are apart, padding is silent."""
     batch, dark = store.batch(np.arange(store.windows.n_train)), dict(sae.named_parameters())
     for stage in stages:
         anneal(sae, stage, 0.0)
@@ -1866,7 +1857,7 @@ def preflight(config, cache):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# ---- main: config -> preflight -> tokens -> activations -> train -> evaluate -> write ----
+# ---- main: preflight -> tokens -> activations -> train -> evaluate -> write ----
 @contextmanager
 def doing(what):
     """Names the part of the run for errors."""
@@ -1901,7 +1892,7 @@ def run_seed(seed, store, layer, get_model, state, deadline, timing):
 
 
 def resolved_config(store, layer, seeds):
-    """Every constant of this file and what they came to."""
+    """Every constant and what they came to."""
     constants = {name: value for name, value in globals().items() if name.isupper()
                  and isinstance(value, str | int | float | tuple | None) and name != "SOURCE"}
     sae, _, planned, done = seeds[0]
@@ -1914,7 +1905,7 @@ def resolved_config(store, layer, seeds):
 
 
 def open_store(config, layer, cache):
-    """Tokens and activations, cached or made -> store, function that loads the model."""
+    """-> store, function that loads the model."""
     with doing("reading the data"):
         tokenizer = load_tokenizer()
         if not tokenizer("text", add_special_tokens=False)["input_ids"]:
@@ -1976,7 +1967,7 @@ def main():
 
 
 def describe(error):
-    """At most 1,400 characters: stage, variant, lines of experiment.py, tensors, the cause."""
+    """At most 1,400 characters: stage, variant, lines of code, tensors, the cause."""
     stages, source = ", ".join(getattr(error, "__notes__", ["start"])), SOURCE.splitlines()
     known = isinstance(error, (RunnerError, corpus.DataError))
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
