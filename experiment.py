@@ -109,7 +109,7 @@ MODEL_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of the la
 
 
 class RunnerError(corpus.DataError):
-    """A mistake in settings, data or environment: one paragraph for the user, exit code 2."""
+    """A mistake in settings, data or environment: one paragraph, exit code 2."""
 
 
 class Batch(NamedTuple):
@@ -121,9 +121,9 @@ class Batch(NamedTuple):
     mask: torch.Tensor | None  # [batch, seq] False at padding; None where there is none
 
 
-# ---- Sparse latents: arithmetic at the active (token, latent) pairs, equal to the dense form ----
+# ---- Sparse latents: arithmetic at the active (token, latent) pairs alone ----
 NEVER = -1e9  # the pre-activation at padding: no latent fires there
-MAX_DENSITY = 0.08  # above this share of active pairs the dense form is faster
+MAX_DENSITY = 0.08  # above this share of active pairs, dense is faster
 BF16_UNITS = DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
@@ -181,7 +181,7 @@ class PairEncode(torch.autograd.Function):
         centred = x - b_dec
         ctx.save_for_backward(centred, W_enc)
         ctx.pairs = pairs
-        values, pairs.pre_acts = pairs.pre_acts, None  # kept there, it would close a cycle
+        values, pairs.pre_acts = pairs.pre_acts, None  # kept, it would close a cycle
         return values if values is not None else pairs.dots(centred, W_enc.t()) + b_enc[pairs.ids]
 
     @staticmethod
@@ -358,7 +358,7 @@ class SAE(nn.Module):
         """Called with the first batch, before training: thresholds and the like."""
 
     def resampled(self, dead):
-        """Called after latents were resampled: what else keeps them from firing."""
+        """Called after latents were resampled, to lift what else keeps them silent."""
 
     def encoder(self, batch):
         """What the encoder reads [batch, seq, d], its centre [d], its weights [d, d_sae]."""
@@ -986,24 +986,20 @@ class Store:
     def raw(self, ids):
         """Activations as the model made them, with BOS: [len(ids), CONTEXT_LENGTH, d_in]."""
         if self.resident is not None:
-            return self.resident[torch.as_tensor(ids, device=DEVICE)].float()
+            return self.resident[np.asarray(ids)].float()
         rows = [self.maps[i // SHARD_WINDOWS][i % SHARD_WINDOWS] for i in map(int, ids)]
         return torch.stack(rows).to(DEVICE, torch.float32)
 
     def batch(self, ids):
         ids = np.asarray(ids)
         x = (self.raw(ids)[:, 1:] - self.mean) / self.scale
-        full = (self.windows.lengths[ids] == CONTEXT_LENGTH).all()
         doc_ids = torch.as_tensor(self.windows.doc_ids[ids], device=DEVICE)
-        positions = torch.arange(1, CONTEXT_LENGTH, device=DEVICE)
-        return Batch(x, self.tokens_of(ids)[:, 1:], doc_ids, positions,
-                     None if full else self.valid(ids))
+        positions, mask = torch.arange(1, CONTEXT_LENGTH, device=DEVICE), self.valid(ids)
+        return Batch(x, self.tokens[ids, 1:], doc_ids, positions, None if mask.all() else mask)
 
     def x(self, ids):  # of many windows, [len(ids), seq, d_in]
         return torch.cat([self.batch(part).x for part in np.array_split(ids, len(ids) // 64 + 1)])
 
-    def tokens_of(self, ids):
-        return self.tokens[torch.as_tensor(ids, device=DEVICE)]
 
     def unscaled(self, x):  # -> as the model made it
         return x * self.scale + self.mean
@@ -1014,7 +1010,7 @@ class Store:
 
 # ---- Trainer: knows no variant ----
 def planned_stages(variant):
-    """The variant's curriculum with ABLATE and EPOCHS_SCALE applied."""
+    """The variant's curriculum under ABLATE and EPOCHS_SCALE."""
     return [stage._replace(epochs=stage.epochs * EPOCHS_SCALE, weights={
         name: weight for name, weight in stage.weights.items() if name not in ABLATE})
         for stage in variant.curriculum]
@@ -1072,10 +1068,8 @@ def resample_dead(sae, optimizer, batch):
     residual = valid(batch, batch.x - sae.decode(sae.encode(batch))).flatten(0, 1)
     worst = residual.square().sum(1).square().multinomial(len(dead), replacement=True)
     rows = F.normalize(residual[worst], dim=1)
-    sae.W_dec[dead] = rows
+    sae.W_dec[dead], sae.b_enc[dead], sae.tokens_since_fired[dead] = rows, 0.0, 0
     sae.W_enc[:, dead] = 0.2 * sae.W_enc.norm(dim=0).mean() * rows.t()
-    sae.b_enc[dead] = 0.0
-    sae.tokens_since_fired[dead] = 0
     sae.resampled(dead)
     for p, at in zip(parameters, (dead, (slice(None), dead), dead)):
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -1212,7 +1206,7 @@ def train(sae, store, stages, seed, size, deadline, state_path):
     return log | {"stages": [stage.name for stage in stages]}, planned, steps
 
 
-# ---- Evaluations on held-out documents: Run -> Result. plot.py compares runs ----
+# ---- Evaluations on held-out documents: Run -> Result ----
 class Run(NamedTuple):
     """What an evaluation may look at."""
     sae: SAE
@@ -1271,7 +1265,7 @@ def next_token_losses(run, splice):
     found, model, store = [], run.get_model(), run.store
     sample = store.windows.sample()
     for ids in np.array_split(sample, len(sample) // 16 + 1):
-        hidden, tokens, padding = store.raw(ids), store.tokens_of(ids), ~store.valid(ids)[:, 1:]
+        hidden, tokens, padding = store.raw(ids), store.tokens[ids], ~store.valid(ids)[:, 1:]
         spliced = torch.cat([hidden[:, :1], splice(store.batch(ids))], 1)
         own, new = (logits_from(model, run.layer, x, tokens)[:, 1:-1].log_softmax(-1)
                     for x in (hidden, spliced))
@@ -1288,7 +1282,7 @@ def bigram_explained_variance(store, variance):
     vocabulary = int(store.tokens.max()) + 1
 
     def rows(ids):  # pair key, token and activation of each valid token
-        keep, tokens = store.valid(ids), store.tokens_of(ids)
+        keep, tokens = store.valid(ids), store.tokens[ids]
         pairs = tokens[:, :-1] * vocabulary + tokens[:, 1:]
         return pairs[keep], tokens[:, 1:][keep], store.batch(ids).x[keep]
 
@@ -1315,8 +1309,7 @@ def cached(run, compute, *depends):
 
 
 def controls(run):
-    """What no SAE changes: the model's loss, its own, ablated and of unigrams, the bigram bar, an
-    untrained TopK."""
+    """What no SAE changes: losses of the model, ablated, of unigrams; bigrams; untrained TopK."""
     print("computing the model's own loss and the controls", flush=True)
     store, (by_position, variance) = run.store, variance_by_position(run.store)
     torch.manual_seed(0)
@@ -1429,7 +1422,7 @@ def stability(active, rate, draws=0):
 
 
 def fire_given_token(active, tokens, fold, rate):
-    """P(fire | token) at every position, counted in the other fold of files: [window, seq, d]."""
+    """P(fire | token) as counted in the other fold of files: [window, seq, d]."""
     known, index = tokens.unique(return_inverse=True)
     expected = torch.empty_like(active)
     for held in (fold, ~fold):
@@ -1503,8 +1496,7 @@ def follow(run):
     for name, values in log["parameters"].items():
         final = values[-1]
         off = np.flatnonzero(np.abs(np.array(values) - final) > 0.05 * max(abs(final), 1e-3))
-        found |= {f"{name}_final": final,
-                  f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
+        found |= {f"{name}_final": final, f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
     for name, p in run.sae.named_parameters():
         if p.numel() == 1:
             at, d, losses = p.data.clone(), 0.1 * max(abs(p.item()), 0.1), []
@@ -1588,11 +1580,10 @@ def eval_temporal(run):
     if (value := coherence(firings, kinds[1], files, rates[alive], rng)) is not None:
         metrics["coherence"] = value
     decile = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1)))
-    deciles = np.bincount(decile, mean, 10) / np.maximum(np.bincount(decile, minlength=10), 1)
-    ids = full + windows.n_train
+    ids, counts = full + windows.n_train, np.bincount(decile, minlength=10)
     curves = {
         "autocorrelation": weight @ r, "stability_null": weight @ null,
-        "stability_by_rate_decile": deciles,
+        "stability_by_rate_decile": np.bincount(decile, mean, 10) / np.maximum(counts, 1),
         "similarity_matrix": similarity_matrix(run, ids[:256]).cpu().numpy()[::2, ::2].round(4),
         "evolution": evolution(run, ids[0], mean, alive)}
     if hasattr(sae, "decay"):
@@ -1619,7 +1610,7 @@ def evolution(run, window, stable, alive, n=16):
     return {"tokens": tokens, "latents": top, "values": z[:, top].T.round(4)}
 
 
-# ---- Probes: what one token's latents tell about syntax and context ----
+# ---- Probes: what a token's latents tell about its context ----
 def probe(features, labels, fold):
     """Labels as logistic regressions predict them, fitted on the other fold of files."""
     predicted = np.empty_like(labels)
@@ -1739,7 +1730,7 @@ def write_results(folder, per_seed, config, timing):
 
 # ---- Checks at the door ----
 def check_config():
-    """Every constant: what is wrong with it, and what would be right."""
+    """Every constant: what would be right."""
     values, names, span = globals(), ", ".join, TRAIN_POSITIONS
     variant = SAE_VARIANTS[SAE_VARIANT] if SAE_VARIANT in list(SAE_VARIANTS) else SAE
     losses = {name for stage in variant.curriculum for name in stage.weights} - {"reconstruction"}
@@ -1789,8 +1780,7 @@ def expect_shape(name, tensor, wanted):
 
 
 def check_variant(sae, store, stages):
-    """On a tiny batch: every weighed loss exists, every parameter learns, rows do not see each
-    other, padding is silent."""
+    """Every weighed loss exists, every parameter learns, rows are apart, padding is silent."""
     batch, dark = store.batch(np.arange(store.windows.n_train)), dict(sae.named_parameters())
     for stage in stages:
         anneal(sae, stage, 0.0)
@@ -1841,7 +1831,7 @@ def preflight(config, cache):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# ---- main: config -> preflight -> tokens -> activations -> train -> evaluate -> write ----
+# ---- main: preflight -> tokens -> activations -> train -> evaluate -> write ----
 @contextmanager
 def doing(what):
     """Names the part of the run for errors."""
@@ -1876,7 +1866,7 @@ def run_seed(seed, store, layer, get_model, state, deadline, timing):
 
 
 def resolved_config(store, layer, seeds):
-    """Every constant of this file and what they came to."""
+    """Every constant and what they came to."""
     constants = {name: value for name, value in globals().items() if name.isupper()
                  and isinstance(value, str | int | float | tuple | None) and name != "SOURCE"}
     sae, _, planned, done = seeds[0]
@@ -1889,7 +1879,7 @@ def resolved_config(store, layer, seeds):
 
 
 def open_store(config, layer, cache):
-    """Tokens and activations, cached or made -> store, function that loads the model."""
+    """-> store, function that loads the model."""
     with doing("reading the data"):
         tokenizer = load_tokenizer()
         if not tokenizer("text", add_special_tokens=False)["input_ids"]:
@@ -1951,7 +1941,7 @@ def main():
 
 
 def describe(error):
-    """At most 1,400 characters: stage, variant, lines of experiment.py, tensors, the cause."""
+    """At most 1,400 characters: stage, variant, lines of code, tensors, the cause."""
     stages, source = ", ".join(getattr(error, "__notes__", ["start"])), SOURCE.splitlines()
     known = isinstance(error, corpus.DataError)
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)

@@ -602,7 +602,7 @@ class Windows(NamedTuple):
     def by_document(self, values, docs):
         """Mean of values [n] over each of the sample's documents [sample]; NaN where there are none."""
         of = (values[docs == doc] for doc in self.doc_ids[self.sample()])
-        return np.array([part.mean() if len(part) else np.nan for part in of])
+        return np.array([part.mean(dtype=float) if len(part) else np.nan for part in of])
 
     def sample(self):
         """The first held-out window of each held-out file: the per-sequence sample."""
