@@ -58,20 +58,20 @@ ABLATE = ()  # losses or components of the variant to switch off, e.g. ("auxk",)
 MODEL_NAME = "embedded/model"  # a local folder or a hub id, e.g. "google/gemma-2-2b"
 LAYER = None  # residual stream after this block, from 0; None: the middle one
 DATASET = "embedded"  # or a local file or folder, a nanoGPT data folder, a hub name
-TRAIN_TOKENS = 196_608  # distinct training tokens; every epoch passes over all of them
-CONTEXT_LENGTH = 128  # tokens in a window, with the beginning-of-sequence token
+TRAIN_TOKENS = 196_608  # distinct training tokens, all in every epoch
+CONTEXT_LENGTH = 128  # tokens in a window, BOS included
 EXPANSION = 8  # d_sae / d_in
-TARGET_L0 = 48  # active latents per token, the same for every variant
-SEEDS = (0,)  # one SAE is trained and evaluated per seed
+TARGET_L0 = 48  # active latents per token
+SEEDS = (0,)  # one SAE a seed
 TIME_BUDGET_MINUTES = 90  # the whole run; training shrinks where it would take longer
 EVALS = ("core", "temporal", "probes")  # names in EVALUATIONS
 EPOCHS_SCALE = 1.0  # multiplies the epochs of every stage
 BATCH_TOKENS = 1024  # tokens per training step (whole windows)
 LEARNING_RATE = None  # Adam; None: 3e-3 * sqrt(1536 / d_sae)
-TRAIN_POSITIONS = None  # None: all; (low, high): train on these positions alone, from 1
+TRAIN_POSITIONS = None  # None: all; (low, high): on these alone, from 1
 # temporal
 WINDOW = 5  # positions that attention sees
-ATTENTION = "causal"  # the window ends at its token; "centred": lies around it
+ATTENTION = "causal"  # or "centred": the window lies around its token
 HEADS, HEAD_WIDTH = 1, 32
 CONSISTENT_FRACTION = 0.2  # share of the latents that are bound
 CONSISTENCY_WEIGHT = 0.1
@@ -87,9 +87,9 @@ REGULARISATION = 1e-3  # pull of its parameters to their starts
 
 # FIXED PROTOCOL: runs compare only while these stay as they are
 DATA_SEED = 42  # order of documents, choice of windows
-TRAIN_WINDOWS_PER_FILE = 8  # windows taken from one document, spread over it at random
+TRAIN_WINDOWS_PER_FILE = 8  # windows of one document, at random
 EVAL_FILES = 256  # held-out documents
-EVAL_WINDOWS_PER_FILE = 4  # windows of each; the first is in the per-sequence sample
+EVAL_WINDOWS_PER_FILE = 4  # windows of each; the first is in per_sequence
 MIN_WINDOW = 32  # a document's tail shorter than this is left out
 WARMUP_FRACTION = 0.05  # of all steps: linear rise of the learning rate
 DECAY_FRACTION = 0.2  # of all steps: linear fall to zero
@@ -99,10 +99,10 @@ AUXK_WEIGHT = 1 / 32  # Gao et al. 2024 (arXiv 2406.04093)
 STABILITY_LAGS = (5, 16)  # beyond every window
 NULL_DRAWS = 50  # permutations
 PROBE_EVERY = 8  # held-out tokens
-LIVE = (50, 10)  # firings, and held-out files with one, for a latent to be live
+LIVE = (50, 10)  # firings, and files with one, that make a latent live
 EVALUATION_RESERVE = 0.15  # share of the time budget kept for evaluation
 LOG_EVERY = 20  # steps
-CHECKPOINT_SECONDS = 60  # between checkpoints, from which a killed run carries on
+CHECKPOINT_SECONDS = 60  # between checkpoints
 SHARD_WINDOWS = 512  # windows in one file of the activation cache
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODEL_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of the language model
@@ -427,6 +427,10 @@ def valid(batch, values):  # [batch, seq, ...], zero at padding
     return values if batch.mask is None else values * batch.mask[..., None]
 
 
+def counted(batch, values):  # [batch, seq, d] -> [tokens, d] without padding
+    return values.flatten(0, 1) if batch.mask is None else values[batch.mask]
+
+
 def squared_error(batch, x_hat):
     """Mean over tokens of |x - x_hat|^2, the fraction of variance unexplained."""
     expect_shape("x_hat", x_hat, batch.x.shape)
@@ -579,9 +583,9 @@ class Temporal(BatchTopK):
     """pre_i = (x_t - b_dec + tanh(gate_i) sum_s a_ts (x_s - b_dec)) . W_enc_i + b_enc_i, s in the
     WINDOW at t, a = softmax((x_t W_q) . (x_s + P_{t-s}) W_k / sqrt(HEAD_WIDTH)); then BatchTopK.
 
-    Gates start at 0: the second stage begins with the function that the first one learned. The
-    third binds the first CONSISTENT_FRACTION of the latents, H: consistency = mean of
-    1 - cos(zH_t, zH_{t-1}), contrastive = InfoNCE over CONTRAST_SPAN, high = |x - zH W_H - b|^2.
+    Gates start at 0: the second stage begins with the function of the first. The third binds the
+    first CONSISTENT_FRACTION of the latents, H: consistency = mean of 1 - cos(zH_t, zH_{t-1}),
+    contrastive = InfoNCE over CONTRAST_SPAN, high = |x - zH W_H - b|^2.
     """
     plain = {"reconstruction": 1.0, "auxk": AUXK_WEIGHT}
     bound = plain | {"consistency": CONSISTENCY_WEIGHT, "contrastive": CONTRAST_WEIGHT,
@@ -640,8 +644,8 @@ class Temporal(BatchTopK):
 
 
 def consistency(batch, latents, n_high):
-    """Mean over adjacent tokens, both with a high-level latent, of 1 - cos(zH_t, zH_{t-1}); and how
-    far that cosine lies above the one between documents: it falls where latents collapse."""
+    """Mean over adjacent tokens, both with a bound latent, of 1 - cos(zH_t, zH_{t-1}); and how far
+    that cosine lies above the one between documents: it falls in a collapse."""
     z = F.normalize(latents.dense(n_high), dim=-1)
     live, other = z.detach().any(-1), (batch.doc_ids != batch.doc_ids.roll(1))[:, None]
     both, across = live[:, 1:] & live[:, :-1], live & live.roll(1, 0) & other
@@ -680,8 +684,9 @@ def contrastive(batch, z, span, far=None):
     then = z.gather(1, places[..., None].expand(-1, -1, width)).flatten(0, 1)
     now, docs = z[:, 1:].flatten(0, 1), batch.doc_ids.repeat_interleave(seq - 1)
     at = torch.arange(n, device=z.device).repeat_interleave(seq - 1) * 10 ** 6 + t.repeat(n)
-    if batch.mask is not None:              # padding lies behind: where `now` counts, `then` does
-        now, then, docs, at = (a[batch.mask[:, 1:].flatten()] for a in (now, then, docs, at))
+    if batch.mask is not None:
+        keep = (batch.mask[:, 1:] & batch.mask.gather(1, places)).flatten()
+        now, then, docs, at = (a[keep] for a in (now, then, docs, at))
     same = (docs[:, None] == docs).fill_diagonal_(False)
     if far is not None:
         apart = (at[:, None] - at).abs()
@@ -755,7 +760,7 @@ class TemporalAdaptation(SAE):
     def encoder(self, batch):
         if self.traces:
             return super().encoder(batch)
-        scale = self.scaled_variance(batch.x.flatten(0, 1)) ** -self.temperature()
+        scale = self.scaled_variance(counted(batch, batch.x)) ** -self.temperature()
         return self.beta * scale * batch.x + self.theta_raw.tanh(), self.b_dec, self.W_enc
 
     def select(self, x, W_enc, mask):
@@ -765,8 +770,9 @@ class TemporalAdaptation(SAE):
         latents = super().encode(batch)
         if not self.traces:
             return latents
-        theta, lam, shape = self.theta_raw.tanh(), self.decay(latents.values), latents.shape
+        shape = latents.shape
         pre_acts, u = latents.pre_acts.view(shape), latents.values.view(shape)
+        theta, lam = self.theta_raw.tanh(), self.decay(counted(batch, u))
         if DRIVE == "u":
             z = F.relu(pre_acts - theta * Trace.apply(u, lam.expand(self.d_sae)))
         else:
@@ -1398,7 +1404,7 @@ def eval_core(run):
     return Result(metrics, plain(curves), plain(per_sequence))
 
 
-# ---- Temporal evaluation, of every variant, on held-out windows without padding ----
+# ---- Temporal evaluation, on held-out windows without padding ----
 def stability(active, rate, draws=0):
     """Autocorrelation of each latent's activity over that of permuted positions, mean over the lags
     STABILITY_LAGS: by window [window, d], and by latent for random permutations [draws, d].
@@ -1442,8 +1448,7 @@ def smoothness(z, x, scale):
 
 def coherence(firings, classes, files, rate, rng, n_firings=50, group=100):
     """How often a latent is recognised among `group` of like rate by the classes it fires on, from
-    positions 1-32 to 64 and later of other files; over the same from 1-32 to 1-32; each above
-    chance. None where too few latents fire often enough.
+    positions 1-32 to 64 on of other files; over the same from 1-32 to 1-32; each above chance.
 
     firings: token indices [n] of each latent; files: of each held-out window."""
     roles = []
@@ -1462,7 +1467,7 @@ def coherence(firings, classes, files, rate, rng, n_firings=50, group=100):
         hits += [(cdist(block, first, "jensenshannon").argmin(1) == np.arange(n)).sum()
                  for block in blocks]
     same, later = hits - len(roles) // n  # above chance
-    return later / max(same, 1e-9)
+    return later / same if same >= 1 else None
 
 
 def entropy(values):
@@ -1471,10 +1476,11 @@ def entropy(values):
     return -(share * np.log(share)).sum() + (len(share) - 1) / (2 * len(values))
 
 
-def polysemanticity(firings, kinds, rng, n=64):
+def polysemanticity(firings, kinds, places, rng, n=64):
     """Mean over units of the smaller of the entropies of token and of class at n firings, each over
-    that at random positions. firings: token indices of each unit; kinds: [token] arrays."""
-    null = [np.mean([entropy(rng.choice(kind, n)) for _ in range(NULL_DRAWS)]) for kind in kinds]
+    that at random `places`. firings: token indices of each unit; kinds: [token] arrays."""
+    null = [np.mean([entropy(kind[rng.choice(places, n)]) for _ in range(NULL_DRAWS)])
+            for kind in kinds]
     samples = [rng.choice(unit, n, replace=False) for unit in firings if len(unit) >= n]
     ratios = [min(entropy(kind[at]) / base for kind, base in zip(kinds, null)) for at in samples]
     return np.mean(ratios) if ratios else 1.0
@@ -1509,9 +1515,9 @@ def follow(run):
         before = gaps[np.searchsorted(steps, border, "right") - 1 if border else 0]
         found |= {"consistency_gap": gaps[-1], "consistency_gap_before": before,
                   "collapse_alarm": float(gaps[-1] < before)}
-    if hasattr(run.sae, "decay"):
+    if getattr(run.sae, "traces", False):
         with torch.no_grad():
-            lam, v = run.sae.decay(), run.sae.scaled_variance()
+            lam, v = run.sae.decay().clamp(1e-30, 1 - 1e-7), run.sae.scaled_variance()
         x, y = (a.double().log().expand(run.sae.d_sae).cpu().numpy() for a in (v, -lam.log()))
         if x.std() > 0:
             slope, _, r, *_ = scipy.stats.linregress(x, y)
@@ -1520,11 +1526,10 @@ def follow(run):
 
 
 def latent_statistics(run, codes, full, alive, spans):
-    """By live latent: stability [latent, window], under the null [latent, draws] and of the token
-    surrogate, autocorrelation [latent, lag], rate, energy E[z^2]; by window: smoothness, scaled by
-    a latent's 95th percentile, and raw."""
+    """By live latent: stability [latent, window], under the null [latent, draws], of the token
+    surrogate, autocorrelation [latent, lag], rate, E[z^2]; by window: smoothness, and raw."""
     store, ids, found = run.store, full + run.store.windows.n_train, []
-    x, tokens = store.x(ids), store.tokens_of(ids)[:, 1:]
+    x, tokens = store.x(ids), store.tokens[ids, 1:]
     lags = range(1, min(33, CONTEXT_LENGTH - 1))
     parts = np.array_split(ids, len(ids) // 64 + 1)
     fold = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(DEVICE)
@@ -1541,7 +1546,7 @@ def latent_statistics(run, codes, full, alive, spans):
         found.append((observed.t(), null.t(), token.mean(0), r.t(), rate, z.square().mean((0, 1))))
         scaled += smoothness(z, x, q95[at].float())
         raw += smoothness(z, x, 1.0)
-        present += active.amax(1).sum(1)
+        present += active.amax(1).float().sum(1)
     windows = [(total / present.clamp_min(1)).cpu().numpy() for total in (scaled, raw)]
     return [torch.cat(part).cpu().double().numpy() for part in zip(*found)] + windows
 
@@ -1554,6 +1559,8 @@ def eval_temporal(run):
     (codes, errors), full = encode_heldout(run), store.windows.full()
     base = cached(run, controls, TARGET_L0, sae.d_sae)
     live, rates = live_latents(codes, run)
+    if not live.any():
+        raise RunnerError(f"no latent of {sae.d_sae} is live.")
     alive, files = np.flatnonzero(live), windows.doc_ids[windows.n_train:]
     firings = np.bincount(codes.latent, minlength=sae.d_sae)
     spans = np.split(np.argsort(codes.latent, kind="stable"), firings.cumsum())
@@ -1563,6 +1570,7 @@ def eval_temporal(run):
     mean, weight, early = observed.mean(1), energy / energy.sum(), alive < sae.d_sae / 5
     p = scipy.stats.norm.sf((mean - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
     kinds = windows.tokens[windows.n_train:, 1:].ravel(), corpus.token_classes(windows)
+    places = np.flatnonzero(windows.valid(windows.heldout())[:, 1:])
     firings, half = [codes.token[span] for span in spans], (CONTEXT_LENGTH - 1) // 2
     error, variance = np.nanmean(errors["error"], 0), np.array(base["variance_by_position"])
     metrics = {
@@ -1573,8 +1581,9 @@ def eval_temporal(run):
         "stable_fraction": (scipy.stats.false_discovery_control(p) < 0.05).mean(),
         "autocorrelation_lag1": r[:, 0] @ weight,
         "smoothness": scaled.mean(), "smoothness_raw": raw.mean(),
-        "polysemanticity": polysemanticity(firings, kinds, rng),
-        "polysemanticity_channels": channel_polysemanticity(store, rate.mean(), kinds, rng),
+        "polysemanticity": polysemanticity(firings, kinds, places, rng),
+        "polysemanticity_channels": channel_polysemanticity(
+            store, rate.mean(), kinds, places, rng),
         "explained_variance_early": 1 - error[:half].sum() / variance[:half].sum(),
         "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()} | follow(run)
     if (value := coherence(firings, kinds[1], files, rates[alive], rng)) is not None:
@@ -1586,7 +1595,7 @@ def eval_temporal(run):
         "stability_by_rate_decile": np.bincount(decile, mean, 10) / np.maximum(counts, 1),
         "similarity_matrix": similarity_matrix(run, ids[:256]).cpu().numpy()[::2, ::2].round(4),
         "evolution": evolution(run, ids[0], mean, alive)}
-    if hasattr(sae, "decay"):
+    if hasattr(sae, "variance"):
         curves |= {"variance": sae.variance.cpu().numpy(), "decay": sae.decay().cpu().numpy(),
                    "scaled_variance": sae.scaled_variance().cpu().numpy()}
     per_sequence = {"stability": windows.by_document(weight @ observed, files[full]),
@@ -1594,12 +1603,12 @@ def eval_temporal(run):
     return Result(metrics, plain(curves), plain(per_sequence))
 
 
-def channel_polysemanticity(store, rate, kinds, rng):
+def channel_polysemanticity(store, rate, kinds, places, rng):
     """Of the residual stream's channels, both signs, active where they are largest."""
     ids = store.windows.heldout()
     x = store.x(ids).flatten(0, 1).masked_fill(~store.valid(ids).flatten()[:, None], 0.0)
     top = torch.cat([x, -x], 1).topk(max(1, int(rate * len(x))), dim=0, sorted=False).indices
-    return polysemanticity(list(top.t().cpu().numpy()), kinds, rng)
+    return polysemanticity(list(top.t().cpu().numpy()), kinds, places, rng)
 
 
 def evolution(run, window, stable, alive, n=16):
@@ -1630,8 +1639,8 @@ def probe_baselines(run):
 
 
 def eval_probes(run):
-    """Balanced accuracy of linear probes on a token's latents, beside token identity and a bag of
-    the last 8 tokens; `probe_context` is the mean over all labels but the token's type."""
+    """Balanced accuracy of linear probes on a token's latents, beside those on tokens;
+    `probe_context` is the mean over all labels but the token's type."""
     (codes, _), windows = encode_heldout(run), run.store.windows
     places, fold, labels = corpus.probe_labels(windows, PROBE_EVERY)
     base, shape = cached(run, probe_baselines), (places.max() + 1, run.sae.d_sae)
@@ -1652,7 +1661,7 @@ def eval_probes(run):
 
 
 EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes}
-# The means that go into every agent's prompt: at most 16 over all evaluations
+# The means that go into every agent's prompt: 16 at most
 HEADLINES = {"core": ("final_train_loss", "best_val_loss", "total_train_time",
                       "avg_inference_tokens_per_second", "explained_variance", "l0",
                       "dead_fraction", "loss_increase_nats", "ce_recovered"),
@@ -1895,7 +1904,7 @@ def open_store(config, layer, cache):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="everything else is a constant in experiment.py")
+    parser = argparse.ArgumentParser(description="all else is a constant of this file")
     parser.add_argument("--out_dir", default="run_0", help="folder for the results")
     out_dir = Path(parser.parse_args().out_dir).resolve()
     began, cache, timing = time.time(), cache_folder(), {}

@@ -101,7 +101,8 @@ def load_runs():
 
 # ---- Style ---------------------------------------------------------------------------------------
 # Okabe-Ito without its yellow, the baseline in grey: told apart with any colour vision.
-COLORS = ("#777777", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255")
+COLORS = ("#777777", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255",
+          "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 NOTE = {"fontsize": 6.5, "color": "#555555"}        # what belongs to no run: targets, controls
 WIDTH = 6.5             # inches, the text width of a paper
@@ -158,8 +159,10 @@ def legend(figure, runs, note, line="-"):
     handles = [plt.Line2D([], [], color=r.color, marker=r.marker, linestyle=line) for r in runs]
     several = any(len(run.curves) > 1 for run in runs)
     columns = 125 // (10 + max(len(run.label) for run in runs))     # as many as fit the width
+    columns = max(1, min(4, columns, len(runs)))
+    figure.set_figheight(figure.get_figheight() + 0.16 * ((len(runs) - 1) // columns))
     figure.legend(handles, [run.label for run in runs], loc="outside lower center",
-                  ncols=max(1, min(4, columns, len(runs))), title=note if several else None)
+                  ncols=columns, title=note if several else None)
 
 
 # ---- Tests between runs --------------------------------------------------------------------------
@@ -484,8 +487,8 @@ def fig_autocorrelation(runs):
             draw_band(left, run, np.arange(1, values.shape[1] + 1), values, every=4)
         if len(null := seed_values(run, "stability_null")):
             low, high = np.nanpercentile(null, (2.5, 97.5))
-            right.barh(row, high - low, 0.5, low, color="#bbbbbb", edgecolor="#bbbbbb",
-                       label="permuted positions (95 %)")
+            right.plot([low, high], [row, row], color="#bbbbbb", linewidth=7,
+                       solid_capstyle="butt", label="permuted positions (95 %)")
         if "stability_token" in run.metrics:
             right.plot(run.metrics["stability_token"], row, "k|", markersize=8,
                        label="from tokens alone")
@@ -500,7 +503,6 @@ def fig_autocorrelation(runs):
         left.set_yscale("log")
         left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     right.set_xscale("symlog", linthresh=1e-3)
-    right.use_sticky_edges = False
     for axis in (left.yaxis, right.xaxis):
         axis.set_major_formatter(FuncFormatter(short))
         axis.set_minor_formatter(NullFormatter())
@@ -543,7 +545,7 @@ def fig_evolution(runs):
         axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=5.5, parse_math=False)
         axis.grid(False)
         axis.tick_params(length=0, pad=1)
-    figure.colorbar(image, ax=axes, label="value / its maximum here", shrink=0.5, pad=0.01)
+    figure.colorbar(image, ax=axes, label="value / maximum here", shrink=0.7, pad=0.01)
     return figure
 
 
@@ -553,17 +555,18 @@ def fig_similarity(runs):
     found = [(run, values.mean(0)) for run, values in found if len(values)]
     if not found:
         return None
-    figure, axes = panels(len(found), 4, 0.4 + max(1.2, min(2.4, 4.8 / len(found))), sharey=True)
+    figure, axes = panels(len(found), 4, 0.5 + max(1.2, min(2.4, 4.8 / len(found))), sharey=True)
     apart = np.concatenate([m[~np.eye(len(m), dtype=bool)] for _, m in found])
     low, high = np.nanpercentile(apart, (0.5, 99.5))
     for axis, (run, matrix) in zip(axes.flat, found):
         n = 2 * len(matrix)
         image = axis.imshow(matrix, cmap="cividis", vmin=min(low, 0), vmax=high,
                             extent=(0, n, n, 0))
-        axis.set_title(textwrap.fill(run.label, 24), loc="left")
+        axis.set_title(textwrap.fill(run.label, 20), loc="left", fontsize=7)
+        axis.set_xlabel("position s")
         axis.grid(False)
-    figure.supxlabel("position s")
-    figure.supylabel("position t")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("position t")
     figure.colorbar(image, ax=figure.axes, label="cosine, less that\nbetween windows",
                     extend="max", aspect=25, pad=0.01)
     return figure

@@ -1,4 +1,5 @@
 """A control for bench/table.py, which puts this class into its copy of experiment.py, before SAE_VARIANTS."""
+from experiment import BatchTopK, Latents, torch, valid
 
 
 class Hysteresis(BatchTopK):

@@ -63,7 +63,8 @@ def edited(source, **constants):
 def source_of(row, seed):
     source = (ROOT / "experiment.py").read_text()
     if row == "hysteresis":
-        rival = (ROOT / "bench" / "hysteresis.py").read_text().split('"""', 2)[2]
+        rival = (ROOT / "bench" / "hysteresis.py").read_text()
+        rival = rival[rival.index("class "):]
         source = source.replace("SAE_VARIANTS = {", rival.strip() + '\n\n\nSAE_VARIANTS = {"hysteresis": Hysteresis, ', 1)
     return edited(source, **ROWS[row], SEEDS=(seed,))
 

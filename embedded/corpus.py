@@ -511,7 +511,7 @@ def _source_labels(source, tree):
     labels = np.zeros((len(source), len(LABELS)), np.int8)
     types, docstring, in_class, in_function, call = labels.T
     type_ids = {name: i for i, name in enumerate(LABELS["token_type"])}
-    colons, line_ends, parentheses, opened, quotes = [], [], {}, [], 0
+    colons, line_ends, parentheses, opened, quotes, quotes_start = [], [], {}, [], 0, 0
     for kind, string, (line, column), _, _ in tokenize.generate_tokens(io.StringIO(source).readline):
         start = begins[line] + column
         end = start + len(string)        # tokenize's own end is wrong after some strings in early versions of 3.12

@@ -1,4 +1,4 @@
-"""embedded/corpus.py: the embedded corpus, every kind of data set, a helpful error for every kind of mistake, labels."""
+"""embedded/corpus.py: the embedded corpus, every kind of data set, helpful errors for mistakes, labels of tokens."""
 import ast
 import io
 import json
@@ -465,7 +465,8 @@ tail = ...
         "|@|decorate": "operator class", "@|decorate|(": "name class", "decorate|(|7": "operator class call",
         "|7|, by": "number class call", "7,| |by": "whitespace class call", '|"name"|': "string class call",
         '"name"|)|': "operator class call", "(|other|)": "name class",
-        "|async| def": "keyword class", "async |def| m": "keyword class", "|method|(self": "name class", "(|self|, x": "name class",
+        "|async| def": "keyword class", "async |def| m": "keyword class",
+        "|method|(self": "name class", "(|self|, x": "name class",
         "|first|()": "name class", "first|()|": "operator class call", "first()|,|": "operator class",
         "-> |bool|": "name class", "bool|:|": "operator class",
         "bool:|\n\n        |# a": "whitespace class function",
@@ -476,8 +477,9 @@ tail = ...
         "|return| lambda": "keyword class function", "|lambda|": "keyword class function",
         "|# noqa|": "comment class function", "|held|": "name class function",
         '|"not docs"|': "string class function", "x |is| not": "keyword class function",
-        "|None|": "keyword class function", "|!=|": "operator class function", "y| \\\n                |or": "whitespace "
-        "class function", "|await|": "keyword class function", "[|print|": "name class function",
+        "|None|": "keyword class function", "|!=|": "operator class function", 
+        "y| \\\n                |or": "whitespace class function",
+        "|await|": "keyword class function", "[|print|": "name class function",
         "print|(|": "operator class function call", "print(|x|": "name class function call",
         "print(x|)|": "operator class function call", '|b"bytes"|': "string class function",
         "|# at the end|": "comment class function", "|# after the method|": "comment class", "|last|": "name class",
@@ -500,7 +502,8 @@ del(x)
 """, {
         "value = |one|": "name", "one|(|two": "operator call", "|two|": "name call", "|# three|": "comment call",
         "[|four|": "name call", "in |six|": "name call", "|eight|": "name call", "})|(|nine": "operator call",
-        "|nine|": "name call", "nine)|.|ten": "operator", "|ten|": "name", "ten|(|": "operator call", "ten(|\n|)": "whitespace call",
+        "|nine|": "name call", "nine)|.|ten": "operator", "|ten|": "name",
+        "ten|(|": "operator call", "ten(|\n|)": "whitespace call",
         "[|eleven|": "name", "]|((|12": "operator call", "12|))|": "operator call", "|(|thirteen": "operator",
         "|thirteen|": "name", "thirteen|)|(14": "operator", "(|14|": "number call", "|fifteen|": "name",
         "@|decorate|": "name", "C|(|call": "operator", "|call|": "name", "|16|": "number call", "key=|17|": "number",
@@ -518,10 +521,12 @@ text = \"\"\"ä
 🙂\"\"\"; x = (4)
 col·lecció = 5
 """, {
-        "|äöü|": "name", "|'日本'|": "string", "|run|": "name", "run|(|": "operator call", "('é', |日本|": "name call",
+        "|äöü|": "name", "|'日本'|": "string", "|run|": "name", "run|(|": "operator call",
+        "('é', |日本|": "name call",
         "日本|)|": "operator call", ")|  |# ü": "whitespace", "|# ü|": "comment", "|Ä|": "name",
         "Ä:| |": "whitespace class", "|'ß'|": "docstring docstring class", "'ß'|;|": "operator class",
-        "|'🙂'|": "string class", "|f|(1": "name class", "f(|1|)": "number class call", "f(1|)|": "operator class call",
+        "|'🙂'|": "string class", "|f|(1": "name class", "f(|1|)": "number class call",
+        "f(1|)|": "operator class call",
         "|é|():": "name", "é|()|:": "operator", "|'dóc'|": "docstring docstring function",
         "'dóc'|;|": "operator function", "|g|(2": "name function", "(|2|)": "number function call",
         "2)|\n|": "whitespace", "|'''ö\nü'''|": "docstring docstring function",
@@ -582,8 +587,8 @@ def test_labels_of_docstrings(text, docstring):
 
 
 @pytest.mark.parametrize("text", [
-    "The cat sat on the mat.", "print 'two'", "def f(:\n", "x = 'open\n", "x = (", "  indented\nx", "x = 1\n\0", "x = '\ud800'",
-    "f(" * 500 + ")" * 500, "-" * 200_000 + "1", " = Title = \n\n Text of an article .\n", "\\begin{document}",
+    "The cat sat on the mat.", "print 'two'", "def f(:\n", "x = 'open\n", "x = (", "  indented\nx", "x = 1\n\0",
+    "x = '\ud800'", "f(" * 500 + ")" * 500, "-" * 200_000 + "1", " = Title = \n\n Text of an article .\n", "\\begin{document}",
     '{"text": "a\n"}', "x\n\ty\n", "[" * 90, "{" * 90, "(" * 60 + "a" + "}" * 60])
 def test_what_is_not_python_has_no_labels(text):
     began = time.monotonic()
@@ -642,7 +647,8 @@ def test_labels_of_real_files():
 
         line_starts = np.cumsum([0] + [len(line) + 1 for line in text.split("\n")])
         for name, kinds in (("class", ast.ClassDef), ("function", (ast.FunctionDef, ast.AsyncFunctionDef))):
-            lines = {n for node in nodes if isinstance(node, kinds) for n in range(node.body[0].lineno, node.end_lineno + 1)}
+            bodies = [range(node.body[0].lineno, node.end_lineno + 1) for node in nodes if isinstance(node, kinds)]
+            lines = set().union(*bodies)
             of_line = {n + 1: inside[name][start:end - 1][-1:].any()
                        for n, (start, end) in enumerate(zip(line_starts, line_starts[1:])) if end - start > 1}
             assert all(of_line[n] for n in lines if n in of_line)
@@ -732,9 +738,9 @@ def test_labels_are_made_for_heldout_documents_only(monkeypatch, tokenizer):
     assert (found.labels == -1).all()
 
 
-def python_rows(bos=""):
-    return [{"text": f"# number {i}{bos}\n" + f'def f{i}(x{bos and "="}{bos and repr(bos)}):\n    return print(x, {i})\n\n' * 9}
-            for i in range(300)]
+def python_rows(default=""):
+    definition = f"(x={default!r}):\n    return print(x, 1)\n\n"
+    return [{"text": f"# number {i} {default}\n" + f"def f{i}{definition}" * 9} for i in range(300)]
 
 
 def test_labels_are_dropped_with_the_tokens_that_are_dropped(tmp_path, tokenizer):

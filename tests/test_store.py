@@ -362,7 +362,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(E, model, store, monk
     store, collected = store
     needed = N * CONTEXT * WIDTH * 4
     monkeypatch.setattr(E.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 0, needed))
-    with pytest.raises(E.RunnerError, match="SAE_CACHE_DIR") as error:         # just enough is not enough
+    with pytest.raises(E.corpus.DataError, match="SAE_CACHE_DIR") as error:         # just enough is not enough
         store.collect(lambda: model, 1)
     assert str(store.folder) in str(error.value)
     assert collected == [] and not list(store.folder.glob("*.bin*"))

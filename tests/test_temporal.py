@@ -689,6 +689,7 @@ def test_temporal_binds_the_first_fifth(E, settings, fraction):
         return z.sum()
     settings(CONSISTENT_FRACTION=fraction, CONTRAST_SPAN=3, contrastive=contrastive)
     sae, batch = make(E, "temporal"), random_batch(E, mask=padding())
+    sae.binds = True
     latents, n_high = sae.encode(batch), round(fraction * D_SAE)
     losses, high = sae.losses(batch, latents), latents.dense()[..., :n_high]
     for name, wanted in E.consistency(batch, latents, n_high).items():
@@ -1140,14 +1141,14 @@ def test_polysemanticity_of_planted_units(E, kind, low, high):
         among = {"token": tokens == 3, "class": classes == 2, "two tokens": np.isin(tokens, (3, 4))}
         return rng.choice(np.flatnonzero(among.get(kind, np.ones(20000, bool))), 200, replace=False)
     units = [unit(("random", "token")[i % 2] if kind == "mixed" else kind) for i in range(40)]
-    assert low <= E.polysemanticity(units, (tokens, classes), np.random.default_rng(1)) <= high
+    assert low <= E.polysemanticity(units, (tokens, classes), np.arange(len(tokens)), np.random.default_rng(1)) <= high
 
 
 def test_polysemanticity_of_units_that_fire_too_rarely(E):
     rng, kinds = np.random.default_rng(0), (np.arange(500), np.arange(500) % 7)
-    assert E.polysemanticity([np.arange(63)] * 5, kinds, rng) == 1.0
+    assert E.polysemanticity([np.arange(63)] * 5, kinds, np.arange(len(kinds[0])), rng) == 1.0
     one_class = np.flatnonzero(kinds[1] == 3)
-    assert E.polysemanticity([np.arange(63), one_class], kinds, rng) == 0.0         # 64 are enough, and all that counts
+    assert E.polysemanticity([np.arange(63), one_class], kinds, np.arange(len(kinds[0])), rng) == 0.0         # 64 are enough, and all that counts
 
 
 # ---- Similarity between positions ----
@@ -1443,11 +1444,11 @@ def test_what_stands_in_the_padding_changes_no_temporal_figure(E, settings, text
 
 def test_no_full_window_is_an_error(E, settings, text):
     store, sae = text(lengths=np.full(52, CONTEXT - 1)), dictionary(E)
-    with pytest.raises(E.RunnerError, match="CONTEXT_LENGTH = 40"):
+    with pytest.raises(E.corpus.DataError, match="CONTEXT_LENGTH = 40"):
         E.eval_temporal(run_of(E, store, sae))
     lengths = np.full(52, CONTEXT - 1)
     lengths[[0, 20]] = CONTEXT                          # one is not enough, nor do training windows help
-    with pytest.raises(E.RunnerError, match="CONTEXT_LENGTH = 40"):
+    with pytest.raises(E.corpus.DataError, match="CONTEXT_LENGTH = 40"):
         text("one", lengths).windows.full()
 
 
