@@ -1309,8 +1309,9 @@ def bigram_explained_variance(store, variance):
 
 def cached(run, compute, *depends):
     """compute(run), kept beside the activations until its code changes."""
-    source = SOURCE[SOURCE.index("# ---- Data and model"):SOURCE.index("# ---- Results")]
-    key = fingerprint(compute.__name__, source, inspect.getsource(TopK), *depends)
+    marks = ("# ---- Sparse", "class BatchTopK", "# ---- Data", "# ---- Results")
+    a, b, c, d = (SOURCE.index(mark) for mark in marks)
+    key = fingerprint(compute.__name__, SOURCE[a:b], SOURCE[c:d], *depends)
     return kept(run.store.folder / f"{compute.__name__}-{key}.json", lambda: compute(run))
 
 

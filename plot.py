@@ -108,12 +108,13 @@ NOTE = {"fontsize": 6.5, "color": "#555555"}        # what belongs to no run: ta
 WIDTH = 6.5             # inches, the text width of a paper
 STYLE = {
     "figure.constrained_layout.use": True, "savefig.dpi": 200, "font.size": 8,
-    "axes.labelsize": 8, "axes.titlesize": 8, "figure.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
-    "legend.fontsize": 7.5, "legend.frameon": False, "legend.title_fontsize": 6.5,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.minor.size": 0,
-    "ytick.minor.size": 0, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.5, "lines.linewidth": 1.3, "lines.markersize": 3.5,
+    "axes.labelsize": 8, "axes.titlesize": 8, "figure.labelsize": 8, "xtick.labelsize": 7,
+    "ytick.labelsize": 7, "legend.fontsize": 7.5, "legend.frameon": False,
+    "legend.title_fontsize": 6.5, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "xtick.minor.size": 0, "ytick.minor.size": 0, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#e6e6e6", "grid.linewidth": 0.5, "lines.linewidth": 1.3,
+    "lines.markersize": 3.5,
 }
 # How known metrics are named in figures, and where better lies; others go under their own name.
 TITLES = {
@@ -275,7 +276,8 @@ def draw_stages(axes, runs):
                 axis.axvline(start, color=color, linewidth=0.7, linestyle=(0, (4, 2)), zorder=0)
         for axis in axes[0]:
             for start, name in plan:
-                axis.annotate(str(name).replace("_", " "), (start, 1), (2, 2 + 20 * row), rotation=25,
+                at = max(start, axis.get_xlim()[0]), 1
+                axis.annotate(str(name).replace("_", " "), at, (2, 2 + 20 * row), rotation=25,
                               xycoords=("data", "axes fraction"), textcoords="offset points",
                               rotation_mode="anchor", fontsize=6, color=color)
 
@@ -442,13 +444,13 @@ def by_position(run, name):
 
 def fig_position(runs):
     """Explained variance and loss increase along the context."""
-    panels = {"explained_variance_by_position": "explained variance ↑",
-              "loss_increase_by_position": "loss increase (nats) ↓"}
-    runs = [run for run in runs if any(seed.get(name) for seed in run.curves for name in panels)]
+    names = {"explained_variance_by_position": "explained variance ↑",
+             "loss_increase_by_position": "loss increase (nats) ↓"}
+    runs = [run for run in runs if any(seed.get(name) for seed in run.curves for name in names)]
     if not runs:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.8))
-    for axis, (name, text) in zip(axes, panels.items()):
+    for axis, (name, text) in zip(axes, names.items()):
         for run in runs:
             if found := by_position(run, name):
                 draw_band(axis, run, *found)
@@ -493,9 +495,8 @@ def fig_autocorrelation(runs):
             right.plot(run.metrics["stability_token"], row, "k|", markersize=8,
                        label="from tokens alone")
         if "stability" in run.metrics:
-            bar, _ = error_bar(run, run.entries.get("temporal", {}), "stability")
-            right.errorbar(run.metrics["stability"], row, xerr=np.array([bar]).T if bar else None,
-                           color=run.color, marker=run.marker, markersize=5)
+            right.plot(run.metrics["stability"], row, color=run.color, marker=run.marker,
+                       markersize=5)
     left.set_title(f"shaded: lags {lags[0]}-{lags[1]} make stability", loc="right", **NOTE)
     left.set_xlabel("lag (tokens)")
     left.set_ylabel("autocorrelation (energy-weighted)")
@@ -528,8 +529,9 @@ def visible(token):
 
 def fig_evolution(runs):
     """Latents along a held-out passage, each over its maximum there, in the last two runs."""
+    needed = {"tokens", "latents", "values"}
     runs = [run for run in runs
-            if run.curves and (run.curves[0].get("evolution") or {}).get("values")][-2:]
+            if run.curves and needed <= (run.curves[0].get("evolution") or {}).keys()][-2:]
     if not runs:
         return None
     figure, axes = panels(len(runs), 1, 2.2)
@@ -555,14 +557,16 @@ def fig_similarity(runs):
     found = [(run, values.mean(0)) for run, values in found if len(values)]
     if not found:
         return None
-    figure, axes = panels(len(found), 4, 0.5 + max(1.2, min(2.4, 4.8 / len(found))), sharey=True)
+    titles = [textwrap.fill(run.label, 20) for run, _ in found]
+    height = max(1.3, min(2.4, 4.8 / len(found))) + 0.12 * max(t.count("\n") for t in titles)
+    figure, axes = panels(len(found), 4, 0.5 + height, sharey=True)
     apart = np.concatenate([m[~np.eye(len(m), dtype=bool)] for _, m in found])
     low, high = np.nanpercentile(apart, (0.5, 99.5))
-    for axis, (run, matrix) in zip(axes.flat, found):
+    for axis, (_, matrix), title in zip(axes.flat, found, titles):
         n = 2 * len(matrix)
         image = axis.imshow(matrix, cmap="cividis", vmin=min(low, 0), vmax=high,
                             extent=(0, n, n, 0))
-        axis.set_title(textwrap.fill(run.label, 20), loc="left", fontsize=7)
+        axis.set_title(title, loc="left", fontsize=7)
         axis.set_xlabel("position s")
         axis.grid(False)
     for axis in axes[:, 0]:
@@ -606,6 +610,7 @@ def fig_variance_scaling(runs):
         found = [seed_values(run, name).ravel() for run in runs]
         if name != "decay":
             found = [np.log10(np.maximum(values, 1e-9)) for values in found]
+        found = [values[np.isfinite(values)] for values in found]
         bins = np.histogram_bin_edges(np.concatenate(found), 40)
         for run, values in zip(runs, found):
             axis.hist(values, bins, weights=np.full(len(values), 1 / max(len(values), 1)),
@@ -623,8 +628,8 @@ def ablations(runs):
                 if name == "data_hash" or name.isupper() and name not in ("ABLATE", "SEEDS")}
 
     whole = [run for run in runs if "SAE_VARIANT" in run.config and not run.config.get("ABLATE")]
-    return [(run, full) for run in runs if run.config.get("ABLATE")
-            for full in whole if rest(full) == rest(run)]
+    return [(run, full[0]) for run in runs if run.config.get("ABLATE")
+            if (full := [other for other in whole if rest(other) == rest(run)])]
 
 
 def fig_ablations(runs):

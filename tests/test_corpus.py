@@ -552,13 +552,13 @@ def test_f_strings_are_strings_from_end_to_end():
     check_labels("""def f(x):
     f"no docs {x}"
     a = f"{x!r:>{width(1)}} {{braces}} {run(x, 'y')}" + rf'''{
-        f"{x}" if x else lambda: 3}
+        f"{x}" if x else (lambda: 3)}
     é {x}''' "more" f'{x=}'
     return call(f"{g(x)}é{x}" f"{x}", 4)
 b = "doc" f"{1}"
 """, {
         "|f\"no docs {x}\"|": "string function", "|f\"{x!r:>{width(1)}} {{braces}} {run(x, 'y')}\"|": "string function",
-        "|rf'''{\n        f\"{x}\" if x else lambda: 3}\n    é {x}'''|": "string function",
+        "|rf'''{\n        f\"{x}\" if x else (lambda: 3)}\n    é {x}'''|": "string function",
         "'''| |\"more\"": "whitespace function", "|\"more\"|": "string function", "|f'{x=}'|": "string function",
         "|call|": "name function", "|f\"{g(x)}é{x}\"|": "string function call", "\"|,| 4": "operator function call",
         "|4|": "number function call", "\"doc\"| |": "whitespace", "|f\"{1}\"|": "string"})
@@ -588,7 +588,7 @@ def test_labels_of_docstrings(text, docstring):
 
 @pytest.mark.parametrize("text", [
     "The cat sat on the mat.", "print 'two'", "def f(:\n", "x = 'open\n", "x = (", "  indented\nx", "x = 1\n\0",
-    "x = '\ud800'", "f(" * 500 + ")" * 500, "-" * 200_000 + "1", " = Title = \n\n Text of an article .\n", "\\begin{document}",
+    "x = '\ud800'", "f(" * 500 + ")" * 500, "-" * 200_000 + "1", " = Title = \n\n Text .\n", "\\begin{document}",
     '{"text": "a\n"}', "x\n\ty\n", "[" * 90, "{" * 90, "(" * 60 + "a" + "}" * 60])
 def test_what_is_not_python_has_no_labels(text):
     began = time.monotonic()
@@ -603,12 +603,12 @@ def test_labels_of_next_to_nothing():
 
 
 def test_labelling_is_quiet():
-    """Also where the source has invalid escapes and the like, and where warnings are errors."""
+    """Also where the source has invalid escapes and the like, and where Python is asked for every warning."""
     code = f"import sys; sys.path.insert(0, {str(PROJECT / 'embedded')!r}); import corpus; " \
            "print(corpus.char_labels(r\"x = '\\d' is 1if 2else 3\" + \"\\nassert (1, 'x')\\n\").shape)"
     for flags in ([], ["-W", "always"]):
         done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=180)
-        assert (done.returncode, done.stderr, done.stdout) == (0, "", "(43, 5)\n")
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", "(40, 5)\n")
 
 
 def test_labels_of_real_files():
@@ -640,7 +640,8 @@ def test_labels_of_real_files():
         nodes = [node for node in ast.walk(tree) if isinstance(node, have)]
         found = [ast.get_docstring(node, clean=False) for node in nodes]
         assert len(parts(inside["docstring"])) == sum(docstring is not None for docstring in found)
-        assert sorted(map(ast.literal_eval, parts(inside["docstring"]))) == sorted(d for d in found if d is not None)
+        assert sorted(ast.literal_eval(f"({part})") for part in parts(inside["docstring"])) == \
+            sorted(docstring for docstring in found if docstring is not None)
         assert sum(map(len, parts(types == "comment"))) == sum(
             len(token.string) for token in tokenize.generate_tokens(io.StringIO(text).readline)
             if token.type == tokenize.COMMENT)

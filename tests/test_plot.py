@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.colors
@@ -14,20 +15,51 @@ import numpy as np
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
-FIGURES = ("training_curves", "headline_metrics", "sparsity_fidelity", "position")
-FILES = 64
+FIGURES = ("training_curves", "headline_metrics", "sparsity_fidelity", "position", "stability_fidelity", "autocorrelation",
+           "feature_evolution", "similarity", "parameters", "variance_scaling", "ablations")
+FILES, SEQ = 64, 127
+TOKENS = ["import", " numpy", "\n", "\t", "$x$", "漢字", "\x00", " averylongidentifier", "_", "\n        "] * 13
 
 
-def results(variant, fvu, seeds=1, starts=(0,), data="abc"):
+def temporal_entry(rng, seeds, adapted):
+    """What eval_temporal leaves of one run: `seeds` seeds, one file without a full window."""
+    values = {"stability": 0.02, "smoothness": 0.5, "coherence": 0.9}
+    lags, square = np.arange(1, 33), np.arange(64)
+    near = np.exp(-abs(square[:, None] - square) / 4.0)
+
+    def curves():
+        found = {"autocorrelation": (0.2 / lags + 0.01 * rng.random()).tolist(),
+                 "stability_null": rng.normal(0, 3e-4, 50).tolist(), "stability_by_rate_decile": [None] + [0.01] * 9,
+                 "similarity_matrix": (near * rng.uniform(0.5, 0.9)).tolist(),
+                 "evolution": {"tokens": TOKENS[:SEQ], "latents": list(range(100, 116)),
+                               "values": np.maximum(rng.normal(size=(16, SEQ)), 0).tolist()}}
+        if adapted:
+            variance = rng.lognormal(-7, 1, 300)
+            found |= {"variance": variance.tolist(), "scaled_variance": (variance / variance.mean()).tolist(),
+                      "decay": rng.uniform(0.2, 0.9, 300).tolist()}
+        return found
+
+    entry = {"means": {f"{k}_mean": v for k, v in values.items()}, "curves": [curves() for _ in range(seeds)],
+             "metrics": values | {"stability_token": 0.002, "stability_null_95": 5e-4},
+             "per_sequence": [{"stability": [None, *(0.02 + rng.normal(0, 0.01, FILES - 1)).tolist()],
+                               "smoothness": [None, *(0.5 + rng.normal(0, 0.05, FILES - 1)).tolist()]} for _ in range(seeds)]}
+    if seeds > 1:
+        entry |= {"stderrs": {f"{k}_stderr": 0.01 for k in values}, "metric_stderrs": dict.fromkeys(values, 0.01)}
+    return entry
+
+
+def results(variant, fvu, seeds=1, starts=(0,), data="abc", ablate=(), temporal=True):
     """A final_info.json with explained variance 1 - fvu, the files' difficulty the same in every run."""
-    rng = np.random.default_rng(sum(map(ord, variant)))
+    rng = np.random.default_rng(sum(map(ord, "".join((variant, *ablate)))))
     hard = np.random.default_rng(0).lognormal(0, 0.3, FILES)
     steps, names = list(range(20, 401, 20)), ["autoencoder", "attention", "consistency"][:len(starts)]
     values = {"explained_variance": 1 - fvu, "l0": 32.0, "loss_increase_nats": fvu, "ce_recovered": 1 - fvu / 2,
               "avg_inference_tokens_per_second": 71641.6}
-    training = {"step": steps, "stage": [names[0]] * len(steps), "losses": {"reconstruction": [fvu + 1 / s for s in steps]},
-                "l0": [32 + 3000 / s for s in steps], "dead_fraction": [0.0] * len(steps), "parameters": {},
-                "val_step": [200, 400], "val_loss": [fvu + 0.01, fvu], "stage_starts": list(starts)}
+    parameters = {"temporal": ("gate_bound", "gate_free"), "temporal_adaptation": ("beta", "theta", "temperature")}
+    training = {"step": steps, "losses": {"reconstruction": [fvu + 1 / s for s in steps]},
+                "l0": [32 + 3000 / s for s in steps], "dead_fraction": [0.0] * len(steps),
+                "parameters": {name: [i / s for s in steps] for i, name in enumerate(parameters.get(variant, ()))},
+                "val_step": [200, 400], "val_loss": [fvu + 0.01, fvu], "stage_starts": list(starts), "stages": names}
     entry = {
         "means": {f"{k}_mean": v for k, v in values.items()}, "final_info_dict": {k: [v] * seeds for k, v in values.items()},
         "metrics": values | {"bigram_explained_variance": 0.7, "untrained_explained_variance": 0.05},
@@ -35,10 +67,14 @@ def results(variant, fvu, seeds=1, starts=(0,), data="abc"):
                     "loss_increase_by_position": [fvu] * 126} for _ in range(seeds)],
         "per_sequence": [{"fvu": (fvu * hard * rng.lognormal(0, 0.02, FILES)).tolist(),
                           "loss_increase_nats": (0.3 * hard + rng.normal(0, 0.02, FILES)).tolist()} for _ in range(seeds)],
-        "config": {"SAE_VARIANT": variant, "ABLATE": [], "TARGET_L0": 32, "data_hash": data, "stages": names}}
+        "config": {"SAE_VARIANT": variant, "ABLATE": list(ablate), "TARGET_L0": 32, "STABILITY_LAGS": [5, 16],
+                   "SEEDS": list(range(seeds)), "data_hash": data}}
     if seeds > 1:
         entry |= {"stderrs": {f"{k}_stderr": 0.01 for k in values}, "metric_stderrs": dict.fromkeys(values, 0.01)}
-    return {"core": entry}
+    found = {"core": entry}
+    if temporal:
+        found["temporal"] = temporal_entry(rng, seeds, variant == "temporal_adaptation")
+    return found
 
 
 def template(folder, runs, labels=None):
@@ -86,8 +122,10 @@ def test_all_kinds_of_runs_at_once(tmp_path):
     runs = {"run_0": results("standard", 0.3), "run_1": results("topk", 0.2, seeds=2, starts=(0, 200, 300)),
             "run_2": None, "run_3": '{"core": {"means"', "run_4": [1, 2], "run_5": unknown,
             "run_6": {"core": {"means": {"l0_mean": 31.0}}}, "run_7": results("gated", 0.2, data="xyz"),
-            "run_8": {"core": 3}, "run_9": '{"core": {"means": {"l0_mean": NaN}}}', "run_11": results("topk", 0.2)}
-    labels = {"run_0": "standard (baseline)"} | {f"run_{i}": None for i in range(1, 11)}
+            "run_8": {"core": 3}, "run_9": '{"core": {"means": {"l0_mean": NaN}}}', "run_11": results("topk", 0.2),
+            "run_12": results("temporal_adaptation", 0.2, temporal=False), "run_13": results("temporal_adaptation", 0.2),
+            "run_14": results("temporal_adaptation", 0.3, ablate=("trace",))}
+    labels = {"run_0": "standard (baseline)"} | {f"run_{i}": None for i in range(1, 15) if i != 11}
     folder = template(tmp_path / "an idea, é" / "deep", runs, labels)
     done = run_plot(folder, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
@@ -98,12 +136,13 @@ def test_all_kinds_of_runs_at_once(tmp_path):
     assert sum("not in labels" in line for line in said) == 1 and any(line.startswith("run_11: not in labels") for line in said)
     for name in FIGURES:
         assert png_size(folder / f"{name}.png")[0] == 1300, name
-    assert "headline_metrics.png: run_0, run_1, run_5, run_6, run_7" in said
+    assert "headline_metrics.png: run_0, run_1, run_5, run_6, run_7, run_12, run_13, run_14" in said
     table = (folder / "comparison.md").read_text()
     assert table.strip() in done.stdout
     assert len(re.findall(r"^\| run_1: topk +\| fvu .*\| 0\.0001 .*\| yes +\| 2 against 1", table, re.M)) == 1
     assert len(re.findall(r"^\| run_5: mine +\| loss_increase_nats .*\| no ", table, re.M)) == 1
     assert "run_7 was not tested" in table and "run_6 was not tested" in table and "| run_7" not in table
+    assert "run_12 was not tested on stability" in table and len(re.findall(r"\| stability ", table)) == 4
 
 
 def test_labels_as_they_ship_and_one_run(tmp_path):
@@ -111,7 +150,7 @@ def test_labels_as_they_ship_and_one_run(tmp_path):
     done = run_plot(folder, cwd=folder)
     assert done.returncode == 0 and done.stderr == ""
     assert "run_1: skipped" in done.stdout and "Nothing was tested" in (folder / "comparison.md").read_text()
-    assert {path.stem for path in folder.glob("*.png")} == set(FIGURES)
+    assert {path.stem for path in folder.glob("*.png")} == set(FIGURES) - {"parameters", "variance_scaling", "ablations"}
 
 
 def test_no_run_at_all_is_an_error(tmp_path):
@@ -134,7 +173,7 @@ def test_legends_and_colors(tmp_path):
     want = [matplotlib.colors.to_rgba(run.color) for run in loaded]
     bars = plot.fig_headlines(loaded).axes[0].patches
     assert [bar.get_facecolor() for bar in bars] == want
-    for draw in (plot.fig_training, plot.fig_position):
+    for draw in (plot.fig_training, plot.fig_position, plot.fig_stability_fidelity, plot.fig_autocorrelation):
         legend = draw(loaded).legends[0]
         assert [matplotlib.colors.to_rgba(line.get_color()) for line in legend.get_lines()] == want
         assert [text.get_text() for text in legend.get_texts()] == [run.label for run in loaded]
@@ -157,7 +196,9 @@ def test_metrics_never_seen(tmp_path):
     axes = plot.fig_headlines(plot.load_runs()).axes
     panel = next(axis for axis in axes if axis.get_title(loc="left") == "other: brand new score")
     assert [text.get_text() for text in panel.texts] == ["not measured", "-0.400"]
-    assert panel.get_xlim()[0] < -0.5 and len(axes) == 6
+    assert panel.get_xlim()[0] < -0.5 and len(axes) == 9
+    assert [axis.get_title(loc="left") for axis in axes[5:8]] == [f"temporal: {name}" for name in
+                                                                ("stability ↑", "smoothness ↓", "coherence ↑")]
     plot.plt.close("all")
 
 
@@ -170,6 +211,10 @@ def test_error_bars(tmp_path):
     assert plot.error_bar(single, single.entries["core"], "ce_recovered") == (None, False)
     (below, above), over_seeds = plot.error_bar(single, single.entries["core"], "explained_variance")
     assert not over_seeds and 0 < above < 4 / 64 <= below < 0.1      # rare bad files: the longer tail is below
+    (below, above), over_seeds = plot.error_bar(single, single.entries["temporal"], "stability")
+    assert not over_seeds and below == pytest.approx(1.96 * 0.01 / 63 ** 0.5, rel=0.4) and above > 0     # one file has None
+    nothing = single._replace(per_sequence=[{"stability": [None] * FILES}])
+    assert plot.error_bar(nothing, single.entries["temporal"], "stability") == (None, False)
 
 
 def test_controls_inside_and_outside_the_panel(tmp_path):
@@ -201,6 +246,183 @@ def test_seeds_that_stopped_at_different_steps(plot, tmp_path):
     assert list(steps) == [10, 15, 20] and values.tolist() == [[3.0, 2.5, 2.0], [1.0, 1.0, 1.0]]
     assert plot.training_curve(run, "step", "absent") is None
     assert plot.training_curve(run, "step", "late")[0] == [20]
+
+
+# The temporal figures ------------------------------------------------------------------------------------------------
+VARIANTS = ("standard", "temporal", "temporal_adaptation", "tsae", "batch_topk", "hysteresis", "topk")
+
+
+def several(tmp_path, n, seeds=1):
+    """plot.py beside n runs of different variants, the last two of nine ablated; and the runs as it loads them."""
+    contents = [results(name, 0.1 + 0.01 * i, seeds, starts=(0, 200, 300) if name == "temporal" else (0,))
+                for i, name in enumerate(VARIANTS)]
+    contents += [results("temporal", 0.2, seeds, (0, 200), ablate=("consistency",)),
+                 results("temporal", 0.3, seeds, (0, 200, 300), ablate=("attention", "positions"))]
+    runs = {f"run_{i}": content for i, content in enumerate(contents[:n])}
+    plot = load(template(tmp_path, runs, dict.fromkeys(runs)))
+    plot.RESAMPLES = 300
+    return plot, plot.load_runs()
+
+
+@pytest.mark.parametrize("n, seeds", [(1, 1), (1, 3), (9, 1), (9, 3)])
+def test_nothing_is_cut_off(tmp_path, n, seeds):
+    """Every figure is drawn without a warning, at paper width, with all of its artists inside."""
+    plot, runs = several(tmp_path, n, seeds)
+    missing = {"parameters", "variance_scaling", "ablations"} if n == 1 else set()
+    with plot.plt.rc_context(plot.STYLE):
+        for name, draw in plot.FIGURES.items():
+            figure = draw(runs)
+            assert (figure is None) == (name in missing), name
+            if figure is not None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    figure.savefig(tmp_path / f"{name}.png")
+                assert png_size(tmp_path / f"{name}.png")[0] == 1300
+                box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+                assert -0.02 < box.x0 and box.x1 < width + 0.02 and -0.02 < box.y0 and box.y1 < height + 0.02, (name, box)
+    plot.plt.close("all")
+
+
+def test_any_key_may_be_missing(tmp_path):
+    """Each part of the temporal entry and of the training log is taken away, or is None, in one of two runs and in both."""
+    plot, runs = several(tmp_path, 3)
+    temporal = runs[2].entries["temporal"]
+    parts = [("curves", name) for name in temporal["curves"][0]] + [("metrics", name) for name in temporal["metrics"]]
+    parts += [("curves", "training"), ("per_sequence", "stability"), ("per_sequence", "smoothness")]
+    for part, name in parts:
+        for gone in ({}, {name: None}) if part != "metrics" else ({},):
+            def without(run):
+                now = getattr(run, part)
+                cut = [{k: v for k, v in one.items() if k != name} | gone for one in (now if part != "metrics" else [now])]
+                return run._replace(**{part: cut if part != "metrics" else cut[0]})
+            for some in ([runs[1], without(runs[2])], [without(runs[1]), without(runs[2])]):
+                for draw in plot.FIGURES.values():
+                    if (name, gone) != ("training", {"training": None}):
+                        draw(some)
+                plot.compare(some)
+                plot.plt.close("all")
+    bare = [run._replace(curves=[], per_sequence=[], metrics={}, config={}, errors={}) for run in runs]
+    assert [name for name, draw in plot.FIGURES.items() if draw(bare) is not None] == ["headline_metrics"]
+    plot.plt.close("all")
+
+
+def test_autocorrelation_and_its_nulls(tmp_path):
+    plot, runs = several(tmp_path, 3, seeds=3)
+    left, right = plot.fig_autocorrelation(runs).axes
+    mean = np.mean([seed["autocorrelation"] for seed in runs[1].curves], axis=0)
+    assert np.allclose(left.lines[1].get_ydata(), mean) and list(left.lines[1].get_xdata()) == list(range(1, 33))
+    assert left.get_yscale() == "log" and len(left.collections) == 3        # the ranges of the seeds
+    shaded = left.patches[0].get_extents().transformed(left.transData.inverted())
+    assert [shaded.x0, shaded.x1] == pytest.approx([5, 16])
+    null, token, observed = right.lines[3:6]
+    draws = np.concatenate([seed["stability_null"] for seed in runs[1].curves])
+    assert list(null.get_xdata()) == pytest.approx(list(np.percentile(draws, (2.5, 97.5)))) and list(null.get_ydata()) == [1, 1]
+    assert [list(line.get_xdata()) for line in (token, observed)] == [[0.002], [0.02]]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["permuted positions (95 %)", "from tokens alone"]
+    below = runs[0]._replace(curves=[{"autocorrelation": [0.1, -0.1, None]}], config={"STABILITY_LAGS": [2, 3]})
+    left, right = plot.fig_autocorrelation([below]).axes
+    assert left.get_yscale() == "linear" and "2-3" in left.get_title(loc="right")
+    plot.plt.close("all")
+
+
+def test_stability_against_fidelity(tmp_path):
+    plot, runs = several(tmp_path, 2, seeds=3)
+    bare = runs[0]._replace(metrics={"explained_variance": 0.9})
+    axis, = plot.fig_stability_fidelity([bare, runs[1]]).axes
+    (point, _, bars), = axis.containers
+    assert [point.get_xdata()[0], point.get_ydata()[0]] == [pytest.approx(0.89), 0.02] and len(bars) == 2
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("explained variance ↑", "stability ↑")
+    assert plot.fig_stability_fidelity([bare]) is None
+    plot.plt.close("all")
+
+
+def test_tokens_are_shown_as_they_are(plot):
+    shown = [plot.visible(token) for token in (" a b", "\n    ", "\t", "漢\x00", "x" * 10, " averylongidentifier", "\ufffd", "$x$")]
+    assert shown == ["␣a␣b", "↵␣␣␣␣", "→", "□□", "x" * 10, "␣averylon…", "\ufffd", "$x$"]
+
+
+def test_evolution_shows_the_last_two_runs(tmp_path):
+    plot, runs = several(tmp_path, 4)
+    runs[3].curves[0]["evolution"]["values"][5] = [0.0] * SEQ           # a silent latent
+    *axes, _ = plot.fig_evolution(runs).axes
+    assert [axis.get_title(loc="left") for axis in axes] == [run.label for run in runs[2:]]
+    for axis, run in zip(axes, runs[2:]):
+        values, found = np.array(axis.images[0].get_array()), np.array(run.curves[0]["evolution"]["values"])[:, -64:]
+        assert np.allclose(values * np.maximum(found.max(1, keepdims=True), 1e-9), found)
+        assert set(values.max(1).round(9)) <= {0.0, 1.0} and values.shape == (16, 64)
+        assert [text.get_text() for text in axis.get_xticklabels()] == [plot.visible(t) for t in TOKENS[SEQ - 64:SEQ]]
+        assert [text.get_text() for text in axis.get_yticklabels()] == [str(i) for i in range(100, 116)]
+    plot.plt.close("all")
+
+
+def test_similarity_has_one_scale(tmp_path):
+    plot, runs = several(tmp_path, 6, seeds=3)
+    holed = [seed | {"similarity_matrix": [[None, 0.5], [0.25, 1.0]]} for seed in runs[5].curves]
+    panels = [axis for axis in plot.fig_similarity([*runs[:5], runs[5]._replace(curves=holed)]).axes if axis.images]
+    assert len(panels) == 6 and len({axis.images[0].get_clim() for axis in panels}) == 1
+    low, high = panels[0].images[0].get_clim()
+    assert low == 0 and 0.3 < high < 0.9                # the diagonal is beyond the scale
+    mean = np.mean([seed["similarity_matrix"] for seed in runs[1].curves], axis=0)
+    assert np.allclose(panels[1].images[0].get_array(), mean) and panels[1].images[0].get_extent() == [0, 128, 128, 0]
+    assert panels[5].images[0].get_extent() == [0, 4, 4, 0]
+    plot.plt.close("all")
+
+
+def test_parameters_and_the_stages_of_their_runs(tmp_path):
+    plot, runs = several(tmp_path, 9)
+    axes = plot.fig_parameters(runs).axes
+    assert [axis.get_ylabel() for axis in axes] == ["gate bound", "gate free", "beta", "theta", "temperature"]
+    gate, theta = axes[1], axes[3]
+    curves = [line.get_ydata() for line in gate.lines if len(line.get_ydata()) == 20]
+    assert len(curves) == 3 and np.allclose(curves, [1 / s for s in range(20, 401, 20)])
+    borders = [line.get_xdata()[0] for line in gate.lines if list(line.get_ydata()) == [0, 1]]
+    assert borders == [200, 300, 200]       # one plan of two runs, one of the run without its last stage
+    assert [text.get_text() for text in gate.texts] == ["autoencoder", "attention", "consistency", "autoencoder", "attention"]
+    assert len(theta.lines) == 1 and not theta.texts
+    plot.plt.close("all")
+
+
+def test_histograms_of_the_variances(tmp_path):
+    plot, runs = several(tmp_path, 3, seeds=3)
+    still = [{"variance": [0.0, 1.0, None], "scaled_variance": [1.0] * 3, "decay": [0.5] * 3}]
+    axes = plot.fig_variance_scaling([*runs, runs[1]._replace(curves=still)]).axes
+    assert [axis.get_xlabel() for axis in axes] == ["log10 variance", "log10 scaled variance", "decay per token"]
+    for axis in axes:
+        areas = [sum(patch.get_xy()[1:-1:2, 1]) for patch in axis.patches]
+        assert areas[1:] == pytest.approx([1, 1]) or areas == pytest.approx([1, 1])
+    assert axes[0].get_xlim()[0] == pytest.approx(-9, abs=0.6)      # a dead latent's variance of 0
+    assert plot.fig_variance_scaling(runs[:2]) is None
+    plot.plt.close("all")
+
+
+def test_what_counts_as_an_ablation(tmp_path):
+    others = {"WINDOW": 7}, {"data_hash": "xyz"}, {"SAE_VARIANT": "tsae"}, {"SEEDS": [4]}, {"torch": "3"}
+    runs = {"run_0": results("standard", 0.3), "run_1": results("temporal", 0.2), "run_2": results("temporal", 0.2)}
+    for i, other in enumerate(others, 3):
+        runs[f"run_{i}"] = results("temporal", 0.25, ablate=("attention",))
+        runs[f"run_{i}"]["core"]["config"] |= other
+    plot = load(template(tmp_path, runs, dict.fromkeys(runs)))
+    found = plot.ablations(plot.load_runs())
+    assert [(run.folder, full.folder) for run, full in found] == [("run_6", "run_1"), ("run_7", "run_1")]
+    assert plot.fig_ablations(plot.load_runs()[:6]) is None
+
+
+def test_bars_of_the_ablations(tmp_path):
+    plot, runs = several(tmp_path, 9, seeds=3)
+    axes = plot.fig_ablations(runs).axes
+    assert [axis.get_title(loc="left") for axis in axes] == ["explained variance ↑", "loss increase (nats) ↓", "stability ↑",
+                                                           "smoothness ↓"]
+    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["temporal, no consistency", "temporal, no attention, no\npositions"]
+    for axis, metric, sign in ((axes[0], "fvu", -1), (axes[2], "stability", 1)):
+        difference, low, high, _ = plot.paired_test(*plot.paired(runs[8], runs[1], metric))
+        assert axis.patches[1].get_width() == pytest.approx(sign * difference)
+        assert sorted(axis.lines[1].get_xdata()) == pytest.approx(sorted([sign * low, sign * high]))
+    assert axes[0].patches[1].get_width() < -0.1                    # .3 of the variance is lost, not .11
+    for seed in runs[8].per_sequence:
+        del seed["smoothness"]
+    assert len(plot.fig_ablations([runs[1], runs[8]]).axes) == 3
+    plot.plt.close("all")
+
 
 
 # The paired test -----------------------------------------------------------------------------------------------------
@@ -251,8 +473,9 @@ def test_family_is_corrected_together(tmp_path):
     loaded = plot.load_runs()
     _, rows, notes = plot.compare(loaded)
     p = sorted(row[-1] for row in rows)
-    assert len(rows) == 6 and notes == []
-    q = np.minimum.accumulate([p[i] * 6 / (i + 1) for i in reversed(range(6))])[::-1]
+    assert len(rows) == 12 and notes == []
+    assert {row[1] for row in rows} == {"fvu", "loss_increase_nats", "stability", "smoothness"}
+    q = np.minimum.accumulate([p[i] * 12 / (i + 1) for i in reversed(range(12))])[::-1]
     shown = sorted(float(line.split("|")[8]) for line in plot.comparison(loaded).splitlines() if line.startswith("| run_"))
     assert shown == pytest.approx(np.minimum(q, 1), abs=6e-5)
 
@@ -263,5 +486,29 @@ def test_runs_that_cannot_be_paired(tmp_path):
     del none["core"]["config"]["data_hash"], none["core"]["per_sequence"]
     runs = {"run_0": results("standard", 0.3), "run_1": short, "run_2": none}
     _, rows, notes = (lambda plot: plot.compare(plot.load_runs()))(load(template(tmp_path, runs, dict.fromkeys(runs))))
-    assert [(row[0].folder, row[1]) for row in rows] == [("run_1", "loss_increase_nats")]
+    assert {(row[0].folder, row[1]) for row in rows} == {("run_1", name) for name in ("loss_increase_nats", "stability", "smoothness")}
     assert len(notes) == 2 and "run_1 was not tested on fvu" in notes[0] and "run_2 was not tested: other held-out data" in notes[1]
+
+
+def test_files_that_only_one_run_has(tmp_path):
+    """Pairs are the files where every seed of both runs has the metric."""
+    runs = {"run_0": results("standard", 0.3), "run_1": results("topk", 0.2, seeds=2), "run_2": results("tsae", 0.2, temporal=False)}
+    runs["run_1"]["temporal"]["per_sequence"][1]["stability"][7] = None
+    runs["run_1"]["temporal"]["per_sequence"][0]["smoothness"] = [None] * FILES
+    plot = load(template(tmp_path, runs, dict.fromkeys(runs)))
+    base, one, two = plot.load_runs()
+    _, rows, notes = plot.compare([base, one, two])
+    _, _, mine, other, difference, low, high, p = next(row for row in rows if row[1] == "stability")
+    kept = [i for i in range(FILES) if i not in (0, 7)]
+    expected = [[seed["stability"][i] for i in kept] for seed in one.per_sequence]
+    assert np.array_equal(mine, expected) and other.shape == (1, 62)
+    assert difference == pytest.approx(np.mean(expected) - other.mean()) and low < difference < high and 0 < p <= 1
+    assert [note.split(":")[0] for note in notes] == ["run_1 was not tested on smoothness", "run_2 was not tested on stability",
+                                                      "run_2 was not tested on smoothness"]
+    assert "nan" not in plot.comparison([base, one, two]).lower()
+
+
+def test_an_older_baseline_without_the_temporal_metrics(tmp_path):
+    runs = {"run_0": results("standard", 0.3, temporal=False), "run_1": results("topk", 0.2)}
+    _, rows, notes = (lambda plot: plot.compare(plot.load_runs()))(load(template(tmp_path, runs)))
+    assert [row[1] for row in rows] == ["fvu", "loss_increase_nats"] and len(notes) == 2 and "on stability" in notes[0]
