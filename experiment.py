@@ -45,6 +45,7 @@ from sklearn.preprocessing import MaxAbsScaler
 from torch import nn
 from tqdm import tqdm
 
+torch.set_flush_denormal(True)  # decaying traces become denormal, which is slow
 HERE = Path(__file__).resolve().parent
 SOURCE = Path(__file__).read_text()
 sys.path.insert(0, str(HERE / "embedded"))
