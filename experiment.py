@@ -1757,7 +1757,7 @@ def check_config():
     choices = {"SAE_VARIANT": SAE_VARIANTS, "ATTENTION": ("causal", "centred"),
                "TSAE_READING": ("paper", "code"), "DRIVE": ("u", "z")}
     least = {"CONTEXT_LENGTH": 8, "TRAIN_TOKENS": 1, "EVAL_FILES": 2, "TARGET_L0": 1, "WINDOW": 1,
-             "CONTRAST_SPAN": 1, "HEADS": 1, "HEAD_WIDTH": 1, "BATCH_TOKENS": CONTEXT_LENGTH}
+             "CONTRAST_SPAN": 1, "HEADS": 1, "HEAD_WIDTH": 1}
     positive = ("EXPANSION", "TIME_BUDGET_MINUTES", "EPOCHS_SCALE", "CONSISTENCY_WEIGHT",
                 "CONTRAST_WEIGHT", "HIGH_WEIGHT", "REGULARISATION")
     rules = [(name, values[name] in list(of), f"one of {names(of)}")
@@ -1773,6 +1773,8 @@ def check_config():
         ("LAYER", LAYER is None or type(LAYER) is int and LAYER >= 0, "None or a whole number"),
         ("SEEDS", SEEDS and subset(SEEDS, SEEDS) and all(type(s) is int and s >= 0 for s in SEEDS),
          "a tuple of different whole numbers"),
+        ("BATCH_TOKENS", type(BATCH_TOKENS) is int and BATCH_TOKENS >= CONTEXT_LENGTH,
+         "a whole number from CONTEXT_LENGTH"),
         ("LEARNING_RATE", LEARNING_RATE is None or number(LEARNING_RATE), "None or above 0"),
         ("TEMPERATURE", TEMPERATURE in ("learned", "scheduled") or number(TEMPERATURE),
          "'learned', 'scheduled' or above 0"),

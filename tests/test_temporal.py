@@ -1061,11 +1061,11 @@ class Roles:
         self.early = self.position < 32
         self.roles = [self.rng.choice(self.n_classes, 3, replace=False) for _ in range(100)]
 
-    def firings(self, early, late, n=60):
-        """Indices where a latent of role `early` (at positions 1-32) and `late` (from 64 on, in other files) fires;
-        where the role is not looked at, it fires often, and on other classes."""
-        on_early, on_late = (np.isin(self.classes, role) for role in (early, late))
-        blocks = [on_early & self.early & self.odd, on_early & self.early & ~self.odd, on_late & self.late & self.odd]
+    def firings(self, early, late, odd=None, n=60):
+        """Indices where a latent of role `early` (at positions 1-32; in odd files `odd`, where given) and `late`
+        (from 64 on) fires; where the role is not looked at, it fires often, and on other classes."""
+        on_early, on_late, on_odd = (np.isin(self.classes, role) for role in (early, late, early if odd is None else odd))
+        blocks = [on_early & self.early & ~self.odd, on_odd & self.early & self.odd, on_late & self.late & self.odd]
         chosen = [self.rng.choice(np.flatnonzero(block), n, replace=False) for block in blocks]
         other = np.isin(self.classes, self.roles[self.rng.integers(100)]) & ~self.early & ~(self.late & self.odd)
         return np.sort(np.concatenate([*chosen, self.rng.choice(np.flatnonzero(other), 300, replace=False)]))
@@ -1082,6 +1082,14 @@ def test_coherence_is_the_share_of_stable_roles(E, settings, swapped):
     plan = Roles()
     firings = [plan.firings(plan.roles[i], plan.roles[i ^ 1 if i < swapped else i]) for i in range(100)]
     assert plan.coherence(E, firings) == pytest.approx(1 - swapped / 100, abs=0.05)
+
+
+def test_coherence_is_over_the_recognition_in_the_same_block(E, settings):
+    """Half of the latents change their roles between files and not between positions: as coherent as files allow."""
+    settings(CONTEXT_LENGTH=128)
+    plan = Roles()
+    others = [plan.roles[i ^ 1 if i < 50 else i] for i in range(100)]
+    assert plan.coherence(E, [plan.firings(plan.roles[i], others[i], others[i]) for i in range(100)]) > 0.9
 
 
 def test_coherence_counts_from_chance(E, settings):
@@ -1379,6 +1387,7 @@ def test_eval_temporal_end_to_end(E, settings, text, name, ablate, own, drawn):
 def test_explained_variance_of_the_two_halves(E, settings, text):
     settings(NULL_DRAWS=2)
     store, sae = text(), dictionary(E)
+    store.resident *= torch.linspace(0.5, 2.0, CONTEXT)[:, None]        # later tokens have more to explain
     m = E.eval_temporal(run_of(E, store, sae)).metrics
     batch = store.batch(np.arange(12, 52))
     error = (batch.x - sae.decode(sae.encode(batch))).square().sum(-1).mean(0).detach()
@@ -1386,6 +1395,19 @@ def test_explained_variance_of_the_two_halves(E, settings, text):
     for name, part in (("early", slice(0, 19)), ("late", slice(19, 39))):
         wanted = 1 - (error[part].sum() / variance[part].sum()).item()
         assert m[f"explained_variance_{name}"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_evolution_shows_the_latents_with_the_most_stable_energy(E, text):
+    store, sae = text(), dictionary(E)
+    z = sae.encode(store.batch([20])).dense()[0].detach().numpy()
+    alive = np.flatnonzero(z.any(0))[::2]
+    for stable in (np.ones(len(alive)), np.linspace(-0.1, 0.5, len(alive))):
+        score = np.square(z[:, alive]).sum(0) * np.maximum(stable, 1e-6)
+        with torch.no_grad():
+            found = E.evolution(run_of(E, store, sae), 20, stable, alive, n=7)
+        assert found["latents"].tolist() == alive[np.argsort(-score)[:7]].tolist()
+        assert found["values"] == pytest.approx(z[:, found["latents"]].T, abs=1e-4)
+        assert found["tokens"] == [f"<{t}>" for t in store.windows.tokens[20, 1:]]
 
 
 def statistics(E, store, sae, full):
