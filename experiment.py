@@ -1365,7 +1365,7 @@ def single_token_fraction(codes, run, live):
 
 
 def eval_core(run):
-    """Reconstruction, sparsity and next-token loss, beside controls (README: result keys)."""
+    """Reconstruction, sparsity and next-token loss, beside controls."""
     sae, store, base = run.sae, run.store, cached(run, controls, TARGET_L0, run.sae.d_sae)
     began = time.perf_counter()
     codes, rows = encode_heldout(run)
@@ -1555,7 +1555,7 @@ def latent_statistics(run, codes, full, alive, spans):
 
 @torch.no_grad()
 def eval_temporal(run):
-    """Stability, smoothness, coherence, polysemanticity beside their nulls (README: keys)."""
+    """Stability, smoothness, coherence, polysemanticity beside their nulls."""
     sae, store, windows, rng = run.sae, run.store, run.store.windows, np.random.default_rng(0)
     torch.manual_seed(0)
     (codes, errors), full = encode_heldout(run), store.windows.full()
@@ -1773,7 +1773,8 @@ def check_config():
         ("LAYER", LAYER is None or type(LAYER) is int and LAYER >= 0, "None or a whole number"),
         ("SEEDS", SEEDS and subset(SEEDS, SEEDS) and all(type(s) is int and s >= 0 for s in SEEDS),
          "a tuple of different whole numbers"),
-        ("BATCH_TOKENS", type(BATCH_TOKENS) is int and BATCH_TOKENS >= CONTEXT_LENGTH,
+        ("BATCH_TOKENS", type(BATCH_TOKENS) is type(CONTEXT_LENGTH) is int
+         and BATCH_TOKENS >= CONTEXT_LENGTH,
          "a whole number from CONTEXT_LENGTH"),
         ("LEARNING_RATE", LEARNING_RATE is None or number(LEARNING_RATE), "None or above 0"),
         ("TEMPERATURE", TEMPERATURE in ("learned", "scheduled") or number(TEMPERATURE),
@@ -1847,7 +1848,6 @@ def preflight(config, cache):
 # ---- main: preflight -> tokens -> activations -> train -> evaluate -> write ----
 @contextmanager
 def doing(what):
-    """Names the part of the run for errors."""
     try:
         yield
     except Exception as error:

@@ -1064,7 +1064,8 @@ class Roles:
     def firings(self, early, late, odd=None, n=60):
         """Indices where a latent of role `early` (at positions 1-32; in odd files `odd`, where given) and `late`
         (from 64 on) fires; where the role is not looked at, it fires often, and on other classes."""
-        on_early, on_late, on_odd = (np.isin(self.classes, role) for role in (early, late, early if odd is None else odd))
+        on_early, on_late = (np.isin(self.classes, role) for role in (early, late))
+        on_odd = on_early if odd is None else np.isin(self.classes, odd)
         blocks = [on_early & self.early & ~self.odd, on_odd & self.early & self.odd, on_late & self.late & self.odd]
         chosen = [self.rng.choice(np.flatnonzero(block), n, replace=False) for block in blocks]
         other = np.isin(self.classes, self.roles[self.rng.integers(100)]) & ~self.early & ~(self.late & self.odd)
