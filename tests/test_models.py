@@ -223,7 +223,7 @@ def test_a_name_that_the_hub_lacks(tmp_path, data):
     folder = copy_template(tmp_path / "copy", MODEL_NAME="pythia-70m-deduped", DATASET=str(data))
     finished = run(folder, tmp_path / "cache")
     one_paragraph(finished, "'pythia-70m-deduped'", "EleutherAI/pythia-70m-deduped", "checking the settings")
-    assert finished.cpu < 15 and finished.wall < 60          # the hub's own retries take half a minute
+    assert finished.cpu < 40 and finished.wall < 60          # the hub's own retries take half a minute
 
 
 def broken(folder, source, *without):
@@ -263,7 +263,7 @@ def test_models_that_cannot_be_used(tmp_path, data, checkpoints):
     for name, (_, parts) in cases.items():
         try:
             one_paragraph(finished[folders[name]], *parts)
-            assert finished[folders[name]].cpu < 15
+            assert finished[folders[name]].cpu < 40
         except AssertionError as error:
             wrong.append(f"{name}: {error}")
     assert not wrong, "\n\n".join(wrong)
