@@ -360,7 +360,8 @@ def test_a_kill_while_publishing_loses_nothing(E, tmp_path, left, fails):
 
 # --- the time budget -------------------------------------------------------------------------------------------------
 def test_a_small_time_budget_is_kept(lab):
-    folder = lab.copy("hurry", SAE_VARIANT="topk", TIME_BUDGET_MINUTES=0.35, EPOCHS_SCALE=200.0, SEEDS=(0, 1))
+    folder = lab.copy("hurry", SAE_VARIANT="topk", TIME_BUDGET_MINUTES=0.6, EPOCHS_SCALE=400.0, SEEDS=(0, 1),
+                      EVALS=("core",))
     whole = 'Stage("autoencoder", 20, {"reconstruction": 1.0, "auxk": AUXK_WEIGHT})'
     first, second = whole.replace("20", "15"), whole.replace("20", "5").replace("autoencoder", "second")
     substitute(folder, whole, f"{first}, {second}")
@@ -373,7 +374,7 @@ def test_a_small_time_budget_is_kept(lab):
         training, second = curves["training"], curves["training"]["stage_starts"][1]
         assert training["stages"] == ["autoencoder", "second"]
         assert 0 < second < training["step"][-1]
-    assert timing["total_seconds"] < 1.2 * 60 * 0.35
+    assert timing["total_seconds"] < 1.2 * 60 * 0.6
 
 
 # --- mistakes in the settings ----------------------------------------------------------------------------------------
@@ -514,7 +515,7 @@ def shows_the_cause(folder, finished, name):
     _, parts, pointed = MISTAKES[name]
     assert finished.code not in (0, None), finished.stdout
     assert "preflight" in finished.tail and "'mine'" in finished.tail, finished.stderr
-    assert "://" not in finished.stderr and len(finished.stderr) <= TAIL and finished.cpu < 20, finished.stderr
+    assert "://" not in finished.stderr and len(finished.stderr) <= TAIL and finished.cpu < 40, finished.stderr
     for part in parts:
         assert part in finished.tail, f"{part!r} is not in\n{finished.tail}"
     lines = (folder / "experiment.py").read_text().splitlines()
