@@ -1514,7 +1514,7 @@ def follow(run):
             found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
     if gaps := log["losses"].get("consistency_gap"):
         border = log["stage_starts"][-1]
-        before = gaps[np.searchsorted(steps, border, "right") - 1 if border else 0]
+        before = gaps[max(np.searchsorted(steps, border, "right") - 1, 0)]
         found |= {"consistency_gap": gaps[-1], "consistency_gap_before": before,
                   "collapse_alarm": float(gaps[-1] < before)}
     if getattr(run.sae, "traces", False):

@@ -564,6 +564,7 @@ def test_the_second_stage_begins_with_the_function_that_the_first_one_learned(E)
     assert found[0].keys() == found[1].keys() and found[0]["auxk"] > 0
     for name in found[0]:
         assert found[1][name].item() == pytest.approx(found[0][name].item(), rel=1e-5), name
+    assert not {"contrastive", "high"} & set(found[1])          # they take time, and weigh nothing yet
     assert not trained[0][0].gate.any() and trained[1][0].gate.any()
     trial, optimizer = trained[1]
     start = copy.deepcopy(trial.state_dict())
@@ -1374,6 +1375,7 @@ def test_eval_temporal_end_to_end(E, settings, text, name, ablate, own, drawn):
     assert abs(m["stability_token"]) < 0.02                                             # tokens are noise here
     assert 0 < m["stable_fraction"] <= 1 and 0.8 < m["polysemanticity"] < 1.2
     assert c["autocorrelation"][0] == pytest.approx(m["autocorrelation_lag1"]) and len(c["autocorrelation"]) == 32
+    assert np.quantile(c["stability_null"], 0.95) == pytest.approx(m["stability_null_95"])
     assert len(c["stability_null"]) == 8 and len(c["stability_by_rate_decile"]) == 10
     similarity = np.array(c["similarity_matrix"])
     assert similarity.shape == (20, 20) and np.abs(similarity - similarity.T).max() < 2e-4
@@ -1448,6 +1450,12 @@ def test_latent_statistics_against_loops(E, settings, text):
     present = (a.amax(1) > 0).sum(1)
     assert scaled == pytest.approx((E.smoothness(z, batch.x, q95) / present).numpy(), rel=1e-4)
     assert raw == pytest.approx((E.smoothness(z, batch.x, 1.0) / present).numpy(), rel=1e-4)
+    m, mean, weight, first = E.eval_temporal(run).metrics, observed.mean(1), energy / energy.sum(), alive < 64 / 5
+    for name, value in (("stability", mean @ weight), ("stability_token", token @ weight),
+                        ("autocorrelation_lag1", r[:, 0] @ weight), ("energy_first_fifth", weight[first].sum()),
+                        ("stability_first_fifth", mean[first] @ weight[first] / weight[first].sum()),
+                        ("smoothness", scaled.mean()), ("smoothness_raw", raw.mean())):
+        assert m[name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_smoothness_divides_by_the_exact_number_of_present_latents(E, settings, text):
