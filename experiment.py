@@ -74,11 +74,10 @@ TRAIN_POSITIONS = None  # None: all; (low, high): on these alone, from 1
 WINDOW = 5  # positions that attention sees
 ATTENTION = "causal"  # or "centred": the window lies around its token
 HEADS, HEAD_WIDTH = 1, 32
-CONSISTENT_FRACTION = 0.2  # share of the latents that are bound
+CONSISTENT_FRACTION = 1.0  # share of the latents that are bound
 CONSISTENCY_WEIGHT = 0.1
-CONTRAST_WEIGHT = 1.0
+CONTRAST_WEIGHT = 0.2
 CONTRAST_SPAN = 16  # positions back to which two tokens should agree
-HIGH_WEIGHT = 1.0  # of the reconstruction by the bound latents alone
 # tsae
 TSAE_READING = "paper"  # or "code", as its authors released it
 # temporal_adaptation
@@ -586,11 +585,10 @@ class Temporal(BatchTopK):
 
     Gates start at 0: the second stage begins with the function of the first. The third binds the
     first CONSISTENT_FRACTION of the latents, H: consistency = mean of 1 - cos(zH_t, zH_{t-1}),
-    contrastive = InfoNCE over CONTRAST_SPAN, high = |x - zH W_H - b|^2.
+    contrastive = InfoNCE of cos(zH_t, zH_s), s up to CONTRAST_SPAN before t.
     """
     plain = {"reconstruction": 1.0, "auxk": AUXK_WEIGHT}
-    bound = plain | {"consistency": CONSISTENCY_WEIGHT, "contrastive": CONTRAST_WEIGHT,
-                     "high": HIGH_WEIGHT}
+    bound = plain | {"consistency": CONSISTENCY_WEIGHT, "contrastive": CONTRAST_WEIGHT}
     on, binding = ({name: lambda done: True} for name in ("attends", "binds"))
     curriculum = (Stage("autoencoder", 10, plain), Stage("attention", 5, plain, anneals=on),
                   Stage("consistency", 5, bound, anneals=on | binding))
@@ -631,23 +629,22 @@ class Temporal(BatchTopK):
         return torch.cat([batch.x, context], -1), self.b_dec.repeat(1 + HEADS), W_enc
 
     def losses(self, batch, latents):
-        found = super().losses(batch, latents) | consistency(batch, latents, self.n_high)
-        if not self.binds:
+        found = super().losses(batch, latents)
+        if not self.attends:
             return found
         z = F.normalize(latents.dense(self.n_high), dim=-1)
-        x_hat = latents.within(0, self.n_high).decode(self.W_dec) + self.b_dec
-        return found | {"contrastive": contrastive(batch, z, CONTRAST_SPAN, 2 * CONTRAST_SPAN),
-                        "high": squared_error(batch, x_hat)}
+        found |= consistency(batch, z)
+        if self.binds:
+            found["contrastive"] = contrastive(batch, z, CONTRAST_SPAN, 2 * CONTRAST_SPAN)
+        return found
 
     def parameters_of_interest(self):
-        gates = self.gate.tanh().tensor_split([self.n_high], 1) if "attention" not in ABLATE else ()
-        return {name: gate.mean().item() for name, gate in zip(("gate_bound", "gate_free"), gates)}
+        return {} if "attention" in ABLATE else {"gate": self.gate.tanh().abs().mean().item()}
 
 
-def consistency(batch, latents, n_high):
-    """Mean over adjacent tokens, both with a bound latent, of 1 - cos(zH_t, zH_{t-1}); and how far
-    that cosine lies above the one between documents: it falls in a collapse."""
-    z = F.normalize(latents.dense(n_high), dim=-1)
+def consistency(batch, z):
+    """Of unit or zero codes z [batch, seq, n]: mean over adjacent tokens, both non-zero, of
+    1 - cos(z_t, z_{t-1}); and how far that cosine lies above the one between documents."""
     live, other = z.detach().any(-1), (batch.doc_ids != batch.doc_ids.roll(1))[:, None]
     both, across = live[:, 1:] & live[:, :-1], live & live.roll(1, 0) & other
     near, far = (z[:, 1:] * z[:, :-1]).sum(-1), (z * z.roll(1, 0)).detach().sum(-1)
@@ -669,11 +666,10 @@ class TSAE(Matryoshka):
 
     def losses(self, batch, latents):
         n_high, found = round(self.group_fractions[0] * self.d_sae), super().losses(batch, latents)
-        z, span = latents.dense(n_high), batch.x.shape[1]
-        if TSAE_READING == "paper":
-            z, span = F.normalize(z, dim=-1), 1
-        found["contrastive"] = contrastive(batch, z, span)
-        return found | consistency(batch, latents, n_high)
+        z = latents.dense(n_high)
+        unit, paper = F.normalize(z, dim=-1), TSAE_READING == "paper"
+        found["contrastive"] = contrastive(batch, *((unit, 1) if paper else (z, z.shape[1])))
+        return found | consistency(batch, unit)
 
 
 def contrastive(batch, z, span, far=None):
@@ -1513,8 +1509,8 @@ def follow(run):
                 losses.append(validation_loss(run.sae, run.store))
             found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
     if gaps := log["losses"].get("consistency_gap"):
-        border = log["stage_starts"][-1]
-        before = gaps[max(np.searchsorted(steps, border, "right") - 1, 0)]
+        border, logged = log["stage_starts"][-1], steps[-len(gaps):]
+        before = gaps[max(np.searchsorted(logged, border, "right") - 1, 0)]
         found |= {"consistency_gap": gaps[-1], "consistency_gap_before": before,
                   "collapse_alarm": float(gaps[-1] < before)}
     if getattr(run.sae, "traces", False):
@@ -1759,7 +1755,7 @@ def check_config():
     least = {"CONTEXT_LENGTH": 8, "TRAIN_TOKENS": 1, "EVAL_FILES": 2, "TARGET_L0": 1, "WINDOW": 1,
              "CONTRAST_SPAN": 1, "HEADS": 1, "HEAD_WIDTH": 1}
     positive = ("EXPANSION", "TIME_BUDGET_MINUTES", "EPOCHS_SCALE", "CONSISTENCY_WEIGHT",
-                "CONTRAST_WEIGHT", "HIGH_WEIGHT", "REGULARISATION")
+                "CONTRAST_WEIGHT", "REGULARISATION")
     rules = [(name, values[name] in list(of), f"one of {names(of)}")
              for name, of in choices.items()]
     rules += [(name, type(n) is type(values[name]) is int and values[name] >= n,

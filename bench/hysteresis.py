@@ -1,18 +1,39 @@
 """A control for bench/table.py, which puts this class into its copy of experiment.py, before SAE_VARIANTS."""
 from experiment import BatchTopK, Latents, torch, valid
 
+HYSTERESIS = 0.5    # thresholds
+
 
 class Hysteresis(BatchTopK):
-    """batch_topk that in evaluation adds half a threshold to the pre-activations of latents that were active one position
-    before: the cheap rival of every temporal variant."""
+    """batch_topk that in evaluation adds HYSTERESIS thresholds to the pre-activations of latents that were active one position
+    before: the cheap rival of every temporal variant. The threshold then rises until the first training batch has its L0 back."""
 
-    def encode(self, batch):
-        if self.training:
-            return super().encode(batch)
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.first, self.raised = None, None
+
+    def initialise(self, batch):
+        self.first = batch
+
+    def codes(self, batch, threshold):
         pre_acts = (batch.x - self.b_dec) @ self.W_enc + self.b_enc
         z = torch.zeros_like(pre_acts)
         for t in range(z.shape[1]):
-            bonus = 0.5 * self.threshold * (z[:, t - 1] > 0) if t else 0.0
-            z[:, t] = pre_acts[:, t].relu() * (pre_acts[:, t] + bonus > self.threshold)
-        z = valid(batch, z).flatten(0, 1)
-        return Latents(z, z, None, tuple(pre_acts.shape)).sparse()
+            bonus = HYSTERESIS * threshold * (z[:, t - 1] > 0) if t else 0.0
+            z[:, t] = pre_acts[:, t].relu() * (pre_acts[:, t] + bonus > threshold)
+        return valid(batch, z)
+
+    def encode(self, batch):
+        if self.training:
+            self.raised = None
+            return super().encode(batch)
+        if self.raised is None:
+            low, high = self.threshold, 4 * self.threshold
+            for _ in range(16):
+                middle = (low + high) / 2
+                z = self.codes(self.first, middle)
+                tokens = z[..., 0].numel() if self.first.mask is None else self.first.mask.sum()
+                low, high = (middle, high) if (z > 0).sum() > self.k * tokens else (low, middle)
+            self.raised = high
+        z = self.codes(batch, self.raised).flatten(0, 1)
+        return Latents(z, z, None, (*batch.x.shape[:2], self.d_sae)).sparse()

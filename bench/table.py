@@ -29,19 +29,19 @@ KEPT = ROOT / "bench" / "results" / "runs"
 VARIANTS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae", "temporal", "temporal_adaptation")
 ROWS = {name: {"SAE_VARIANT": name} for name in VARIANTS}
 ROWS |= {f"temporal, no {part}": {"SAE_VARIANT": "temporal", "ABLATE": (part,)}
-         for part in ("attention", "positions", "consistency", "contrastive", "high")}
+         for part in ("attention", "positions", "consistency", "contrastive")}
 ROWS |= {f"temporal_adaptation, no {part}": {"SAE_VARIANT": "temporal_adaptation", "ABLATE": (part,)}
          for part in ("trace", "sharing", "variance_scaling", "regularisation")}
 ROWS |= {f"temporal_adaptation, T {value}": {"SAE_VARIANT": "temporal_adaptation", "TEMPERATURE": value}
          for value in ("scheduled", 0.1, 0.5, 1.0)}
+ROWS |= {f"hysteresis {bonus}": {"SAE_VARIANT": "hysteresis", "HYSTERESIS": bonus} for bonus in (0.25, 0.5, 0.75, 1.0)}
 ROWS |= {"tsae, as released": {"SAE_VARIANT": "tsae", "TSAE_READING": "code"},
-         "hysteresis": {"SAE_VARIANT": "hysteresis"},
          "batch_topk, as many parameters as temporal": {"SAE_VARIANT": "batch_topk", "EXPANSION": 8.2},
          "batch_topk, layer 4": {"SAE_VARIANT": "batch_topk", "LAYER": 4}, "temporal, layer 4": {"SAE_VARIANT": "temporal", "LAYER": 4},
          "temporal, centred": {"SAE_VARIANT": "temporal", "ATTENTION": "centred"}}
 SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "temporal", "temporal_adaptation"],
         "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if ", no " in row or ", T " in row],
-        "controls": ["hysteresis", "tsae, as released", "batch_topk, as many parameters as temporal", "batch_topk, layer 4",
+        "controls": ["hysteresis 0.25", "hysteresis 0.5", "hysteresis 0.75", "hysteresis 1.0", "tsae, as released", "batch_topk, as many parameters as temporal", "batch_topk, layer 4",
                      "temporal, layer 4", "temporal, centred"]}
 COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss increase (nats)", "ce_recovered": "CE recovered vs unigram",
            "ce_recovered_vs_mean": "vs mean", "ce_recovered_vs_zero": "vs zero", "dead_fraction": "dead", "single_token_fraction": "single-token",
@@ -49,7 +49,7 @@ COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss i
            "polysemanticity": "polysemanticity", "probe_token_type": "syntax probe", "probe_context": "context probe"}
 TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", "stability": "stability", "smoothness": "smoothness",
           "probe_token_type": "syntax probe", "probe_context": "context probe"}        # per file
-PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis"), "temporal_adaptation": ("standard",)}
+PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis 0.5"), "temporal_adaptation": ("standard",)}
 
 
 def edited(source, **constants):
@@ -62,9 +62,9 @@ def edited(source, **constants):
 
 def source_of(row, seed):
     source = (ROOT / "experiment.py").read_text()
-    if row == "hysteresis":
+    if row.startswith("hysteresis"):
         rival = (ROOT / "bench" / "hysteresis.py").read_text()
-        rival = rival[rival.index("class "):]
+        rival = rival[rival.index("HYSTERESIS ="):]
         source = source.replace("SAE_VARIANTS = {", rival.strip() + '\n\n\nSAE_VARIANTS = {"hysteresis": Hysteresis, ', 1)
     return edited(source, **ROWS[row], SEEDS=(seed,))
 

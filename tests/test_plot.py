@@ -55,7 +55,7 @@ def results(variant, fvu, seeds=1, starts=(0,), data="abc", ablate=(), temporal=
     steps, names = list(range(20, 401, 20)), ["autoencoder", "attention", "consistency"][:len(starts)]
     values = {"explained_variance": 1 - fvu, "l0": 32.0, "loss_increase_nats": fvu, "ce_recovered": 1 - fvu / 2,
               "avg_inference_tokens_per_second": 71641.6}
-    parameters = {"temporal": ("gate_bound", "gate_free"), "temporal_adaptation": ("beta", "theta", "temperature")}
+    parameters = {"temporal": ("gate",), "temporal_adaptation": ("beta", "theta", "temperature")}
     training = {"step": steps, "losses": {"reconstruction": [fvu + 1 / s for s in steps]},
                 "l0": [32 + 3000 / s for s in steps], "dead_fraction": [0.0] * len(steps),
                 "parameters": {name: [i / s for s in steps] for i, name in enumerate(parameters.get(variant, ()))},
