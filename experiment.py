@@ -75,7 +75,7 @@ WINDOW = 5  # positions that attention sees
 ATTENTION = "causal"  # or "centred": the window lies around its token
 HEADS, HEAD_WIDTH = 1, 32
 CONSISTENT_FRACTION = 1.0  # share of the latents that are bound
-CONSISTENCY_WEIGHT = 0.1
+CONSISTENCY_WEIGHT = 0.01
 CONTRAST_WEIGHT = 0.2
 CONTRAST_SPAN = 16  # positions back to which two tokens should agree
 # tsae
@@ -1573,6 +1573,7 @@ def eval_temporal(run):
     error, variance = np.nanmean(errors["error"], 0), np.array(base["variance_by_position"])
     metrics = {
         "stability": mean @ weight, "stability_token": token @ weight,
+        "stability_unweighted": mean.mean(), "energy": energy.sum(),  # of inputs: 1
         "stability_null_95": np.quantile(weight @ null, 0.95),
         "stability_first_fifth": (mean * weight)[early].sum() / max(weight[early].sum(), 1e-12),
         "energy_first_fifth": weight[early].sum(),

@@ -45,7 +45,8 @@ SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "te
                      "temporal, layer 4", "temporal, centred"]}
 COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss increase (nats)", "ce_recovered": "CE recovered vs unigram",
            "ce_recovered_vs_mean": "vs mean", "ce_recovered_vs_zero": "vs zero", "dead_fraction": "dead", "single_token_fraction": "single-token",
-           "stability": "stability", "smoothness": "smoothness", "smoothness_raw": "raw", "coherence": "coherence",
+           "stability": "stability", "stability_unweighted": "unweighted", "stability_token": "of tokens alone", "energy": "E[z²]",
+           "smoothness": "smoothness", "smoothness_raw": "raw", "coherence": "coherence",
            "polysemanticity": "polysemanticity", "probe_token_type": "syntax probe", "probe_context": "context probe"}
 TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", "stability": "stability", "smoothness": "smoothness",
           "probe_token_type": "syntax probe", "probe_context": "context probe"}        # per file
@@ -69,11 +70,11 @@ def source_of(row, seed):
     return edited(source, **ROWS[row], SEEDS=(seed,))
 
 
-def run(row, seed, folder, finished_only):
+def run(row, seed, folder, reuse, finished_only):
     """What the run of a row and seed found; None where it is not there and not to be made."""
     source, name = source_of(row, seed), f"{re.sub('[^a-z0-9_.]+', '-', row.lower())}.{seed}"
     kept, key = KEPT / f"{name}.json", hashlib.sha256(source.encode()).hexdigest()[:20]
-    if kept.exists() and (finished_only or json.loads(kept.read_text())["source"] == key):
+    if kept.exists() and (reuse or finished_only or json.loads(kept.read_text())["source"] == key):
         return json.loads(kept.read_text())
     if finished_only:
         return None
@@ -132,13 +133,14 @@ def main():
     parser.add_argument("--rows", nargs="+", default=["variants"], help=f"{', '.join(SETS)}, or names of rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--reuse", action="store_true", help="make only what is missing, whatever code made the rest")
     parser.add_argument("--finished", action="store_true", help="print what is there, whatever code made it")
     parser.add_argument("--folder", type=Path, default=ROOT / "ideas" / "table")
     args = parser.parse_args()
     rows = [row for name in args.rows for row in SETS.get(name, [name])]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     with ThreadPoolExecutor(args.jobs) as pool:
-        made = {(row, seed): pool.submit(run, row, seed, args.folder, args.finished) for seed in args.seeds for row in rows}
+        made = {(row, seed): pool.submit(run, row, seed, args.folder, args.reuse, args.finished) for seed in args.seeds for row in rows}
         found = {row: [made[row, seed].result() for seed in args.seeds if made[row, seed].result()] for row in rows}
     found = {row: runs for row, runs in found.items() if runs}
     if not found:
