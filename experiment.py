@@ -25,6 +25,7 @@ import traceback
 import warnings
 import zlib
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 from scipy.spatial.distance import cdist
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
@@ -525,8 +526,8 @@ class JumpReLU(SAE):
         self.log_threshold = nn.Parameter(torch.full((self.d_sae,), math.log(0.1)))
 
     def initialise(self, batch):
-        x = batch.x.flatten(0, 1) if batch.mask is None else batch.x[batch.mask]
-        pre_acts = ((x[:1024] - self.b_dec) @ self.W_enc + self.b_enc).flatten()
+        x = counted(batch, batch.x)[:1024]
+        pre_acts = ((x - self.b_dec) @ self.W_enc + self.b_enc).flatten()
         rank = max(1, int(len(pre_acts) * (1 - self.target_l0 / self.d_sae)))
         self.log_threshold.data.fill_(pre_acts.kthvalue(rank).values.clamp_min(1e-3).log())
 
@@ -1003,7 +1004,6 @@ class Store:
     def x(self, ids):  # of many windows, [len(ids), seq, d_in]
         return torch.cat([self.batch(part).x for part in np.array_split(ids, len(ids) // 64 + 1)])
 
-
     def unscaled(self, x):  # -> as the model made it
         return x * self.scale + self.mean
 
@@ -1210,7 +1210,8 @@ def train(sae, store, stages, seed, size, deadline, state_path):
 
 
 # ---- Evaluations on held-out documents: Run -> Result ----
-class Run(NamedTuple):
+@dataclass
+class Run:
     """What an evaluation may look at."""
     sae: SAE
     store: Store
@@ -1219,6 +1220,10 @@ class Run(NamedTuple):
     live: tuple  # (firings, files) that a live latent needs
     log: dict  # of the training
 
+    @functools.cached_property
+    def heldout(self):
+        return encode_heldout(self.sae, self.store)
+
 
 class Result(NamedTuple):
     metrics: dict  # name -> float
@@ -1226,30 +1231,30 @@ class Result(NamedTuple):
     per_sequence: dict = {}  # name -> list of floats, one per sample window
 
 
-class Codes(NamedTuple):
-    """The non-zero latents of all held-out tokens, in their order; arrays [n]."""
-    token: np.ndarray  # held-out window * (CONTEXT_LENGTH - 1) + position - 1
-    latent: np.ndarray
-    value: np.ndarray
-
-
 @torch.no_grad()
-def encode_heldout(run):
-    """Codes, and {name: [window, position]} of |x - x_hat|^2 and the like, NaN at padding."""
-    codes, sums, offset = [], {}, 0
-    for ids in run.store.heldout(32):
-        batch, padding = run.store.batch(ids), ~run.store.valid(ids)
-        latents = run.sae.encode(batch)
-        x, x_hat, (token, latent, value) = batch.x, run.sae.decode(latents), latents.active()
-        codes.append([a.cpu().numpy() for a in (token + offset, latent, value)])
-        offset += padding.numel()
+def encode_heldout(sae, store):
+    """The latents of all held-out tokens, sparse [window * seq + position - 1, d_sae] by column;
+    {name: [window, seq]} of |x - x_hat|^2 and the like, NaN at padding; tokens per second."""
+    codes, sums, began = [], {}, time.perf_counter()
+    for ids in store.heldout(32):
+        batch, padding = store.batch(ids), ~store.valid(ids)
+        latents = sae.encode(batch)
+        x, x_hat, (token, latent, value) = batch.x, sae.decode(latents), latents.active()
+        places, shape = (token.cpu().numpy(), latent.cpu().numpy()), (padding.numel(), sae.d_sae)
+        codes.append(csr_array((value.cpu().numpy(), places), shape))
         l0 = torch.bincount(token, minlength=padding.numel()).view(padding.shape)
         rows = {"error": (x - x_hat).square().sum(-1), "norm": x.square().sum(-1), "l0": l0,
                 "norm_hat": x_hat.square().sum(-1), "dot": (x * x_hat).sum(-1)}
         for name, values in rows.items():
             values = values.double().masked_fill(padding, torch.nan)
             sums.setdefault(name, []).append(values.cpu().numpy())
-    return Codes(*map(np.concatenate, zip(*codes))), {k: np.concatenate(v) for k, v in sums.items()}
+    rows, z = {name: np.concatenate(values) for name, values in sums.items()}, vstack(codes, "csc")
+    return z, rows, z.shape[0] / (time.perf_counter() - began)
+
+
+def firings(z, latents):
+    """The tokens on which each latent fires, in order, and its values there."""
+    return [(z.indices[a:b], z.data[a:b]) for a, b in zip(z.indptr[latents], z.indptr[latents + 1])]
 
 
 def variance_by_position(store):
@@ -1329,48 +1334,44 @@ def controls(run):
         "ce_by_sequence": np.nanmean(losses["ce"], 1).tolist(),
         "ce_by_position": np.nanmean(losses["ce"], 0).tolist(),
         "bigram_explained_variance": bigram_explained_variance(store, variance),
-        "untrained_explained_variance": explained_variance(run._replace(sae=untrained), variance)}
+        "untrained_explained_variance": explained_variance(untrained, store, variance)}
 
 
-def explained_variance(run, variance):
+def explained_variance(sae, store, variance):
     """1 - E|x - x_hat|^2 / sum_d Var(x_d) on held-out tokens."""
-    return 1 - np.nanmean(encode_heldout(run)[1]["error"]) / variance
+    return 1 - np.nanmean(encode_heldout(sae, store)[1]["error"]) / variance
 
 
-def live_latents(codes, run):
+def live_latents(run):
     """[d_sae] whether it fired often, in many files, on at most half the tokens; and its rate."""
-    windows, d_sae = run.store.windows, run.sae.d_sae
-    file = windows.doc_ids[windows.n_train:][codes.token // (CONTEXT_LENGTH - 1)].astype(np.int64)
-    n_files = file.max(initial=0) + 1
-    firings = np.bincount(codes.latent, minlength=d_sae)
-    files = np.bincount(np.unique(codes.latent * n_files + file) // n_files, minlength=d_sae)
-    rate = firings / run.store.valid(windows.heldout()).sum().item()
-    return (firings >= run.live[0]) & (files >= run.live[1]) & (rate <= 0.5), rate
+    z, windows = run.heldout[0], run.store.windows
+    file = windows.doc_ids[windows.n_train:][z.indices // (CONTEXT_LENGTH - 1)].astype(np.int64)
+    n_fired, n_files = np.diff(z.indptr), file.max(initial=0) + 1
+    pairs = np.unique(np.repeat(np.arange(len(n_fired)), n_fired) * n_files + file)
+    files = np.bincount(pairs // n_files, minlength=len(n_fired))
+    rate = n_fired / run.store.valid(windows.heldout()).sum().item()
+    live = (n_fired >= run.live[0]) & (files >= run.live[1]) & (rate <= 0.5)
+    if not live.any():
+        raise RunnerError(f"no latent of {len(live)} is live (fired {run.live[0]} times in "
+                          f"{run.live[1]} held-out files); L0 = {z.nnz / z.shape[0]:.2f}.")
+    return live, rate
 
 
-def single_token_fraction(codes, run, live):
+def single_token_fraction(run, live):
     """Share of live latents of which 90 % of the top 40 firings are one token."""
-    order, windows = np.lexsort((-codes.value, codes.latent)), run.store.windows
-    latent = codes.latent[order]
-    keep = (np.arange(len(latent)) - np.searchsorted(latent, latent) < 40) & live[latent]
-    tokens = windows.tokens[windows.n_train:, 1:].ravel()[codes.token[order][keep]]
-    (of, _), counts = np.unique(np.stack([latent[keep], tokens]), axis=1, return_counts=True)
-    most = np.zeros(len(live))
-    np.maximum.at(most, of, counts)
-    return (most >= 0.9 * np.bincount(latent[keep], minlength=len(live)))[live].mean()
+    windows = run.store.windows
+    tokens, single = windows.tokens[windows.n_train:, 1:].ravel(), []
+    for at, values in firings(run.heldout[0], np.flatnonzero(live)):
+        top = tokens[at[np.argsort(-values, kind="stable")[:40]]]
+        single.append(np.bincount(top).max() >= 0.9 * len(top))
+    return np.mean(single)
 
 
 def eval_core(run):
     """Reconstruction, sparsity and next-token loss, beside controls."""
     sae, store, base = run.sae, run.store, cached(run, controls, TARGET_L0, run.sae.d_sae)
-    began = time.perf_counter()
-    codes, rows = encode_heldout(run)
-    seconds = time.perf_counter() - began
-    live, rate = live_latents(codes, run)
+    (_, rows, speed), (live, rate) = run.heldout, live_latents(run)
     mean = {name: np.nanmean(values) for name, values in rows.items()}
-    if not live.any():
-        raise RunnerError(f"no latent of {sae.d_sae} is live (fired {run.live[0]} times in "
-                          f"{run.live[1]} held-out files); L0 = {mean['l0']:.2f}.")
     losses, kl = next_token_losses(run, lambda batch: store.unscaled(sae.decode(sae.encode(batch))))
     permuted = copy.deepcopy(sae)
     permuted.W_dec.data = sae.W_dec.data.roll(sae.d_sae // 2, 0)
@@ -1386,10 +1387,9 @@ def eval_core(run):
         "cosine": np.nanmean(rows["dot"] / np.sqrt(rows["norm"] * rows["norm_hat"] + 1e-12)),
         "l2_ratio": np.nanmean(np.sqrt(rows["norm_hat"] / rows["norm"])),
         "relative_reconstruction_bias": mean["norm_hat"] / mean["dot"],
-        "single_token_fraction": single_token_fraction(codes, run, live),
-        "permuted_decoder_explained_variance":
-            explained_variance(run._replace(sae=permuted), variance),
-        "avg_inference_tokens_per_second": rows["error"].size / seconds}
+        "single_token_fraction": single_token_fraction(run, live),
+        "permuted_decoder_explained_variance": explained_variance(permuted, store, variance),
+        "avg_inference_tokens_per_second": speed}
     metrics |= {name: base[name] for name in ("bigram_explained_variance", "ce_unigram", "ce_mean",
                                               "untrained_explained_variance", "ce_zero")}
     first = store.windows.sample() - store.windows.n_train
@@ -1444,13 +1444,13 @@ def smoothness(z, x, scale):
                       for a, c in zip(z.split(64), change.split(64))])
 
 
-def coherence(firings, classes, files, rate, rng, n_firings=50, group=100):
+def coherence(fired, classes, files, rate, rng, n_firings=50, group=100):
     """How often a latent is recognised among `group` of like rate by the classes it fires on, from
     positions 1-32 to 64 on of other files; over the same from 1-32 to 1-32; each above chance.
 
-    firings: token indices [n] of each latent; files: of each held-out window."""
+    fired: token indices [n] of each latent; files: of each held-out window."""
     roles = []
-    for at in (firings[i] for i in sorted(range(len(firings)), key=lambda i: rate[i])):
+    for at in (fired[i] for i in np.argsort(rate, kind="stable")):
         window, position = np.divmod(at, CONTEXT_LENGTH - 1)
         early, other = position < 32, files[window] % 2 == 1
         blocks = [at[early & ~other], at[early & other], at[(position >= 63) & other]]
@@ -1474,23 +1474,25 @@ def entropy(values):
     return -(share * np.log(share)).sum() + (len(share) - 1) / (2 * len(values))
 
 
-def polysemanticity(firings, kinds, places, rng, n=64):
+def polysemanticity(fired, kinds, places, rng, n=64):
     """Mean over units of the smaller of the entropies of token and of class at n firings, each over
-    that at random `places`. firings: token indices of each unit; kinds: [token] arrays."""
+    that at random `places`. fired: token indices of each unit; kinds: [token] arrays."""
     null = [np.mean([entropy(kind[rng.choice(places, n)]) for _ in range(NULL_DRAWS)])
             for kind in kinds]
-    samples = [rng.choice(unit, n, replace=False) for unit in firings if len(unit) >= n]
+    samples = [rng.choice(unit, n, replace=False) for unit in fired if len(unit) >= n]
     ratios = [min(entropy(kind[at]) / base for kind, base in zip(kinds, null)) for at in samples]
     return np.mean(ratios) if ratios else 1.0
 
 
-@torch.no_grad()
-def similarity_matrix(run, ids):
-    """Mean over windows of cos(z_t, z_s), minus that between different windows: [seq, seq]."""
-    same, total, n = 0.0, 0.0, len(ids)
-    for chunk in np.array_split(ids, n // 16 + 1):
-        z = F.normalize(run.sae.encode(run.store.batch(chunk)).dense(), dim=-1)
-        same, total = same + torch.bmm(z, z.transpose(1, 2)).sum(0), total + z.sum(0)
+def similarity_matrix(z):
+    """Mean over windows of cos(z_t, z_s), minus that between different windows: [seq, seq]; z
+    sparse [window * seq, d_sae]."""
+    same, total, seq = 0.0, 0.0, CONTEXT_LENGTH - 1
+    n = z.shape[0] // seq
+    for start in range(0, n, 16):
+        part = torch.from_numpy(z[start * seq:(start + 16) * seq].toarray()).to(DEVICE)
+        unit = F.normalize(part, dim=1).view(-1, seq, z.shape[1])
+        same, total = same + torch.bmm(unit, unit.transpose(1, 2)).sum(0), total + unit.sum(0)
     return same / n - (total @ total.t() - same) / (n * (n - 1))
 
 
@@ -1523,27 +1525,28 @@ def follow(run):
     return found
 
 
-def latent_statistics(run, codes, full, alive, spans):
+def latent_statistics(run, z, full, alive, q95):
     """By live latent: stability [latent, window], under the null [latent, draws], of the token
-    surrogate, autocorrelation [latent, lag], rate, E[z^2]; by window: smoothness, and raw."""
+    surrogate, autocorrelation [latent, lag], rate, E[z^2]; by window: smoothness, and raw.
+
+    z: sparse codes [window * seq, d_sae] of the held-out windows `full`; q95 [latent]: units."""
     store, ids, found = run.store, full + run.store.windows.n_train, []
     x, tokens = store.x(ids), store.tokens[ids, 1:]
     lags = range(1, min(33, CONTEXT_LENGTH - 1))
-    parts = np.array_split(ids, len(ids) // 64 + 1)
     fold = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(DEVICE)
-    q95 = torch.tensor([np.quantile(codes.value[span], 0.95) for span in spans], device=DEVICE)
     scaled, raw, present = torch.zeros(3, len(ids), device=DEVICE)
     for at in np.array_split(np.arange(len(alive)), len(alive) // 2048 + 1):
-        z = torch.cat([run.sae.encode(store.batch(part)).dense()[..., alive[at]] for part in parts])
-        active = (z > 0).bfloat16()
+        dense = torch.from_numpy(z[:, alive[at]].toarray()).to(DEVICE).view(*tokens.shape, -1)
+        active = (dense > 0).bfloat16()
         rate = active.mean((0, 1), dtype=torch.float32)
         observed, null = stability(active, rate, NULL_DRAWS)
         token, _ = stability(fire_given_token(active, tokens, fold, rate), rate)
         both = [(active[:, :-l] * active[:, l:]).mean((0, 1), dtype=torch.float32) for l in lags]
         r = (torch.stack(both) - rate ** 2) / (rate * (1 - rate)).clamp_min(1e-9)
-        found.append((observed.t(), null.t(), token.mean(0), r.t(), rate, z.square().mean((0, 1))))
-        scaled += smoothness(z, x, q95[at].float())
-        raw += smoothness(z, x, 1.0)
+        energy = dense.square().mean((0, 1))
+        found.append((observed.t(), null.t(), token.mean(0), r.t(), rate, energy))
+        scaled += smoothness(dense, x, torch.from_numpy(q95[at]).to(DEVICE))
+        raw += smoothness(dense, x, 1.0)
         present += active.amax(1).float().sum(1)
     windows = [(total / present.clamp_min(1)).cpu().numpy() for total in (scaled, raw)]
     return [torch.cat(part).cpu().double().numpy() for part in zip(*found)] + windows
@@ -1554,22 +1557,19 @@ def eval_temporal(run):
     """Stability, smoothness, coherence, polysemanticity beside their nulls."""
     sae, store, windows, rng = run.sae, run.store, run.store.windows, np.random.default_rng(0)
     torch.manual_seed(0)
-    (codes, errors), full = encode_heldout(run), store.windows.full()
+    (z, errors, _), (live, rates), full = run.heldout, live_latents(run), windows.full()
     base = cached(run, controls, TARGET_L0, sae.d_sae)
-    live, rates = live_latents(codes, run)
-    if not live.any():
-        raise RunnerError(f"no latent of {sae.d_sae} is live.")
-    alive, files = np.flatnonzero(live), windows.doc_ids[windows.n_train:]
-    firings = np.bincount(codes.latent, minlength=sae.d_sae)
-    spans = np.split(np.argsort(codes.latent, kind="stable"), firings.cumsum())
-    spans = [spans[i] for i in alive]
+    alive, files, seq = np.flatnonzero(live), windows.doc_ids[windows.n_train:], CONTEXT_LENGTH - 1
+    fired, values = zip(*firings(z, alive))
+    q95 = np.array([np.quantile(value, 0.95) for value in values], dtype=np.float32)
+    z = z.tocsr()[(full[:, None] * seq + np.arange(seq)).ravel()]
     observed, null, token, r, rate, energy, scaled, raw = latent_statistics(
-        run, codes, full, alive, spans)
+        run, z, full, alive, q95)
     mean, weight, early = observed.mean(1), energy / energy.sum(), alive < sae.d_sae / 5
     p = scipy.stats.norm.sf((mean - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
     kinds = windows.tokens[windows.n_train:, 1:].ravel(), corpus.token_classes(windows)
     places = np.flatnonzero(windows.valid(windows.heldout())[:, 1:])
-    firings, half = [codes.token[span] for span in spans], (CONTEXT_LENGTH - 1) // 2
+    half = seq // 2
     error, variance = np.nanmean(errors["error"], 0), np.array(base["variance_by_position"])
     metrics = {
         "stability": mean @ weight, "stability_token": token @ weight,
@@ -1580,20 +1580,21 @@ def eval_temporal(run):
         "stable_fraction": (scipy.stats.false_discovery_control(p) < 0.05).mean(),
         "autocorrelation_lag1": r[:, 0] @ weight,
         "smoothness": scaled.mean(), "smoothness_raw": raw.mean(),
-        "polysemanticity": polysemanticity(firings, kinds, places, rng),
+        "polysemanticity": polysemanticity(fired, kinds, places, rng),
         "polysemanticity_channels": channel_polysemanticity(
             store, rate.mean(), kinds, places, rng),
         "explained_variance_early": 1 - error[:half].sum() / variance[:half].sum(),
         "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()} | follow(run)
-    if (value := coherence(firings, kinds[1], files, rates[alive], rng)) is not None:
+    if (value := coherence(fired, kinds[1], files, rates[alive], rng)) is not None:
         metrics["coherence"] = value
     decile = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1)))
-    ids, counts = full + windows.n_train, np.bincount(decile, minlength=10)
+    counts = np.bincount(decile, minlength=10)
     curves = {
         "autocorrelation": weight @ r, "stability_null": weight @ null,
         "stability_by_rate_decile": np.bincount(decile, mean, 10) / np.maximum(counts, 1),
-        "similarity_matrix": similarity_matrix(run, ids[:256]).cpu().numpy()[::2, ::2].round(4),
-        "evolution": evolution(run, ids[0], mean, alive)}
+        "similarity_matrix": similarity_matrix(z[:256 * seq]).cpu().numpy()[::2, ::2].round(4),
+        "evolution": evolution(z[:seq].toarray(), windows.tokens[full[0] + windows.n_train, 1:],
+                               mean, alive)}
     if hasattr(sae, "variance"):
         curves |= {"variance": sae.variance.cpu().numpy(), "decay": sae.decay().cpu().numpy(),
                    "scaled_variance": sae.scaled_variance().cpu().numpy()}
@@ -1610,12 +1611,11 @@ def channel_polysemanticity(store, rate, kinds, places, rng):
     return polysemanticity(list(top.t().cpu().numpy()), kinds, places, rng)
 
 
-def evolution(run, window, stable, alive, n=16):
-    """The latents with the most stable energy in one window, over its tokens."""
-    z = run.sae.encode(run.store.batch([window])).dense()[0].cpu().numpy()
+def evolution(z, tokens, stable, alive, n=16):
+    """The latents with the most stable energy in one window, over its tokens; z [seq, d_sae]."""
     top = alive[np.argsort(-np.square(z[:, alive]).sum(0) * np.maximum(stable, 1e-6))[:n]]
-    tokens = load_tokenizer().batch_decode(run.store.windows.tokens[window, 1:, None])
-    return {"tokens": tokens, "latents": top, "values": z[:, top].T.round(4)}
+    return {"tokens": load_tokenizer().batch_decode(tokens[:, None]), "latents": top,
+            "values": z[:, top].T.round(4)}
 
 
 # ---- Probes: what a token's latents tell about its context ----
@@ -1640,12 +1640,9 @@ def probe_baselines(run):
 def eval_probes(run):
     """Balanced accuracy of linear probes on a token's latents, beside those on tokens;
     `probe_context` is the mean over all labels but the token's type."""
-    (codes, _), windows = encode_heldout(run), run.store.windows
+    windows, base, metrics, right = run.store.windows, cached(run, probe_baselines), {}, {}
     places, fold, labels = corpus.probe_labels(windows, PROBE_EVERY)
-    base, shape = cached(run, probe_baselines), (places.max() + 1, run.sae.d_sae)
-    keep = codes.token < shape[0]
-    latents = csr_array((codes.value[keep], (codes.token[keep], codes.latent[keep])), shape)[places]
-    features, metrics, right = MaxAbsScaler().fit_transform(latents), {}, {}
+    features = MaxAbsScaler().fit_transform(run.heldout[0].tocsr()[places])
     for name, of in labels.items():
         predicted = probe(features, of, fold)
         metrics[f"probe_{name}"] = balanced_accuracy_score(of, predicted)

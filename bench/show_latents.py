@@ -77,15 +77,13 @@ def main():
     E = load_runner(args.run.resolve())
     sae, store, tokenizer, layer = load_run(E, args.run.resolve())
     run = E.Run(sae, store, E.load_model, layer, E.LIVE, {})
-    codes, _ = E.encode_heldout(run)
-    live, rate = E.live_latents(codes, run)
+    live, rate = E.live_latents(run)
     chosen = np.random.default_rng(args.seed).choice(np.flatnonzero(live), args.n, replace=False)
     tokens = store.windows.tokens[store.windows.heldout()]
     files = store.windows.doc_ids[store.windows.heldout()]
     per_window = E.CONTEXT_LENGTH - 1
     for latent in sorted(chosen):
-        of = codes.latent == latent
-        token, value = codes.token[of], codes.value[of]
+        (token, value), = E.firings(run.heldout[0], [latent])
         print(f"\n**Latent {latent}**, fires on {100 * rate[latent]:.2f} % of tokens; strongest firing of each of "
               f"{args.contexts} files:\n")
         seen = set()

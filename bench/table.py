@@ -14,10 +14,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import plot
 
+MAKING = Lock()
 KEPT = ROOT / "bench" / "results" / "runs"
 VARIANTS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae", "temporal", "temporal_adaptation")
 ROWS = {name: {"SAE_VARIANT": name} for name in VARIANTS}
@@ -38,11 +41,14 @@ ROWS |= {f"hysteresis {bonus}": {"SAE_VARIANT": "hysteresis", "HYSTERESIS": bonu
 ROWS |= {"tsae, as released": {"SAE_VARIANT": "tsae", "TSAE_READING": "code"},
          "batch_topk, as many parameters as temporal": {"SAE_VARIANT": "batch_topk", "EXPANSION": 8.2},
          "batch_topk, layer 4": {"SAE_VARIANT": "batch_topk", "LAYER": 4}, "temporal, layer 4": {"SAE_VARIANT": "temporal", "LAYER": 4},
-         "temporal, centred": {"SAE_VARIANT": "temporal", "ATTENTION": "centred"}}
+         "temporal, centred": {"SAE_VARIANT": "temporal", "ATTENTION": "centred"},
+         "batch_topk, re-initialised model": {"SAE_VARIANT": "batch_topk", "MODEL_NAME": "../reinitialised"},
+         "temporal, re-initialised model": {"SAE_VARIANT": "temporal", "MODEL_NAME": "../reinitialised"}}
 SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "temporal", "temporal_adaptation"],
         "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if ", no " in row or ", T " in row],
-        "controls": ["hysteresis 0.25", "hysteresis 0.5", "hysteresis 0.75", "hysteresis 1.0", "tsae, as released", "batch_topk, as many parameters as temporal", "batch_topk, layer 4",
-                     "temporal, layer 4", "temporal, centred"]}
+        "controls": ["hysteresis 0.25", "hysteresis 0.5", "hysteresis 0.75", "hysteresis 1.0", "tsae, as released",
+                     "batch_topk, as many parameters as temporal", "batch_topk, layer 4", "temporal, layer 4", "temporal, centred",
+                     "batch_topk, re-initialised model", "temporal, re-initialised model"]}
 COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss increase (nats)", "ce_recovered": "CE recovered vs unigram",
            "ce_recovered_vs_mean": "vs mean", "ce_recovered_vs_zero": "vs zero", "dead_fraction": "dead", "single_token_fraction": "single-token",
            "stability": "stability", "stability_unweighted": "unweighted", "stability_token": "of tokens alone", "energy": "E[z²]",
@@ -70,6 +76,16 @@ def source_of(row, seed):
     return edited(source, **ROWS[row], SEEDS=(seed,))
 
 
+def reinitialise(folder):
+    """The embedded model with random weights, and its tokenizer, at `folder`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = ROOT / "embedded" / "model"
+    shutil.copytree(model, folder)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.float32).save_pretrained(folder)
+
+
 def run(row, seed, folder, reuse, finished_only):
     """What the run of a row and seed found; None where it is not there and not to be made."""
     source, name = source_of(row, seed), f"{re.sub('[^a-z0-9_.]+', '-', row.lower())}.{seed}"
@@ -83,6 +99,9 @@ def run(row, seed, folder, reuse, finished_only):
     if not (place / "embedded").exists():
         (place / "embedded").symlink_to(ROOT / "embedded", target_is_directory=True)
     (place / "experiment.py").write_text(source)
+    with MAKING:
+        if "MODEL_NAME" in ROWS[row] and not (folder / "reinitialised").exists():
+            reinitialise(folder / "reinitialised")
     print(f"{row}, seed {seed}", flush=True)
     done = subprocess.run([sys.executable, "experiment.py", "--out_dir=run_1"], cwd=place, stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from scipy.sparse import csc_array
 
 D_IN, CONTEXT, VOCABULARY, N_TRAIN = 16, 12, 40, 24
 
@@ -100,7 +101,7 @@ def test_explained_variance_by_hand(E, make_store):
     stretched = 1.5                                             # errors a quarter of the variance
     for x_hat, wanted in ((lambda x: x, 1.0), (torch.zeros_like, 0.0), (lambda x: x + off_by_one, 0.5),
                           (lambda x: x * stretched, 0.75), (lambda x: -x, -3.0)):
-        assert E.explained_variance(run_of(E, store, Fixed(x_hat)), variance) == pytest.approx(wanted, abs=1e-6)
+        assert E.explained_variance(Fixed(x_hat), store, variance) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_the_mean_that_scores_zero_is_that_of_the_held_out_tokens(E, make_store):
@@ -112,10 +113,10 @@ def test_the_mean_that_scores_zero_is_that_of_the_held_out_tokens(E, make_store)
     heldout = (x[20:, 1:].flatten(0, 1).double() - store.mean) / store.scale
     assert variance == pytest.approx(heldout.var(0, correction=0).sum().item(), rel=1e-5)
     mean = heldout.mean(0).float()
-    assert E.explained_variance(run_of(E, store, Fixed(mean.expand_as)), variance) == pytest.approx(0, abs=1e-5)
+    assert E.explained_variance(Fixed(mean.expand_as), store, variance) == pytest.approx(0, abs=1e-5)
     charge = mean.square().sum().item() / variance
     assert charge > 0.05
-    assert E.explained_variance(run_of(E, store, Fixed(torch.zeros_like)), variance) == pytest.approx(-charge, rel=1e-3)
+    assert E.explained_variance(Fixed(torch.zeros_like), store, variance) == pytest.approx(-charge, rel=1e-3)
 
 
 def padded_store(make_store, rubbish=0.0, name="store", seed=0):
@@ -144,7 +145,7 @@ def test_encode_heldout_against_a_loop(E, make_store):
     store = padded_store(make_store, 50.0)
     torch.manual_seed(0)
     sae = E.TopK(6, 20, 3).eval()
-    codes, rows = E.encode_heldout(run_of(E, store, sae))
+    codes, rows, speed = E.encode_heldout(sae, store)
     wanted, place = collections.defaultdict(list), 0
     assert all(v.shape == (70, 8) for v in rows.values())
     for w in range(80, 150):
@@ -161,10 +162,13 @@ def test_encode_heldout_against_a_loop(E, make_store):
             else:
                 assert all(np.isnan(rows[name][w - 80, p]) for name in rows)
             place += 1
-    got = sorted(zip(codes.token.tolist(), codes.latent.tolist(), codes.value.tolist()))
+    token, latent = codes.nonzero()
+    got = sorted(zip(token.tolist(), latent.tolist(), codes[token, latent].tolist()))
     assert [g[:2] for g in got] == [w[:2] for w in wanted["codes"]]
     assert [g[2] for g in got] == pytest.approx([w[2] for w in wanted["codes"]], rel=1e-4)
-    assert (np.diff(codes.token) >= 0).all()
+    assert codes.shape == (70 * 8, 20) and speed > 0
+    for i, (at, values) in zip((3, 0, 19), E.firings(codes, np.array([3, 0, 19]))):     # by latent, tokens in order
+        assert list(zip(at, values)) == [(t, pytest.approx(v, rel=1e-4)) for t, j, v in wanted["codes"] if j == i]
 
 
 def planted_codes(E, make_store):
@@ -177,8 +181,11 @@ def planted_codes(E, make_store):
     return store, []
 
 
-def codes_of(E, planted):
-    return E.Codes(*(np.array(part) for part in zip(*sorted(planted))))
+def planted_run(E, store, planted, d_sae, live=(1, 1)):
+    run = E.Run(None, store, None, 0, live, {})
+    token, latent, value = map(np.array, zip(*planted)) if planted else np.zeros((3, 0), int)
+    run.heldout = csc_array((value, (token, latent)), (24 * 10, d_sae)), {}, 0.0
+    return run
 
 
 def test_live_latents(E, make_store):
@@ -194,16 +201,15 @@ def test_live_latents(E, make_store):
     fire(3, [10] * 11)              # exactly half of the 220 valid tokens
     fire(4, [10] * 10 + [11])       # more than half
     fire(6, [20] * 11)              # always
-    live, rate = E.live_latents(codes_of(E, planted), E.Run(SimpleNamespace(d_sae=8), store, None, 0, (6, 3), {}))
+    live, rate = E.live_latents(planted_run(E, store, planted, 8, (6, 3)))
     assert live.tolist() == [True, False, False, True, False, False, False, False]
     assert rate == pytest.approx(np.array([6, 5, 12, 110, 111, 0, 220, 0]) / 220)
 
 
 def test_no_firing_at_all(E, make_store):
     store, _ = planted_codes(E, make_store)
-    nothing = E.Codes(np.zeros(0, int), np.zeros(0, int), np.zeros(0))
-    live, rate = E.live_latents(nothing, E.Run(SimpleNamespace(d_sae=3), store, None, 0, (1, 1), {}))
-    assert not live.any() and not rate.any()
+    with pytest.raises(E.RunnerError, match=r"no latent of 3 is live \(fired 1 times in 1 held-out files\); L0 = 0.00"):
+        E.live_latents(planted_run(E, store, [], 3))
 
 
 @pytest.mark.parametrize("firings, same, counts", [(50, 36, True), (50, 35, False), (10, 9, True), (10, 8, False),
@@ -224,9 +230,8 @@ def test_single_token_fraction(E, make_store, firings, same, counts):
     live = np.array([True, True, True, False, False])
     if firings == 220:                              # the weaker ones do not matter
         assert len({*tokens.flatten()[:220]}) > 100
-    run = E.Run(SimpleNamespace(d_sae=5), store, None, 0, (1, 1), {})
     wanted = (1 + counts) / 3
-    assert E.single_token_fraction(codes_of(E, planted), run, live) == pytest.approx(wanted)
+    assert E.single_token_fraction(planted_run(E, store, planted, 5), live) == pytest.approx(wanted)
 
 
 def test_the_sample_is_the_first_held_out_window_of_each_file(E, make_store):
@@ -421,16 +426,16 @@ def noisy(E):
 def test_core_agrees_with_its_parts(E, model, spoken):
     store = spoken(UNEVEN)
     run = run_of(E, store, noisy(E), model, (5, 3))
-    result, (codes, rows) = E.eval_core(run), E.encode_heldout(run)
+    result, (codes, rows, _) = E.eval_core(run), E.encode_heldout(run.sae, store)
     m, _, variance = result.metrics, *E.variance_by_position(store)
     valid = (UNEVEN[24:] - 1).sum()
-    rate = np.bincount(codes.latent, minlength=64) / valid
+    rate = np.diff(codes.indptr) / valid
     assert m["explained_variance"] == pytest.approx(1 - np.nansum(rows["error"]) / valid / variance)
-    assert m["l0"] == pytest.approx(len(codes.latent) / valid) and 1 < m["l0"] < 40
+    assert m["l0"] == pytest.approx(codes.nnz / valid) and 1 < m["l0"] < 40
     assert m["dead_fraction"] == (rate == 0).mean() > 0 and m["dense_fraction"] == (rate > 0.1).mean() > 0
-    live, _ = E.live_latents(codes, run)
+    live, _ = E.live_latents(run)
     assert m["live_fraction"] == live.mean() and not live[:2].any()
-    assert m["single_token_fraction"] == E.single_token_fraction(codes, run, live)
+    assert m["single_token_fraction"] == E.single_token_fraction(run, live)
     assert m["bigram_explained_variance"] == pytest.approx(E.bigram_explained_variance(store, variance))
     assert m["ce_sae"] - m["ce_model"] == pytest.approx(m["loss_increase_nats"])
     x = torch.cat([store.batch([w]).x[0, :UNEVEN[w] - 1] for w in range(24, 56)])
@@ -506,5 +511,5 @@ def test_controls_leave_the_run_as_it_was(E, model, spoken):
     assert all(torch.equal(a, b) for a, b in zip(before, [*sae.parameters(), *model.parameters()]))
     torch.manual_seed(0)
     untrained = E.TopK(D_IN, 64, 4).eval()
-    wanted = E.explained_variance(run_of(E, store, untrained), E.variance_by_position(store)[1])
+    wanted = E.explained_variance(untrained, store, E.variance_by_position(store)[1])
     assert found["untrained_explained_variance"] == pytest.approx(wanted)

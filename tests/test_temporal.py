@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 import torch.nn.functional as F
 
 D_IN, D_SAE, K = 10, 40, 4
@@ -1191,24 +1192,20 @@ def loop_similarity(z):
     return matrix
 
 
-def test_similarity_matrix_against_a_double_loop(E, make_store):
-    store = make_store(torch.randn(30, 7, 6, generator=torch.Generator().manual_seed(0)), 5)
-    torch.manual_seed(0)
-    sae = E.TopK(6, 24, 3).eval()
-    ids = np.arange(6, 30)                              # more than one chunk
-    got = E.similarity_matrix(SimpleNamespace(sae=sae, store=store), ids)
-    close(got, loop_similarity(sae.encode(store.batch(ids)).dense()), 1e-5)
+def test_similarity_matrix_against_a_double_loop(E, settings):
+    settings(CONTEXT_LENGTH=7)
+    z = torch.randn(24, 6, 9, generator=torch.Generator().manual_seed(0)).relu()       # more than one chunk
+    close(E.similarity_matrix(csr_array(z.flatten(0, 1).numpy())), loop_similarity(z), 1e-5)
 
 
 @pytest.mark.parametrize("kind, wanted", [("constant", 0.0), ("document", 1.0), ("position", 0.0)])
-def test_similarity_matrix_of_planted_codes(E, make_store, kind, wanted):
+def test_similarity_matrix_of_planted_codes(E, settings, kind, wanted):
     """Of one code for all, of one for each document, of one for each position: only the second stands out."""
     n, seq = 20, 6
     z = {"constant": torch.ones(n, seq, n), "document": 3 * torch.eye(n)[:, None].expand(n, seq, n),
          "position": torch.eye(n)[:seq].expand(n, seq, n)}[kind]
-    store = make_store(torch.randn(n, seq + 1, 2), 0 + 1)
-    sae = SimpleNamespace(encode=lambda batch: SimpleNamespace(dense=lambda: z[batch.doc_ids]))
-    got = E.similarity_matrix(SimpleNamespace(sae=sae, store=store), np.arange(n))
+    settings(CONTEXT_LENGTH=seq + 1)
+    got = E.similarity_matrix(csr_array(z.reshape(n * seq, n).numpy()))
     assert torch.allclose(got, torch.full((seq, seq), wanted), atol=1e-5)
 
 
@@ -1404,8 +1401,7 @@ def test_evolution_shows_the_latents_with_the_most_stable_energy(E, text):
     alive = np.flatnonzero(z.any(0))[::2]
     for stable in (np.ones(len(alive)), np.linspace(-0.1, 0.5, len(alive))):
         score = np.square(z[:, alive]).sum(0) * np.maximum(stable, 1e-6)
-        with torch.no_grad():
-            found = E.evolution(run_of(E, store, sae), 20, stable, alive, n=7)
+        found = E.evolution(z, store.windows.tokens[20, 1:], stable, alive, n=7)
         assert found["latents"].tolist() == alive[np.argsort(-score)[:7]].tolist()
         assert found["values"] == pytest.approx(z[:, found["latents"]].T, abs=1e-4)
         assert found["tokens"] == [f"<{t}>" for t in store.windows.tokens[20, 1:]]
@@ -1413,11 +1409,11 @@ def test_evolution_shows_the_latents_with_the_most_stable_energy(E, text):
 
 def statistics(E, store, sae, full):
     run = run_of(E, store, sae)
-    codes, _ = E.encode_heldout(run)
-    alive = np.flatnonzero(E.live_latents(codes, run)[0])
-    spans = [np.flatnonzero(codes.latent == i) for i in alive]
+    z, alive = run.heldout[0], np.flatnonzero(E.live_latents(run)[0])
+    q95 = np.array([np.quantile(z[:, [i]].data, 0.95) for i in alive], dtype=np.float32)
+    rows = [window * (CONTEXT - 1) + t for window in full for t in range(CONTEXT - 1)]
     with torch.no_grad():
-        return run, codes, alive, spans, E.latent_statistics(run, codes, full, alive, spans)
+        return run, q95, alive, E.latent_statistics(run, z.tocsr()[rows], full, alive, q95)
 
 
 def test_latent_statistics_against_loops(E, settings, text):
@@ -1428,7 +1424,7 @@ def test_latent_statistics_against_loops(E, settings, text):
     store, sae = text(lengths=lengths), dictionary(E)
     full = store.windows.full()
     assert full.tolist() == [i for i in range(40) if i not in (2, 3, 18)]
-    run, codes, alive, spans, (observed, null, token, r, rate, energy, scaled, raw) = statistics(E, store, sae, full)
+    run, q95, alive, (observed, null, token, r, rate, energy, scaled, raw) = statistics(E, store, sae, full)
     assert len(alive) == 60
     batch = store.batch(full + 12)
     z = sae.encode(batch).dense().detach()[..., torch.from_numpy(alive)]
@@ -1444,9 +1440,8 @@ def test_latent_statistics_against_loops(E, settings, text):
     for lag in (1, 5, 32):
         wanted = ((a[:, :-lag] * a[:, lag:]).mean((0, 1)) - p ** 2) / (p * (1 - p))
         assert r[:, lag - 1] == pytest.approx(wanted.numpy(), abs=1e-4)
-    q95 = torch.tensor([np.quantile(codes.value[span], 0.95) for span in spans]).float()
     present = (a.amax(1) > 0).sum(1)
-    assert scaled == pytest.approx((E.smoothness(z, batch.x, q95) / present).numpy(), rel=1e-4)
+    assert scaled == pytest.approx((E.smoothness(z, batch.x, torch.from_numpy(q95)) / present).numpy(), rel=1e-4)
     assert raw == pytest.approx((E.smoothness(z, batch.x, 1.0) / present).numpy(), rel=1e-4)
     m, mean, weight, first = E.eval_temporal(run).metrics, observed.mean(1), energy / energy.sum(), alive < 64 / 5
     for name, value in (("stability", mean @ weight), ("stability_unweighted", mean.mean()), ("energy", energy.sum()),
@@ -1462,7 +1457,7 @@ def test_smoothness_divides_by_the_exact_number_of_present_latents(E, settings, 
     settings(NULL_DRAWS=1)
     store, sae = text(n=8), dictionary(E, "standard", 700)
     full = store.windows.full()
-    _, _, alive, _, found = statistics(E, store, sae, full)
+    _, _, alive, found = statistics(E, store, sae, full)
     batch = store.batch(full + 12)
     z = sae.encode(batch).dense().detach()[..., torch.from_numpy(alive)]
     present = (z > 0).any(1).sum(1)
