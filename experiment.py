@@ -1405,36 +1405,37 @@ def eval_core(run):
 # ---- Temporal evaluation, on held-out windows without padding ----
 def stability(active, rate, draws=0):
     """Autocorrelation of each latent's activity over that of permuted positions, mean over the lags
-    STABILITY_LAGS: by window [window, d], and by latent for random permutations [draws, d].
+    STABILITY_LAGS: by window [window, d], and for random permutations, shared by 64 windows each,
+    [draws, d]; and the autocorrelation by lag [lag, d].
 
     active [window, seq, d] is 0 or 1, or the probability of firing; rate [d] its mean."""
     n, seq, _ = active.shape
     low, high = STABILITY_LAGS
-    band = torch.ones(seq, seq, dtype=active.dtype, device=DEVICE).triu(low).tril(high)
-    total = active.sum(1, dtype=torch.float32)  # exact mean over all permutations:
-    shuffled = (total ** 2 - active.float().square().sum(1)) / (seq * (seq - 1))
-
-    def excess(pairs):  # mean of a_t a_s over pairs of positions, in units of the variance
-        chunks = zip(active.split(32), pairs.split(32))
-        sums = [(torch.bmm(p, a) * a).sum(1, dtype=torch.float32) for a, p in chunks]
-        means = torch.cat(sums) / band.sum().float().clamp_min(1)
-        return (means - shuffled) / (rate * (1 - rate)).clamp_min(1e-9)
-
-    orders = (torch.rand(n, seq, device=DEVICE).argsort(1) for _ in range(draws))
-    null = [excess(band[order[:, :, None], order[:, None]]).mean(0) for order in orders]
-    return excess(band.expand(n, seq, seq)), torch.stack(null) if null else None
+    a, scale = active.permute(2, 0, 1).float(), (rate * (1 - rate)).clamp_min(1e-9)[:, None]
+    band = torch.ones(seq, seq, device=DEVICE).triu(low).tril(high)  # pairs of positions
+    pairs = band.sum().clamp_min(1)
+    shuffled = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))  # over all permutations
+    observed = (((a @ band) * a).sum(2) / pairs - shuffled) / scale
+    null, both = a.new_zeros(len(a), draws), a.new_zeros(len(a), seq, seq)
+    for part in a.split(64, 1):
+        sums, order = part.transpose(1, 2) @ part, torch.rand(draws, seq, device=DEVICE).argsort(1)
+        null += sums.flatten(1) @ band[order[:, :, None], order[:, None]].flatten(1).t()
+        both += sums
+    null = (null / n / pairs - shuffled.mean(1, keepdim=True)) / scale
+    lags = torch.stack([both.diagonal(l, 1, 2).mean(1) / n for l in range(1, min(33, seq))])
+    return observed.t(), null.t(), (lags - rate ** 2) / scale[:, 0]
 
 
 def fire_given_token(active, tokens, fold, rate):
     """P(fire | token) as counted in the other fold of files: [window, seq, d]."""
-    known, index = tokens.unique(return_inverse=True)
-    expected = torch.empty_like(active)
+    a, (known, index) = active.permute(2, 0, 1).float(), tokens.unique(return_inverse=True)
+    expected = torch.empty_like(a)
     for held in (fold, ~fold):
-        at, counted = index[~held].flatten(), active[~held].flatten(0, 1).float()
-        sums = rate.expand(len(known), -1).clone().index_add_(0, at, counted)
+        at, fired = index[~held].flatten(), a[:, ~held].flatten(1)
+        sums = torch.stack([torch.bincount(at, row, len(known)) for row in fired]) + rate[:, None]
         seen = torch.bincount(at, minlength=len(known)) + 1.0
-        expected[held] = (sums / seen[:, None]).to(active.dtype)[index[held]]
-    return expected
+        expected[:, held] = (sums / seen).float()[:, index[held]]
+    return expected.permute(1, 2, 0)
 
 
 def smoothness(z, x, scale):
@@ -1531,23 +1532,20 @@ def latent_statistics(run, z, full, alive, q95):
 
     z: sparse codes [window * seq, d_sae] of the held-out windows `full`; q95 [latent]: units."""
     store, ids, found = run.store, full + run.store.windows.n_train, []
-    x, tokens = store.x(ids), store.tokens[ids, 1:]
-    lags = range(1, min(33, CONTEXT_LENGTH - 1))
+    x, tokens, z = store.x(ids), store.tokens[ids, 1:], z.tocsc()
     fold = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(DEVICE)
     scaled, raw, present = torch.zeros(3, len(ids), device=DEVICE)
-    for at in np.array_split(np.arange(len(alive)), len(alive) // 2048 + 1):
-        dense = torch.from_numpy(z[:, alive[at]].toarray()).to(DEVICE).view(*tokens.shape, -1)
-        active = (dense > 0).bfloat16()
-        rate = active.mean((0, 1), dtype=torch.float32)
-        observed, null = stability(active, rate, NULL_DRAWS)
-        token, _ = stability(fire_given_token(active, tokens, fold, rate), rate)
-        both = [(active[:, :-l] * active[:, l:]).mean((0, 1), dtype=torch.float32) for l in lags]
-        r = (torch.stack(both) - rate ** 2) / (rate * (1 - rate)).clamp_min(1e-9)
-        energy = dense.square().mean((0, 1))
+    for at in np.array_split(np.arange(len(alive)), len(alive) // 256 + 1):
+        dense = torch.from_numpy(z[:, alive[at]].toarray(order="F")).to(DEVICE)
+        dense = dense.view(*tokens.shape, -1)
+        active = (dense > 0).float()
+        rate, energy = active.mean((0, 1)), dense.square().mean((0, 1))
+        observed, null, r = stability(active, rate, NULL_DRAWS)
+        token = stability(fire_given_token(active, tokens, fold, rate), rate)[0]
         found.append((observed.t(), null.t(), token.mean(0), r.t(), rate, energy))
         scaled += smoothness(dense, x, torch.from_numpy(q95[at]).to(DEVICE))
         raw += smoothness(dense, x, 1.0)
-        present += active.amax(1).float().sum(1)
+        present += active.amax(1).sum(1)
     windows = [(total / present.clamp_min(1)).cpu().numpy() for total in (scaled, raw)]
     return [torch.cat(part).cpu().double().numpy() for part in zip(*found)] + windows
 

@@ -863,8 +863,11 @@ def test_stability_against_a_loop(E, settings, kind):
     active = rng.random((70, 11, 3)) if kind == "probability" else chains([0.2, 0.5, 0.1], [0.3, 0.5, 0.1], 70, 11)
     active = active.astype(np.float32)
     rate = np.array([0.4, 0.5, 0.45])
-    got, null = E.stability(torch.from_numpy(active), torch.tensor(rate).float())
-    assert null is None and got.shape == (70, 3)
+    got, null, r = E.stability(torch.from_numpy(active), torch.tensor(rate).float())
+    assert null.shape == (0, 3) and got.shape == (70, 3)
+    for lag in range(1, 11):
+        wanted = ((active[:, :-lag] * active[:, lag:]).mean((0, 1)) - rate ** 2) / (rate * (1 - rate))
+        assert r[lag - 1].numpy() == pytest.approx(wanted, abs=1e-5)
     assert got.numpy() == pytest.approx(by_hand(active, rate, (2, 4)), abs=1e-5)
 
 
@@ -875,22 +878,22 @@ def test_the_null_is_the_mean_over_all_permutations(E, settings):
     wanted = np.mean([by_hand(active, rate, (1, 2), list(order)) for order in itertools.permutations(range(5))], 0)
     assert wanted == pytest.approx(0, abs=1e-6)         # what stability subtracts is exactly that null
     torch.manual_seed(0)
-    _, draws = E.stability(torch.from_numpy(active), torch.tensor(rate).float(), 4000)
+    _, draws, _ = E.stability(torch.from_numpy(active), torch.tensor(rate).float(), 4000)
     assert draws.shape == (4000, 4)
     assert (draws.mean(0).abs() < 4 * draws.std(0) / 4000 ** 0.5).all()
 
 
 def test_every_draw_is_a_stability_of_permuted_positions(E, settings):
-    """One permutation a window, the same for all of its latents."""
+    """One permutation for 64 windows and all of their latents; another for the next."""
     settings(STABILITY_LAGS=(1, 1))
-    active = np.array([1, 1, 0, 0], np.float32)[None, :, None].repeat(2, 0).repeat(3, 2)
+    active = np.array([1, 1, 0, 0], np.float32)[None, :, None].repeat(128, 0).repeat(3, 2)
     possible = {round(float(by_hand(active[:1], 0.5, (1, 1), list(order))[0, 0]), 4)
                 for order in itertools.permutations(range(4))}
     torch.manual_seed(0)
-    _, draws = E.stability(torch.from_numpy(active), torch.full((3,), 0.5), 50)
+    _, draws, _ = E.stability(torch.from_numpy(active), torch.full((3,), 0.5), 50)
     means = {round((a + b) / 2, 4) for a in possible for b in possible}
     assert torch.equal(draws[:, 0], draws[:, 1]) and torch.equal(draws[:, 0], draws[:, 2])
-    assert {round(value, 4) for value in draws[:, 0].tolist()} == means         # the two windows apart
+    assert {round(value, 4) for value in draws[:, 0].tolist()} == means         # the two halves apart
 
 
 RATES = ([0.02, 0.05, 0.2, 0.05], [0.08, 0.1, 0.3, 0.95])       # the last has no memory
@@ -904,7 +907,7 @@ def test_stability_of_planted_chains(E, dtype):
     active = torch.from_numpy(state).to(dtype)
     rate = active.float().mean((0, 1))
     torch.manual_seed(0)
-    got, draws = E.stability(active, rate, 4)
+    got, draws, _ = E.stability(active, rate, 4)
     assert got.shape == (800, 4) and draws.shape == (4, 4)
     permuted = np.take_along_axis(state, rng.random((800, 100, 1)).argsort(1), 1).astype(np.float32)
     a, p = state.astype(np.float32), rate.numpy()
@@ -926,7 +929,7 @@ def test_stability_of_noise_is_0_within_its_null(E):
     rng = np.random.default_rng(0)
     active = torch.from_numpy((rng.random((60, 127, 200)) < rng.random(200) * 0.2 + 0.02).astype(np.float32))
     torch.manual_seed(0)
-    got, draws = E.stability(active.bfloat16(), active.mean((0, 1)), 50)
+    got, draws, _ = E.stability(active.bfloat16(), active.mean((0, 1)), 50)
     z = ((got.mean(0) - draws.mean(0)) / draws.std(0)).numpy()
     assert abs(z.mean()) < 0.3 and 0.8 < z.std() < 1.25 and np.abs(z).max() < 5
     assert got.mean(0).abs().max() < 0.03
