@@ -694,23 +694,29 @@ def contrastive(batch, z, span, far=None):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
-class Trace(torch.autograd.Function):
-    """h_{t-1}, where h_t = lam h_{t-1} + (1 - lam) u_t, h_{-1} = 0: u [batch, seq, d], lam [d]."""
+class Adapt(torch.autograd.Function):
+    """z_t = ReLU(pre_t - theta h_{t-1}), h_t = lam h_{t-1} + (1 - lam) ReLU(pre_t), h_{-1} = 0:
+    pre [batch, seq, d]; lam, theta [d]."""
 
     @staticmethod
-    def forward(ctx, u, lam):
-        h = torch.zeros_like(u)
-        for t in range(1, u.shape[1]):
+    def forward(ctx, pre, lam, theta):
+        u, h = F.relu(pre), torch.zeros_like(pre)  # h[:, t] is h_{t-1}
+        for t in range(1, pre.shape[1]):
             torch.lerp(u[:, t - 1], h[:, t - 1], lam, out=h[:, t])
-        ctx.save_for_backward(u, h, lam)
-        return h
+        z = torch.addcmul(pre, h, theta, value=-1).relu_()
+        ctx.save_for_backward(u, h, z, lam, theta)
+        return z
 
     @staticmethod
     def backward(ctx, grad):
-        (u, h, lam), total = ctx.saved_tensors, torch.zeros_like(grad)  # dL / dh_t
-        for t in reversed(range(u.shape[1] - 1)):
-            torch.addcmul(grad[:, t + 1], lam, total[:, t + 1], out=total[:, t])
-        return total * (1 - lam), (total * (h - u)).sum((0, 1))
+        u, h, z, lam, theta = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad, z, 0)
+        total = F.pad(grad[:, 1:] * -theta, (0, 0, 0, 1))  # dL / dh_t
+        for t in reversed(range(total.shape[1] - 2)):
+            total[:, t].addcmul_(total[:, t + 1], lam)
+        grad_lam, grad_theta = (total * (h - u)).sum((0, 1)), -(grad * h).sum((0, 1))
+        total.mul_(1 - lam)
+        return torch.ops.aten.threshold_backward(total, u, 0).add_(grad), grad_lam, grad_theta
 
 
 class TemporalAdaptation(SAE):
@@ -744,7 +750,8 @@ class TemporalAdaptation(SAE):
 
     def scaled_variance(self, values=None):  # v [width]; values [tokens, width] to learn it from
         if self.training and values is not None:
-            self.variance.lerp_(values.detach().var(0), 0.01)
+            values = values.detach()
+            self.variance.lerp_(values.square().mean(0) - values.mean(0).square(), 0.01)
         if "variance_scaling" in ABLATE:
             return torch.ones_like(self.variance)
         live = self.variance.clamp_min(1e-9).log()
@@ -764,17 +771,20 @@ class TemporalAdaptation(SAE):
     def select(self, x, W_enc, mask):
         return None if self.traces else super().select(x, W_enc, mask)
 
+    def activate(self, latents):  # with traces, in `encode`
+        return latents.pre_acts if self.traces else super().activate(latents)
+
     def encode(self, batch):
         latents = super().encode(batch)
         if not self.traces:
             return latents
-        shape = latents.shape
-        pre_acts, u = latents.pre_acts.view(shape), latents.values.view(shape)
-        theta, lam = self.theta_raw.tanh(), self.decay(counted(batch, u))
+        shape, pre_acts = latents.shape, latents.pre_acts.view(latents.shape)
+        lam = self.decay(counted(batch, F.relu(pre_acts.detach())))
+        theta, lam = (a.expand(self.d_sae) for a in (self.theta_raw.tanh(), lam))
         if DRIVE == "u":
-            z = F.relu(pre_acts - theta * Trace.apply(u, lam.expand(self.d_sae)))
+            z = Adapt.apply(pre_acts, lam, theta)
         else:
-            h, z = u.new_zeros(shape[0], self.d_sae), []
+            h, z = lam.new_zeros(shape[0], self.d_sae), []
             for pre in pre_acts.unbind(1):
                 z.append(F.relu(pre - theta * h))
                 h = torch.lerp(z[-1], h, lam)

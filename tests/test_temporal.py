@@ -113,45 +113,49 @@ def test_sparse_is_the_same_latents_for_the_decoder(E, density, sparse):
     close(results[1][2], results[0][2])
 
 
-# ---- Trace ----
-def naive_trace(u, lam):
-    h, before = torch.zeros_like(u[:, 0]), []
-    for t in range(u.shape[1]):
-        before.append(h)
-        h = lam * h + (1 - lam) * u[:, t]
-    return torch.stack(before, 1)
+# ---- Adapt: the trace and what it does to the pre-activations ----
+def naive_adapt(pre, lam, theta):
+    h, z = torch.zeros_like(pre[:, 0]), []
+    for t in range(pre.shape[1]):
+        z.append(F.relu(pre[:, t] - theta * h))
+        h = lam * h + (1 - lam) * F.relu(pre[:, t])
+    return torch.stack(z, 1)
 
 
-@pytest.mark.parametrize("seq", [2, 3, 17])
+@pytest.mark.parametrize("seq", [1, 2, 3, 17])
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
-def test_trace_is_the_recursion(E, seq, layout):
+def test_adaptation_is_the_recursion(E, seq, layout):
     g = torch.Generator().manual_seed(seq)
-    u = torch.randn(3, seq, 6, generator=g, dtype=torch.float64)
+    pre = torch.randn(3, seq, 6, generator=g, dtype=torch.float64)
     if layout == "transposed":
-        u = u.transpose(0, 1).contiguous().transpose(0, 1)
-    u, lam = u.requires_grad_(), torch.tensor([0.0, 1e-3, 0.3, 0.9, 0.999, 1.0]).double().requires_grad_()
+        pre = pre.transpose(0, 1).contiguous().transpose(0, 1)
+    given = {"pre": pre, "lam": torch.tensor([0.0, 1e-3, 0.3, 0.9, 0.999, 1.0]).double(),
+             "theta": torch.tensor([0.5, -0.5, 0.9, -0.9, 0.0, 0.3]).double()}
+    for tensor in given.values():
+        tensor.requires_grad_()
     weight, results = torch.randn(3, seq, 6, generator=g, dtype=torch.float64), []
-    for form in (E.Trace.apply, naive_trace):
-        h = form(u, lam)
-        results.append((h, *gradients((h * weight).sum(), {"u": u, "lam": lam}).values(),
-                        *gradients(form(u, lam).sum(), {"u": u, "lam": lam}).values()))      # an expanded gradient
-    assert not results[0][0][:, 0].any()
+    for form in (E.Adapt.apply, naive_adapt):
+        z = form(*given.values())
+        results.append((z, *gradients((z * weight).sum(), given).values(),
+                        *gradients(form(*given.values()).sum(), given).values()))       # an expanded gradient
     for got, wanted in zip(*results):
         close(got.detach(), wanted.detach(), 1e-12)
+    assert seq == 1 or (results[0][0] > F.relu(pre)).any() and (results[0][0] < F.relu(pre)).any()
 
 
-def test_trace_gradients_numerically(E):
+def test_adaptation_gradients_numerically(E):
     g = torch.Generator().manual_seed(0)
-    u = torch.randn(2, 5, 3, generator=g, dtype=torch.float64, requires_grad=True)
-    lam = torch.rand(3, generator=g, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(E.Trace.apply, (u, lam))
+    pre = torch.randn(2, 5, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    lam, theta = (torch.rand(3, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(E.Adapt.apply, (pre, lam, theta))
 
 
-def test_trace_by_hand(E):
-    """A constant input of 8, lam 1/2: 0, 4, 6, 7, ...; the position itself never counts."""
-    h = E.Trace.apply(torch.full((1, 5, 1), 8.0), torch.tensor([0.5]))
-    assert h.flatten().tolist() == [0.0, 4.0, 6.0, 7.0, 7.5]
-    assert E.Trace.apply(torch.ones(2, 1, 1), torch.tensor([0.5])).tolist() == [[[0.0]], [[0.0]]]
+def test_adapt_by_hand(E):
+    """A constant input of 8, lam 1/2: traces 0, 4, 6, 7, ...; the position itself never counts."""
+    half = torch.tensor([0.5])
+    z = E.Adapt.apply(torch.full((1, 5, 1), 8.0), half, half)
+    assert z.flatten().tolist() == [8.0, 6.0, 5.0, 4.5, 4.25]
+    assert E.Adapt.apply(torch.ones(2, 1, 1), half, half).tolist() == [[[1.0]], [[1.0]]]
 
 
 # ---- TemporalAdaptation ----
