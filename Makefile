@@ -1,7 +1,7 @@
 # Two commands: `make run` (train, evaluate and plot one variant) and `make test`. `make help` says more.
 # Settings: make run VARIANT=topk IDEA=my_idea PYTHON=python3.12 SAE_CACHE_DIR=/large/disk
 PYTHON ?= python3
-VARIANT ?= standard
+VARIANT ?= temporal
 IDEA ?= $(VARIANT)
 export PYTHON VARIANT IDEA SAE_CACHE_DIR
 .PHONY: help env run test
@@ -35,7 +35,7 @@ if ! [ -e "$$env/complete" ]; then ( \
 endef
 
 help:
-	@echo "make run [VARIANT=standard] [IDEA=VARIANT]  trains, evaluates and plots VARIANT in a copy under ideas/IDEA"
+	@echo "make run [VARIANT=temporal] [IDEA=VARIANT]  trains, evaluates and plots VARIANT in a copy under ideas/IDEA"
 	@echo "make test                                   runs the whole test suite"
 	@echo "make env                                    makes the virtual environment that both use and says where it is"
 	@echo "All take PYTHON=python3 (3.11 or newer) and SAE_CACHE_DIR=~/.cache/temporal-sae-runner (environment, caches)."

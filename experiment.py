@@ -1573,7 +1573,7 @@ def eval_temporal(run):
     z = z.tocsr()[(full[:, None] * seq + np.arange(seq)).ravel()]
     observed, null, token, r, rate, energy, scaled, raw = latent_statistics(
         run, z, full, alive, q95)
-    mean, weight, early = observed.mean(1), energy / energy.sum(), alive < sae.d_sae / 5
+    mean, weight = observed.mean(1), energy / energy.sum()
     p = scipy.stats.norm.sf((mean - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
     kinds = windows.tokens[windows.n_train:, 1:].ravel(), corpus.token_classes(windows)
     places = np.flatnonzero(windows.valid(windows.heldout())[:, 1:])
@@ -1583,8 +1583,7 @@ def eval_temporal(run):
         "stability": mean @ weight, "stability_token": token @ weight,
         "stability_unweighted": mean.mean(), "energy": energy.sum(),  # of inputs: 1
         "stability_null_95": np.quantile(weight @ null, 0.95),
-        "stability_first_fifth": (mean * weight)[early].sum() / max(weight[early].sum(), 1e-12),
-        "energy_first_fifth": weight[early].sum(),
+        "energy_first_fifth": weight[alive < sae.d_sae / 5].sum(),
         "stable_fraction": (scipy.stats.false_discovery_control(p) < 0.05).mean(),
         "autocorrelation_lag1": r[:, 0] @ weight,
         "smoothness": scaled.mean(), "smoothness_raw": raw.mean(),
@@ -1638,30 +1637,27 @@ def probe(features, labels, fold):
 
 def probe_baselines(run):
     """Balanced accuracy from the token alone, and from a bag of the last 8: {label: [2]}."""
-    windows = run.store.windows
-    places, fold, labels = corpus.probe_labels(windows, PROBE_EVERY)
-    bags = [corpus.bags_of_tokens(windows, places, last) for last in (1, 8)]
-    return {name: [balanced_accuracy_score(of, probe(bag, of, fold)) for bag in bags]
-            for name, of in labels.items()}
+    windows, found = run.store.windows, {}
+    for name, (places, fold, of) in corpus.probe_tasks(windows, PROBE_EVERY).items():
+        bags = [corpus.bags_of_tokens(windows, places, last) for last in (1, 8)]
+        found[name] = [balanced_accuracy_score(of, probe(bag, of, fold)) for bag in bags]
+    return found
 
 
 def eval_probes(run):
     """Balanced accuracy of linear probes on a token's latents, beside those on tokens;
     `probe_context` is the mean over all labels but the token's type."""
     windows, base, metrics, right = run.store.windows, cached(run, probe_baselines), {}, {}
-    places, fold, labels = corpus.probe_labels(windows, PROBE_EVERY)
-    features = MaxAbsScaler().fit_transform(run.heldout[0].tocsr()[places])
-    for name, of in labels.items():
-        predicted = probe(features, of, fold)
+    z, docs = run.heldout[0].tocsr(), windows.doc_ids[windows.n_train:]
+    for name, (places, fold, of) in corpus.probe_tasks(windows, PROBE_EVERY).items():
+        predicted = probe(MaxAbsScaler().fit_transform(z[places]), of, fold)
         metrics[f"probe_{name}"] = balanced_accuracy_score(of, predicted)
         metrics[f"probe_{name}_token"], metrics[f"probe_{name}_bag"] = base[name]
-        right[name] = predicted == of
-    if context := [name for name in labels if name != "token_type"]:
+        right[name] = windows.by_document(predicted == of, docs[places // (CONTEXT_LENGTH - 1)])
+    if context := [name for name in right if name != "token_type"]:
         metrics["probe_context"] = np.mean([metrics[f"probe_{name}"] for name in context])
-        right["context"] = np.mean([right[name] for name in context], 0)
-    docs = windows.doc_ids[windows.n_train:][places // (CONTEXT_LENGTH - 1)]
-    return Result(metrics, {}, plain({f"probe_{name}": windows.by_document(hits, docs)
-                                      for name, hits in right.items()}))
+        right["context"] = np.nanmean([right[name] for name in context], 0)
+    return Result(metrics, {}, plain({f"probe_{name}": hits for name, hits in right.items()}))
 
 
 EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes}

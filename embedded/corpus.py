@@ -700,22 +700,29 @@ def token_classes(windows):
     return np.minimum(rank[tokens], 255)
 
 
-def probe_labels(windows, every):
-    """Every `every`-th held-out token, as token_classes counts them [n]; whether its file is in the first of two folds
-    [n]; and {label: [n]}: the domain, and LABELS where the tokens have them. Labels of one class are left out."""
-    context = windows.tokens.shape[1] - 1
-    places = np.flatnonzero(windows.valid(windows.heldout())[:, 1:])[::every]
-    found = {}
+def probe_tasks(windows, every, n_documents=20):
+    """{name: (places [n] as token_classes counts held-out tokens, whether each is in the first of two folds [n], its
+    class [n])}: LABELS, where the tokens have them, and the domain, of every `every`-th token, the folds apart by file;
+    and the document, of all tokens of the first `n_documents` with most windows, the folds apart by window. What has one
+    class in a fold is left out."""
+    context, docs = windows.tokens.shape[1] - 1, windows.doc_ids[windows.n_train:]
+    all_places = np.flatnonzero(windows.valid(windows.heldout())[:, 1:])
+    places, found = all_places[::every], {}
     if windows.labels is not None:
         classes = windows.labels[:, 1:].reshape(-1, len(LABELS))
         known = places[(classes[places] >= 0).all(1)]
         if len(known) > len(places) / 2:
             places, found = known, dict(zip(LABELS, classes[known].T))
-    docs = windows.doc_ids[windows.n_train:][places // context]
-    found["domain"] = np.unique(np.asarray(windows.domains)[docs], return_inverse=True)[1]
-    fold = docs % 2 == 0
-    return places, fold, {name: of for name, of in found.items()
-                          if min(len(np.unique(of[part])) for part in (fold, ~fold)) > 1}
+    of = docs[places // context]
+    found["domain"] = np.unique(np.asarray(windows.domains)[of], return_inverse=True)[1]
+    found = {name: (places, of % 2 == 0, classes) for name, classes in found.items()}
+    names, first, counts = np.unique(docs, return_index=True, return_counts=True)
+    chosen = names[counts == counts.max()][:n_documents]
+    places = all_places[np.isin(docs[all_places // context], chosen)]
+    of, window = docs[places // context], places // context
+    found["document"] = places, (window - first[np.searchsorted(names, of)]) % 2 == 0, np.searchsorted(chosen, of)
+    return {name: task for name, task in found.items()
+            if min(len(np.unique(task[2][part])) for part in (task[1], ~task[1])) > 1}
 
 
 def bags_of_tokens(windows, places, last):
