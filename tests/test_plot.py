@@ -58,7 +58,7 @@ def results(variant, fvu, seeds=1, starts=(0,), data="abc", ablate=(), temporal=
     parameters = {"temporal": ("gate",), "temporal_adaptation": ("beta", "theta", "temperature")}
     training = {"step": steps, "losses": {"reconstruction": [fvu + 1 / s for s in steps]},
                 "l0": [32 + 3000 / s for s in steps], "dead_fraction": [0.0] * len(steps),
-                "parameters": {name: [i / s for s in steps] for i, name in enumerate(parameters.get(variant, ()))},
+                "parameters": {name: [1 / s for s in steps] for name in parameters.get(variant, ())},
                 "val_step": [200, 400], "val_loss": [fvu + 0.01, fvu], "stage_starts": list(starts), "stages": names}
     entry = {
         "means": {f"{k}_mean": v for k, v in values.items()}, "final_info_dict": {k: [v] * seeds for k, v in values.items()},
@@ -369,8 +369,8 @@ def test_similarity_has_one_scale(tmp_path):
 def test_parameters_and_the_stages_of_their_runs(tmp_path):
     plot, runs = several(tmp_path, 9)
     axes = plot.fig_parameters(runs).axes
-    assert [axis.get_ylabel() for axis in axes] == ["gate bound", "gate free", "beta", "theta", "temperature"]
-    gate, theta = axes[1], axes[3]
+    assert [axis.get_ylabel() for axis in axes] == ["gate", "beta", "theta", "temperature"]
+    gate, theta = axes[0], axes[2]
     curves = [line.get_ydata() for line in gate.lines if len(line.get_ydata()) == 20]
     assert len(curves) == 3 and np.allclose(curves, [1 / s for s in range(20, 401, 20)])
     borders = [line.get_xdata()[0] for line in gate.lines if list(line.get_ydata()) == [0, 1]]
