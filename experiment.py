@@ -801,7 +801,7 @@ class TemporalAdaptation(SAE):
 
     def parameters_of_interest(self):
         return {"beta": self.beta.mean().item(), "theta": self.theta_raw.tanh().mean().item(),
-                "temperature": torch.as_tensor(self.temperature()).item()}
+                "temperature": float(self.temperature())}
 
 
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
