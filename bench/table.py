@@ -56,7 +56,7 @@ COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss i
            "polysemanticity": "polysemanticity", "probe_token_type": "syntax probe", "probe_context": "context probe"}
 TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", "stability": "stability", "smoothness": "smoothness",
           "probe_token_type": "syntax probe", "probe_context": "context probe"}        # per file
-PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis 0.5"), "temporal_adaptation": ("standard",)}
+PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis 1.0"), "temporal_adaptation": ("standard",)}
 
 
 def edited(source, **constants):
@@ -142,7 +142,8 @@ def tests(found):
     adjusted = plot.false_discovery_control([claim[-1] for claim in claims])
     lines = ["", "| variant | against | metric | difference | 95 % interval | q (FDR) | |", "|---|---|---|---|---|---|---|"]
     for (row, peer, title, mean, low, high, _), q in zip(claims, adjusted):
-        verdict = ("higher" if mean > 0 else "lower") if q < 0.05 else "no difference shown"
+        shown = q < 0.05 and low * high > 0     # the files carry q, the seeds too the interval
+        verdict = ("higher" if mean > 0 else "lower") if shown else "no difference shown"
         lines.append(f"| `{row}` | `{peer}` | {title} | {mean:+.4f} | {low:+.4f} to {high:+.4f} | {q:.2g} | {verdict} |")
     return lines
 
