@@ -668,8 +668,9 @@ class TSAE(Matryoshka):
     def losses(self, batch, latents):
         n_high, found = round(self.group_fractions[0] * self.d_sae), super().losses(batch, latents)
         z = latents.dense(n_high)
-        unit, paper = F.normalize(z, dim=-1), TSAE_READING == "paper"
-        found["contrastive"] = contrastive(batch, *((unit, 1) if paper else (z, z.shape[1])))
+        unit = F.normalize(z, dim=-1)
+        code, span = (unit, 1) if TSAE_READING == "paper" else (z, z.shape[1])
+        found["contrastive"] = contrastive(batch, code, span)
         return found | consistency(batch, unit)
 
 
@@ -750,7 +751,6 @@ class TemporalAdaptation(SAE):
 
     def scaled_variance(self, values=None):  # v [width]; values [tokens, width] to learn it from
         if self.training and values is not None:
-            values = values.detach()
             self.variance.lerp_(values.square().mean(0) - values.mean(0).square(), 0.01)
         if "variance_scaling" in ABLATE:
             return torch.ones_like(self.variance)
@@ -1576,8 +1576,7 @@ def eval_temporal(run):
     mean, weight = observed.mean(1), energy / energy.sum()
     p = scipy.stats.norm.sf((mean - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
     kinds = windows.tokens[windows.n_train:, 1:].ravel(), corpus.token_classes(windows)
-    places = np.flatnonzero(windows.valid(windows.heldout())[:, 1:])
-    half = seq // 2
+    places, half = windows.heldout_tokens(), seq // 2
     error, variance = np.nanmean(errors["error"], 0), np.array(base["variance_by_position"])
     metrics = {
         "stability": mean @ weight, "stability_token": token @ weight,

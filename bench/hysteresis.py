@@ -27,7 +27,9 @@ class Hysteresis(BatchTopK):
         if self.training:
             self.raised = None
             return super().encode(batch)
-        if self.raised is None:
+        if self.first is None:      # a look before the training
+            self.raised = self.threshold
+        elif self.raised is None:
             low, high = self.threshold, 4 * self.threshold
             for _ in range(16):
                 middle = (low + high) / 2

@@ -56,6 +56,8 @@ def load_run(E, run):
             parameter.copy_(value)
         if hasattr(sae, "threshold"):
             sae.threshold.copy_(saved["threshold"][0])
+    for stage in E.planned_stages(type(sae)):      # attention and the like, which are no parameters
+        E.anneal(sae, stage, 1.0)
     return sae.eval(), store, tokenizer, layer
 
 
@@ -82,8 +84,8 @@ def main():
     tokens = store.windows.tokens[store.windows.heldout()]
     files = store.windows.doc_ids[store.windows.heldout()]
     per_window = E.CONTEXT_LENGTH - 1
-    for latent in sorted(chosen):
-        (token, value), = E.firings(run.heldout[0], [latent])
+    chosen = np.sort(chosen)
+    for latent, (token, value) in zip(chosen, E.firings(run.heldout[0], chosen)):
         print(f"\n**Latent {latent}**, fires on {100 * rate[latent]:.2f} % of tokens; strongest firing of each of "
               f"{args.contexts} files:\n")
         seen = set()

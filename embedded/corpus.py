@@ -592,6 +592,10 @@ class Windows(NamedTuple):
         """Ids of the held-out windows."""
         return np.arange(self.n_train, len(self.tokens))
 
+    def heldout_tokens(self):
+        """Places of the held-out tokens that count, in [n - n_train, context_length - 1] counted row by row."""
+        return np.flatnonzero(self.valid(self.heldout())[:, 1:])
+
     def full(self):
         """Held-out windows without padding, counted from the first held-out one."""
         rows = np.flatnonzero(self.lengths[self.n_train:] == self.tokens.shape[1])
@@ -706,7 +710,7 @@ def probe_tasks(windows, every, n_documents=20):
     and the document, of all tokens of the first `n_documents` with most windows, the folds apart by window. What has one
     class in a fold is left out."""
     context, docs = windows.tokens.shape[1] - 1, windows.doc_ids[windows.n_train:]
-    all_places = np.flatnonzero(windows.valid(windows.heldout())[:, 1:])
+    all_places = windows.heldout_tokens()
     places, found = all_places[::every], {}
     if windows.labels is not None:
         classes = windows.labels[:, 1:].reshape(-1, len(LABELS))
