@@ -28,7 +28,6 @@ from typing import Callable, NamedTuple
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # spinning threads cost 4x on a busy machine
 import numpy as np
-import scipy.stats
 import torch
 import torch.nn.functional as F
 import transformers
@@ -43,7 +42,9 @@ HERE = Path(__file__).resolve().parent
 SOURCE = Path(__file__).read_text()
 sys.path.insert(0, str(HERE / "embedded"))
 import corpus
-from corpus import (batch_ids, cache_folder, fingerprint, kept, make_folder, plain, replacing)
+from corpus import (batch_ids, cache_folder, fingerprint, firings, kept, make_folder,
+                    percentiles_95, plain, replacing)
+from corpus import DataError as RunnerError  # settings, data, environment: one paragraph, exit 2
 
 # ---- CONFIG: edit here; there is no command line for these ----
 # standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, temporal, temporal_adaptation,
@@ -87,7 +88,7 @@ TRAIN_ON = "both"  # or "forget", "retain"
 FORGET_QUESTIONS = None  # e.g. "cais/wmdp:wmdp-bio"
 RETAIN_QUESTIONS = None  # e.g. "cais/mmlu:human_aging"
 SELECTION = "ratio"  # of the latents to clamp: by E[z^2], or by "frequency"
-CLAMPED, MATCHED = 20, 512  # latents to clamp, and to match
+CLAMPED, MATCHED = 20, 1536  # latents at most to clamp, and to match
 MATCHER = "logistic"  # or "attention"
 MATCHER_WINDOW = 4
 
@@ -119,10 +120,6 @@ CHECKPOINT_SECONDS = 60
 SHARD_WINDOWS = 512  # in one file
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODEL_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-
-
-class RunnerError(corpus.DataError):
-    """A mistake in settings, data or environment: one paragraph, exit code 2."""
 
 
 class Batch(NamedTuple):
@@ -783,14 +780,9 @@ def load_model():
 
 def stand_in(config):
     """A random model of the same family and hidden size: two layers, 256 tokens."""
-    config = type(config).from_dict(config.to_dict())
-    text = config.get_text_config()
-    text.num_hidden_layers, text.vocab_size = 2, 256
-    text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
-    if types := getattr(text, "layer_types", None):
-        text.layer_types = types[:2]
-    tokens, model = torch.arange(1, 9, device=DEVICE).repeat(2, 1), None
+    config, tokens = corpus.small_config(config), torch.arange(1, 9, device=DEVICE).repeat(2, 1)
     tokens[1, -1] = 0  # a later token must not change earlier activations
+    model = None
     with suppress(ValueError):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.to(DEVICE).eval().requires_grad_(False)
@@ -1113,6 +1105,10 @@ class Run:
     def heldout(self):
         return encode_windows(self.sae, self.store, self.store.windows.heldout())
 
+    @functools.cached_property
+    def live_latents(self):
+        return corpus.live_latents(self.heldout[0], self.store.windows, *self.live)
+
 
 class Result(NamedTuple):
     metrics: dict  # name -> float
@@ -1138,17 +1134,6 @@ def encode_windows(sae, store, windows):
     rows = dict(zip(("error", "norm", "norm_hat", "dot", "l0"), np.concatenate(rows, 1)))
     z = vstack(codes, "csc")
     return z, rows, z.shape[0] / (time.perf_counter() - began)
-
-
-def firings(z, latents):
-    """The tokens on which each latent fires, in order, and its values there."""
-    return [(z.indices[a:b], z.data[a:b]) for a, b in zip(z.indptr[latents], z.indptr[latents + 1])]
-
-
-def percentiles_95(z, latents):
-    """Of each latent's values where it fires; 1 where it never does."""
-    return np.array([np.quantile(values, 0.95) if len(values) else 1.0
-                     for _, values in firings(z, latents)], dtype=np.float32)
 
 
 def variance_by_position(store):
@@ -1217,24 +1202,10 @@ def explained_variance(sae, store, variance):
     return 1 - np.nanmean(rows["error"]) / variance
 
 
-def live_latents(run):
-    """[d_sae] whether it fired often, in many files, on at most half the tokens; and its rate."""
-    z, windows, (least, least_files) = run.heldout[0], run.store.windows, run.live
-    docs, seq = windows.doc_ids[windows.n_train:], CONTEXT_LENGTH - 1
-    files = [len(np.unique(docs[at // seq])) for at, _ in firings(z, np.arange(z.shape[1]))]
-    n_fired = np.diff(z.indptr)
-    rate = n_fired / len(windows.heldout_tokens())
-    live = (n_fired >= least) & (np.array(files) >= least_files) & (rate <= 0.5)
-    if not live.any():
-        raise RunnerError(f"no latent of {len(live)} is live: fired {least} times in {least_files} "
-                          f"held-out files (L0 = {z.nnz / z.shape[0]:.2f}).")
-    return live, rate
-
-
 def eval_core(run):
     """Reconstruction, sparsity and next-token loss, beside controls."""
     sae, store, base = run.sae, run.store, controls(run)
-    (z, rows, speed), (live, rate) = run.heldout, live_latents(run)
+    (z, rows, speed), (live, rate) = run.heldout, run.live_latents
     losses, kl = next_token_losses(run, lambda b: store.unscaled(sae.decode(sae.encode(b))))
     permuted = copy.deepcopy(sae)
     permuted.W_dec.data = sae.W_dec.data.roll(sae.d_sae // 2, 0)
@@ -1289,18 +1260,6 @@ def stability(active, rate, draws=0):
     return observed.t(), null.t(), (lags - rate ** 2) / scale[:, 0]
 
 
-def fire_given_token(active, tokens, fold, rate):
-    """P(fire | token) as counted in the other fold of files: [window, seq, d]."""
-    a, (known, index) = active.permute(2, 0, 1).float(), tokens.unique(return_inverse=True)
-    expected = torch.empty_like(a)
-    for held in (fold, ~fold):
-        at, fired = index[~held].flatten(), a[:, ~held].flatten(1)
-        sums = torch.stack([torch.bincount(at, row, len(known)) for row in fired]) + rate[:, None]
-        seen = torch.bincount(at, minlength=len(known)) + 1.0
-        expected[:, held] = (sums / seen).float()[:, index[held]]
-    return expected.permute(1, 2, 0)
-
-
 def smoothness(z, x, scale):
     """max_t |z_t+1 - z_t| / scale / |x_t+1 - x_t|, summed over latents: [window]."""
     change = x.diff(dim=1).norm(dim=-1, keepdim=True).clamp_min(1e-9)
@@ -1319,12 +1278,8 @@ def follow(run):
                 losses.append(validation_loss(sae, run.store))
             found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
     if getattr(sae, "traces", False):
-        decay = sae.decay().detach().double().clamp(1e-30, 1 - 1e-7)
-        variance = sae.scaled_variance().detach().double()
-        x, y = (a.log().expand(sae.d_sae).cpu().numpy() for a in (variance, -decay.log()))
-        if x.std() > 0:
-            fit = scipy.stats.linregress(x, y)
-            found |= {"decay_slope": fit.slope, "decay_r2": fit.rvalue ** 2}
+        parts = sae.scaled_variance(), -sae.decay().clamp(1e-30, 1 - 1e-7).log()
+        found |= corpus.slope("decay", *(part.log().double().cpu().numpy() for part in parts))
     return found
 
 
@@ -1334,8 +1289,8 @@ def latent_statistics(run, z, full, alive, q95):
 
     z: sparse codes [window * seq, d_sae] of the held-out windows `full`; q95 [latent]: units."""
     store, ids, found = run.store, full + run.store.windows.n_train, []
-    x, tokens, z = store.x(ids), store.tokens[ids, 1:], z.tocsc()
-    fold = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(DEVICE)
+    x, tokens, z = store.x(ids), store.windows.tokens[ids, 1:], z.tocsc()
+    fold = store.windows.doc_ids[ids] % 2 == 0
     scaled, raw, present = torch.zeros(3, len(ids), device=DEVICE)
     for at in np.array_split(np.arange(len(alive)), len(alive) // 256 + 1):
         dense = torch.from_numpy(z[:, alive[at]].toarray(order="F")).to(DEVICE)
@@ -1343,7 +1298,8 @@ def latent_statistics(run, z, full, alive, q95):
         active = (dense > 0).float()
         rate, energy = active.mean((0, 1)), dense.square().mean((0, 1))
         observed, null, r = stability(active, rate, NULL_DRAWS)
-        token = stability(fire_given_token(active, tokens, fold, rate), rate)[0]
+        expected = corpus.fire_given_token(z[:, alive[at]] > 0, tokens, fold)
+        token = stability(torch.from_numpy(expected).to(DEVICE), rate)[0]
         found.append((observed.t(), null.t(), token.mean(0), r.t(), rate, energy))
         scaled += smoothness(dense, x, torch.from_numpy(q95[at]).to(DEVICE))
         raw += smoothness(dense, x, 1.0)
@@ -1357,14 +1313,13 @@ def eval_temporal(run):
     """Stability, smoothness, coherence, polysemanticity beside their nulls."""
     sae, store, windows, rng = run.sae, run.store, run.store.windows, np.random.default_rng(0)
     torch.manual_seed(0)
-    (z, errors, _), (live, rates), full = run.heldout, live_latents(run), windows.full()
+    (z, errors, _), (live, rates), full = run.heldout, run.live_latents, windows.full()
     alive, files, seq = np.flatnonzero(live), windows.doc_ids[windows.n_train:], CONTEXT_LENGTH - 1
     fired, q95 = [at for at, _ in firings(z, alive)], percentiles_95(z, alive)
     z = z.tocsr()[(full[:, None] * seq + np.arange(seq)).ravel()]
     observed, null, token, r, rate, energy, scaled, raw = latent_statistics(
         run, z, full, alive, q95)
     mean, weight = observed.mean(1), energy / energy.sum()
-    p = scipy.stats.norm.sf((mean - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
     kinds = windows.tokens[windows.n_train:, 1:].ravel(), corpus.token_classes(windows)
     places, half = windows.heldout_tokens(), seq // 2
     error, variance = np.nanmean(errors["error"], 0), np.array(variance_by_position(store)[0])
@@ -1373,7 +1328,7 @@ def eval_temporal(run):
         "stability_unweighted": mean.mean(), "energy": energy.sum(),
         "stability_null_95": np.quantile(weight @ null, 0.95),
         "energy_first_fifth": weight[alive < sae.d_sae / 5].sum(),
-        "stable_fraction": (scipy.stats.false_discovery_control(p) < 0.05).mean(),
+        "stable_fraction": corpus.significant_fraction(mean, null),
         "autocorrelation_lag1": r[:, 0] @ weight,
         "smoothness": scaled.mean(), "smoothness_raw": raw.mean(),
         "polysemanticity": corpus.polysemanticity(fired, kinds, places, rng),
@@ -1433,21 +1388,12 @@ STRATEGIES = ("standard", "pattern", "hybrid")
 CONTROLS = ("random_latents", "random_directions", "projection")
 
 
-def ranked_latents(z, forget):
-    """Latents by E[z^2] on FORGET over elsewhere (arXiv 2504.08192), or by their frequency there,
-    without those frequent elsewhere (SAEBench); z sparse [token, d_sae], forget [token]."""
-    z = z.power(2) if SELECTION == "ratio" else z > 0
-    there, elsewhere = (z[part].mean(0) for part in (forget, ~forget))
-    return np.argsort(-there / (elsewhere + 0.01 * there.mean()) if SELECTION == "ratio"
-                      else -there * (elsewhere < RETAIN_FREQUENCY))
-
-
 @torch.enable_grad()
 def fit_matcher(x, forget):
     """Windows of codes x [n, f, w], whether they are FORGET's [n] -> function of windows to that
     probability."""
     if MATCHER == "logistic":
-        model = LogisticRegression(C=0.01, max_iter=300, class_weight="balanced")
+        model = LogisticRegression(C=75 / len(x), max_iter=300, class_weight="balanced")
         model.fit(x.flatten(1).cpu().numpy(), forget.cpu().numpy())
         weights, bias = (x.new_tensor(a[0]) for a in (model.coef_, model.intercept_))
         return lambda x: (x.flatten(-2) @ weights + bias).sigmoid()
@@ -1479,48 +1425,42 @@ def behind(store, ids, others, n):
 
 
 class Unlearner:
-    """Latents selected on windows `ids`, forget [len(ids)]; a matcher fitted on those of `half`,
-    alone and behind other text; thresholds set on the rest."""
+    """Latents selected and matchers fitted on a plan's dev windows; thresholds from matchers fitted
+    on every other file, for the rest."""
 
-    def __init__(self, run, ids, forget, half):
+    def __init__(self, run, plan):
         self.run, self.sae, store = run, run.sae, run.store
-        keep = store.valid(ids)
-        z = encode_windows(self.sae, store, ids)[0].tocsr()[keep.flatten().cpu().numpy()]
+        forget, keep, x = plan.dev_group == "forget", store.valid(plan.dev), store.x(plan.dev)
+        z = encode_windows(self.sae, store, plan.dev)[0].tocsr()[keep.flatten().cpu().numpy()]
         everything = percentiles_95(z.tocsc(), np.arange(self.sae.d_sae))
         self.q95 = torch.from_numpy(everything).to(DEVICE)
-        ranked = ranked_latents(z, forget.repeat(keep.sum(1).tolist()))
+        ranked = corpus.ranked_latents(z, forget.repeat(keep.sum(1).tolist()), SELECTION,
+                                       RETAIN_FREQUENCY)
         self.matched, chosen = ranked[:MATCHED], ranked[:CLAMPED]
         self.clamped = {"forget": chosen, "random": corpus.alike((z > 0).mean(0), chosen)}
-        label, fit = (torch.from_numpy(part).to(DEVICE)[:, None].expand(keep.shape)
-                      for part in (forget, half))
-        x = store.x(ids)
+        label, half = (torch.from_numpy(rows).to(DEVICE)[:, None].expand(keep.shape)
+                       for rows in (forget, plan.halves(store.windows)))
         self.rest = x[keep & ~label].mean(0)
         self.direction = F.normalize(x[keep & label].mean(0) - self.rest, dim=0)
-        others, n = np.resize(ids[~forget], len(ids)), CONTEXT_LENGTH // 3
-        tokens = torch.cat([store.tokens[ids], behind(store, ids, others, n)[:, :CONTEXT_LENGTH]])
-        codes = self.codes(tokens, torch.cat([keep, torch.ones_like(keep)]))
-        keep = torch.cat([keep, torch.cat([store.valid(others)[:, :n], keep[:, :-n]], 1)])
-        place = torch.arange(keep.shape[1], device=DEVICE)
-        label, fit = torch.cat([label, label & (place >= n)]), torch.cat([fit, fit])
-        used = fit & keep & (place % MATCHER_WINDOW == 0)  # windows that do not overlap
-        self.matchers = {name: fit_matcher(self.windows(codes, name)[used], label[used])
-                         for name in ("pattern", "one_position", "shuffled")}
-        match, outside = self.match(codes) * keep, keep & ~fit & ~label
-        sequences = outside.any(1) & ~(label & keep).any(1)
+        codes, place = self.codes(plan.dev), torch.arange(keep.shape[1], device=DEVICE)
+        apart = keep & (place % MATCHER_WINDOW == 0)  # windows that do not overlap
+
+        def fit(name, rows):
+            return fit_matcher(self.windows(codes, name)[rows], label[rows])
+
+        self.matchers = {i: fit("pattern", apart & (half == i)) for i in (False, True)}
+        match = torch.where(half, self.match(codes, False), self.match(codes, True)) * keep
+        self.matchers = {name: fit(name, apart) for name in ("pattern", "one_position", "shuffled")}
         self.thresholds = {
-            "pattern": match[outside].quantile(1 - FALSE_POSITIVES).item(),
-            "hybrid": gate(match)[sequences, -1].quantile(1 - FALSE_POSITIVES).item()}
+            "pattern": match[keep & ~label].quantile(1 - FALSE_POSITIVES).item(),
+            "hybrid": gate(match)[~label[:, 0], -1].quantile(1 - FALSE_POSITIVES).item()}
 
     def scaled(self, z):  # [batch, seq, d_sae] -> codes [batch, seq, MATCHED]
         return torch.log1p(z[..., self.matched] / self.q95[self.matched])
 
-    def codes(self, tokens, keep):  # [n, 1 + seq], [n, seq] -> [n, seq, MATCHED]
-        found = []
-        for part, mask in zip(tokens.split(32), keep.split(32)):
-            raw = residual_after(self.run.get_model(), self.run.layer, part).float()
-            batch = self.run.store.batch_of(raw, part, np.arange(len(part)), mask)
-            found.append(self.scaled(self.sae.encode(batch).dense()))
-        return torch.cat(found)
+    def codes(self, ids):  # -> [len(ids), seq, MATCHED]
+        return torch.cat([self.scaled(self.sae.encode(self.run.store.batch(part)).dense())
+                          for part in np.array_split(ids, len(ids) // 32 + 1)])
 
     def windows(self, codes, name):  # -> [n, seq, f, w]: the last w positions, or 0
         w = 1 if name == "one_position" else MATCHER_WINDOW
@@ -1530,7 +1470,8 @@ class Unlearner:
         return x.gather(-1, torch.rand_like(x[..., :1, :]).argsort(-1).expand_as(x))
 
     def match(self, codes, name="pattern"):  # -> [n, seq], the probability of FORGET
-        return self.matchers[name](self.windows(codes, name))
+        matcher = self.matchers[name]
+        return torch.cat([matcher(self.windows(part, name)) for part in codes.split(32)])
 
     def edit(self, strategy, strength):
         """batch -> what to add to x [batch, seq, d_in]: where the strategy says so, latents that
@@ -1621,7 +1562,7 @@ def unlearning_scores(run, ids, clozes=None, edit=None):
 def detection(unlearner, store, ids, forget):
     """How well matcher and gate tell FORGET's windows and sequences -> metrics, ROC curves."""
     keep = store.valid(ids)
-    codes, of_token = unlearner.codes(store.tokens[ids], keep), forget.repeat(keep.sum(1).tolist())
+    codes, of_token = unlearner.codes(ids), forget.repeat(keep.sum(1).tolist())
     matches = {name: unlearner.match(codes, name) * keep for name in unlearner.matchers}
     tasks = {name: (of_token, match[keep].cpu().numpy()) for name, match in matches.items()}
     tasks["hybrid"] = forget, gate(matches["pattern"])[:, -1].cpu().numpy()
@@ -1643,7 +1584,7 @@ def eval_unlearning(run):
     torch.manual_seed(0)
     store, windows = run.store, run.store.windows
     plan = corpus.unlearning_plan(windows, FORGET, load_tokenizer())
-    unlearner = Unlearner(run, plan.dev, plan.dev_group == "forget", plan.halves(windows))
+    unlearner = Unlearner(run, plan)
     metrics, rocs = detection(unlearner, store, plan.test, plan.group == "forget")
     metrics["auroc_bag_of_tokens"] = corpus.bag_auroc(windows, plan, MATCHER_WINDOW)
     own, right = unlearning_scores(run, plan.test, plan.clozes)
@@ -1737,11 +1678,7 @@ def eval_sparse_probing(run):
         base = kept(store.folder / f"{key}.json", lambda: probing_baselines(run, store))
         latents = pooled(store, lambda batch: run.sae.encode(batch).dense())
         found.append(base | {"sae": corpus.sparse_accuracies(latents, store.windows, PROBED)})
-    curves = {name: np.mean([accuracies[name] for accuracies in found], 0) for name in found[0]}
-    kinds = *(f"top_{k}" for k in PROBED), "all"
-    metrics = {f"{name}_{kind}": value for name, values in curves.items()
-               for kind, value in zip(kinds, values)}
-    curves |= {"k": PROBED, "data_sets": found}
+    metrics, curves = corpus.mean_accuracies(found, PROBED)
     return Result(metrics, plain({"sparse_probing": curves}), {})
 
 
@@ -1786,12 +1723,8 @@ def export(sae, store, layer, folder):
     metadata = {"sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
                 "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
                 "context_size": CONTEXT_LENGTH, "prepend_bos": True}
-    cfg = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae,
-           "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "metadata": metadata,
-           "normalize_activations": "none", "reshape_activations": "none"}
-    if sae.architecture == "topk":
-        cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-    (folder / "cfg.json").write_text(json.dumps(cfg, indent=1))
+    cfg = corpus.saelens_config(sae.architecture, sae.d_in, sae.d_sae, sae.k, metadata)
+    (folder / "cfg.json").write_text(cfg)
 
 
 def write_results(folder, seeds, store, layer, timing):
@@ -1812,50 +1745,33 @@ def write_results(folder, seeds, store, layer, timing):
 # ---- Checks at the door ----
 def check_config():
     """Every constant: what would be right."""
-    def check(names, wanted, right, others=()):
-        for name in names.split():
-            value = globals()[name]
-            if value not in others and not right(value):
-                wanted = f"{' or '.join(map(str, others))}, or {wanted}" if others else wanted
-                raise RunnerError(f"{name} = {value!r} is not valid: it must be {wanted}.")
-
-    def whole(names, least=1, others=()):
-        right = lambda v: type(v) is int and v >= least
-        check(names, f"a whole number from {least}", right, others)
-
-    def several(name, options, wanted, least=1, kind=str):
-        check(name, wanted, lambda v: type(v) is tuple and len(v) >= least and all(
-            type(x) is kind and x in options and v.count(x) == 1 for x in v))
-
-    choices = {"SAE_VARIANT": ", ".join(SAE_VARIANTS), "ATTENTION": "causal, centred",
-               "TSAE_READING": "paper, code", "DRIVE": "u, z", "TRAIN_ON": "both, forget, retain",
-               "BUFFER_POSITIONS": "learned, sinusoidal", "SELECTION": "ratio, frequency",
-               "MATCHER": "logistic, attention"}
-    for name, options in choices.items():
-        check(name, f"one of {options}", lambda v: v in options.split(", "))
+    check, whole, positive, text, several = corpus.checks(globals())
+    for name, options in {
+            "SAE_VARIANT": SAE_VARIANTS, "ATTENTION": ("causal", "centred"), "DRIVE": ("u", "z"),
+            "TSAE_READING": ("paper", "code"), "TRAIN_ON": ("both", "forget", "retain"),
+            "BUFFER_POSITIONS": ("learned", "sinusoidal"), "SELECTION": ("ratio", "frequency"),
+            "MATCHER": ("logistic", "attention")}.items():
+        check(name, f"one of {', '.join(options)}", lambda v: type(v) is str and v in options)
     whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
           "MATCHER_WINDOW")
     whole("CONTEXT_LENGTH", 8)
     whole("EVAL_FILES", 2)
     whole("BATCH_TOKENS", CONTEXT_LENGTH)
     whole("LAYER", 0, [None])
-    above_0 = "a number above 0", lambda v: type(v) in (int, float) and 0 < v < math.inf
-    check("EXPANSION TIME_BUDGET_MINUTES EPOCHS_SCALE REGULARISATION CONSISTENCY_WEIGHT "
-          "CONTRAST_WEIGHT", *above_0)
-    check("CONSISTENT_FRACTION", "above 0, at most 1", lambda v: above_0[1](v) and v <= 1)
-    check("LEARNING_RATE", *above_0, [None])
-    check("TEMPERATURE", *above_0, ["learned", "scheduled"])
-    text = "a path or a hub name", lambda v: type(v) is str and v != ""
-    check("MODEL_NAME DATASET FORGET", *text)
-    check("FORGET_QUESTIONS RETAIN_QUESTIONS", *text, [None])
+    positive("EXPANSION TIME_BUDGET_MINUTES EPOCHS_SCALE REGULARISATION CONSISTENCY_WEIGHT "
+             "CONTRAST_WEIGHT")
+    positive("CONSISTENT_FRACTION", 1)
+    positive("LEARNING_RATE", others=[None])
+    positive("TEMPERATURE", others=["learned", "scheduled"])
+    text("MODEL_NAME DATASET FORGET")
+    text("FORGET_QUESTIONS RETAIN_QUESTIONS", [None])
     check("TRAIN_POSITIONS", "(low, high) within the window", lambda v: type(v) is tuple and [
         type(x) for x in v] == [int, int] and 0 < v[0] < v[1] < CONTEXT_LENGTH, [None])
-    several("SEEDS", range(2 ** 31), "a tuple of different whole numbers", kind=int)
-    several("EVALS", EVALUATIONS, f"a tuple of names out of {[*EVALUATIONS]}")
+    several("SEEDS", range(2 ** 31))
+    several("EVALS", EVALUATIONS)
     variant = SAE_VARIANTS[SAE_VARIANT]
     losses = {name for stage in variant.curriculum for name in stage.weights} - {"reconstruction"}
-    parts = sorted(losses | set(variant.components))
-    several("ABLATE", parts, f"a tuple of names out of {parts} for {SAE_VARIANT}", 0)
+    several("ABLATE", sorted(losses | set(variant.components)), f" for {SAE_VARIANT}", 0)
 
 
 def expect_shape(name, tensor, wanted):

@@ -72,7 +72,7 @@ def main():
     E = load_runner(args.run.resolve())
     sae, store, tokenizer, layer = load_run(E, args.run.resolve())
     run = E.Run(sae, store, E.load_model, layer, E.LIVE, {})
-    live, rate = E.live_latents(run)
+    live, rate = run.live_latents
     chosen = np.random.default_rng(args.seed).choice(np.flatnonzero(live), args.n, replace=False)
     tokens = store.windows.tokens[store.windows.heldout()]
     files = store.windows.doc_ids[store.windows.heldout()]

@@ -44,7 +44,7 @@ import numpy as np
 from safetensors import SafetensorError
 from scipy.sparse import csr_array
 from scipy.spatial.distance import cdist
-from scipy.stats import sem
+from scipy.stats import false_discovery_control, linregress, norm, sem
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 from sklearn.preprocessing import MaxAbsScaler, normalize
@@ -913,12 +913,59 @@ def repetition(texts):
             np.mean([entropy(row) for row in texts]))
 
 
+def firings(z, latents):
+    """The tokens on which each of `latents` fires, in order, and its values there; z sparse [token, d_sae] by column."""
+    return [(z.indices[a:b], z.data[a:b]) for a, b in zip(z.indptr[latents], z.indptr[latents + 1])]
+
+
+def percentiles_95(z, latents):
+    """Of each latent's values where it fires; 1 where it never does."""
+    return np.array([np.quantile(values, 0.95) if len(values) else 1.0 for _, values in firings(z, latents)],
+                    dtype=np.float32)
+
+
+def live_latents(z, windows, least, least_files):
+    """Of codes of the held-out tokens, sparse [token, d_sae] by column: [d_sae] whether each latent fired at least `least`
+    times, in `least_files` files, on at most half the tokens; and its firing rate."""
+    docs, seq = windows.doc_ids[windows.n_train:], windows.tokens.shape[1] - 1
+    files = [len(np.unique(docs[at // seq])) for at, _ in firings(z, np.arange(z.shape[1]))]
+    n_fired = np.diff(z.indptr)
+    rate = n_fired / len(windows.heldout_tokens())
+    live = (n_fired >= least) & (np.array(files) >= least_files) & (rate <= 0.5)
+    if not live.any():
+        raise DataError(f"no latent of {len(live)} is live: fired {least} times in {least_files} held-out files "
+                        f"(L0 = {z.nnz / z.shape[0]:.2f}).")
+    return live, rate
+
+
+def ranked_latents(z, forget, rule, most):
+    """Latents, the first the one to clamp first, of codes sparse [token, d_sae], those of forget [token] to be forgotten: by
+    "ratio", E[z^2] there over elsewhere (arXiv 2504.08192), or by "frequency" there, among those active on at most a share
+    `most` of the tokens elsewhere (SAEBench)."""
+    z = z.power(2) if rule == "ratio" else z > 0
+    there, elsewhere = (np.asarray(z[part].mean(0)).ravel() for part in (forget, ~forget))
+    return np.argsort(-there / (elsewhere + 0.01 * there.mean()) if rule == "ratio" else -there * (elsewhere < most))
+
+
 def single_token_fraction(windows, firings, most=40):
     """Share of units of which 90 % of the strongest firings are one token; of each unit the places of held-out tokens where
     it fires [n], and its values there [n]."""
     tokens = windows.tokens[windows.n_train:, 1:].ravel()
     strongest = [tokens[at[np.argsort(-values, kind="stable")[:most]]] for at, values in firings]
     return np.mean([np.bincount(top).max() >= 0.9 * len(top) for top in strongest])
+
+
+def fire_given_token(active, tokens, fold):
+    """P(fire | token), as counted in the windows of the other fold [window], with one more firing at the mean rate: [window,
+    seq, d]; active sparse [window * seq, d], tokens [window, seq]."""
+    known, index = np.unique(tokens, return_inverse=True)
+    index, fold, rate = index.ravel(), np.repeat(fold, tokens.shape[1]), active.mean(0)
+    is_token = csr_array((np.ones(len(index)), index, np.arange(len(index) + 1)), (len(index), len(known)))
+    active, expected = active.tocsr(), np.empty(active.shape, dtype=np.float32)
+    for held in (fold, ~fold):
+        seen = np.bincount(index[~held], minlength=len(known))[:, None] + 1
+        expected[held] = (((is_token[~held].T @ active[~held]).toarray() + rate) / seen)[index[held]]
+    return expected.reshape(*tokens.shape, -1)
 
 
 def similarity_matrix(codes, seq):
@@ -947,6 +994,14 @@ def convergence(log):
     return found
 
 
+def slope(name, x, y):
+    """Of the regression of y [n] on x [n]: {name_slope, name_r2}; nothing where x does not vary."""
+    if x.std() == 0:
+        return {}
+    fit = linregress(x, np.broadcast_to(y, x.shape))
+    return {f"{name}_slope": fit.slope, f"{name}_r2": fit.rvalue ** 2}
+
+
 def coherence(fired, classes, files, rate, rng, n_firings=50, group=100):
     """How often a latent is recognised among `group` of like rate by the classes it fires on, from positions 1-32 to 64
     on of other files; over the same from 1-32 to 1-32; each above chance.
@@ -968,6 +1023,12 @@ def coherence(fired, classes, files, rate, rng, n_firings=50, group=100):
         hits += [(cdist(block, first, "jensenshannon").argmin(1) == np.arange(n)).sum() for block in blocks]
     same, later = hits - len(roles) // n  # above chance
     return later / same if same >= 1 else None
+
+
+def significant_fraction(values, null):
+    """Share of values [n] above their null draws [n, draws], taken as normal, at a false discovery rate of .05."""
+    p = norm.sf((values - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
+    return (false_discovery_control(p) < 0.05).mean()
 
 
 def mean_by_decile(values, rate):
@@ -1106,6 +1167,14 @@ def sparse_accuracies(features, windows, numbers):
     return np.mean(found, 0)
 
 
+def mean_accuracies(found, numbers):
+    """Means over data sets of {features: sparse_accuracies}: flat, and as curves beside the single ones."""
+    curves = {name: np.mean([accuracies[name] for accuracies in found], 0) for name in found[0]}
+    kinds = *(f"top_{k}" for k in numbers), "all"
+    metrics = {f"{name}_{kind}": value for name, values in curves.items() for kind, value in zip(kinds, values)}
+    return metrics, curves | {"k": numbers, "data_sets": found}
+
+
 def token_shares(windows):
     """Share of each token among those of a window that count, sparse [window, vocabulary]."""
     keep = windows.valid(np.arange(len(windows.tokens)))
@@ -1114,7 +1183,7 @@ def token_shares(windows):
     return csr_array((1 / keep.sum(1)[row], (row, windows.tokens[row, column])), shape)
 
 
-def unlearning_plan(windows, forget, tokenizer, most=(256, 64)):
+def unlearning_plan(windows, forget, tokenizer, most=(256, 128)):
     """UnlearningPlan of the domain `forget`, at most `most` windows of a group (dev, test)."""
     n_near, found = min(3, (len(set(windows.domains)) - 1) // 2), []
     near = nearest_domains(windows, forget, n_near) if n_near else []
@@ -1597,6 +1666,15 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def saelens_config(architecture, d_in, d_sae, k, metadata):
+    """cfg.json of SAELens, for weights that take the model's own activations."""
+    cfg = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu",
+           "apply_b_dec_to_input": True, "metadata": metadata, "normalize_activations": "none", "reshape_activations": "none"}
+    if architecture == "topk":
+        cfg |= {"k": k, "rescale_acts_by_decoder_norm": False}
+    return json.dumps(cfg, indent=1)
+
+
 def summarised(per_seed, headlines):
     """final_info.json's entries: of results {evaluation: {"metrics", "curves", "per_sequence"}} of each seed the
     means, the headlines apart; from two seeds on standard errors, std(ddof=1) / sqrt(seeds)."""
@@ -1635,6 +1713,17 @@ def model_identity(name, config):
     return folder_identity(folder) if folder else (name, config._commit_hash)
 
 
+def small_config(config):
+    """A copy with two layers and 256 tokens."""
+    config = type(config).from_dict(config.to_dict())
+    text = config.get_text_config()
+    text.num_hidden_layers, text.vocab_size = 2, 256
+    text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
+    if types := getattr(text, "layer_types", None):
+        text.layer_types = types[:2]
+    return config
+
+
 def load_pretrained(loader, name, what, **kwargs):
     """loader.from_pretrained of a local folder or a hub id; one error for all that can go wrong."""
     folder = model_folder(name)
@@ -1661,6 +1750,35 @@ def check_room(folder, need):
 # ---------------------------------------------------------------------------------------------------------------------
 # What went wrong
 # ---------------------------------------------------------------------------------------------------------------------
+def checks(constants):
+    """Functions (check, whole, positive, text, several) of the names of constants, space between: each raises where one is
+    neither what it must be nor among `others`."""
+    def check(names, wanted, right, others=()):
+        for name in names.split():
+            value = constants[name]
+            if value not in others and not right(value):
+                wanted = " or ".join(map(str, others)) + f", or {wanted}" if others else wanted
+                raise DataError(f"{name} = {value!r} is not valid: it must be {wanted}.")
+
+    def whole(names, least=1, others=()):
+        check(names, f"a whole number from {least}", lambda v: type(v) is int and v >= least, others)
+
+    def positive(names, most=math.inf, others=()):
+        wanted = "a number above 0" + f", at most {most}" * (most < math.inf)
+        check(names, wanted, lambda v: type(v) in (int, float) and 0 < v <= most and v < math.inf, others)
+
+    def text(names, others=()):
+        check(names, "a path or a hub name", lambda v: type(v) is str and v != "", others)
+
+    def several(name, options, about="", least=1):  # a range stands for whole numbers
+        numbers = isinstance(options, range)
+        wanted = "a tuple of different " + ("whole numbers" if numbers else f"names out of {[*options]}{about}")
+        check(name, wanted, lambda v: type(v) is tuple and len(v) >= least and all(
+            type(x) is (int if numbers else str) and x in options and v.count(x) == 1 for x in v))
+
+    return check, whole, positive, text, several
+
+
 def report(error, file, about, shown):
     """At most 1,400 characters on an error of the script `file`: its notes, what the run was about, lines of the script,
     tensors, the cause, what to try. Of a DataError only the lines in methods of the class `shown`."""

@@ -201,7 +201,7 @@ def test_live_latents(E, make_store):
     fire(3, [10] * 11)              # exactly half of the 220 valid tokens
     fire(4, [10] * 10 + [11])       # more than half
     fire(6, [20] * 11)              # always
-    live, rate = E.live_latents(planted_run(E, store, planted, 8, (6, 3)))
+    live, rate = planted_run(E, store, planted, 8, (6, 3)).live_latents
     assert live.tolist() == [True, False, False, True, False, False, False, False]
     assert rate == pytest.approx(np.array([6, 5, 12, 110, 111, 0, 220, 0]) / 220)
 
@@ -209,7 +209,7 @@ def test_live_latents(E, make_store):
 def test_no_firing_at_all(E, make_store):
     store, _ = planted_codes(E, make_store)
     with pytest.raises(E.RunnerError, match=r"no latent of 3 is live: fired 1 times in 1 held-out files \(L0 = 0.00\)"):
-        E.live_latents(planted_run(E, store, [], 3))
+        planted_run(E, store, [], 3).live_latents
 
 
 def single_token_fraction(E, run, live):
@@ -450,7 +450,7 @@ def test_core_agrees_with_its_parts(E, model, spoken):
     assert m["explained_variance"] == pytest.approx(1 - np.nansum(rows["error"]) / valid / variance)
     assert m["l0"] == pytest.approx(codes.nnz / valid) and 1 < m["l0"] < 40
     assert m["dead_fraction"] == (rate == 0).mean() > 0 and m["dense_fraction"] == (rate > 0.1).mean() > 0
-    live, _ = E.live_latents(run)
+    live, _ = run.live_latents
     assert m["live_fraction"] == live.mean() and not live[:2].any()
     assert m["single_token_fraction"] == single_token_fraction(E, run, live)
     assert m["bigram_explained_variance"] == pytest.approx(1 - bigram_error(E, store) / variance)

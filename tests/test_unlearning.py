@@ -226,9 +226,9 @@ def test_latents_of_forget_come_first(E, settings):  # noqa: F811
     z, forget = planted_codes()
     for selection in ("ratio", "frequency"):
         settings(SELECTION=selection)
-        ranked = E.ranked_latents(csr_array(z), forget)
+        ranked = E.corpus.ranked_latents(csr_array(z), forget, E.SELECTION, E.RETAIN_FREQUENCY)
         assert sorted(ranked) == list(range(7)) and ranked[0] == 3
-        assert E.ranked_latents(csr_array(z), ~forget)[0] == 5
+        assert E.corpus.ranked_latents(csr_array(z), ~forget, E.SELECTION, E.RETAIN_FREQUENCY)[0] == 5
         place = ranked.tolist().index
         if selection == "frequency":                    # frequent elsewhere: behind the rare one, however frequent here
             assert place(1) == 1 and place(0) > 1
@@ -245,7 +245,7 @@ def test_ratio_by_a_loop(E, settings):  # noqa: F811
     there, elsewhere = ([np.mean([z[t, i] ** 2 for t in np.flatnonzero(part)]) for i in range(12)]
                         for part in (forget, ~forget))
     ratios = np.array(there) / (np.array(elsewhere) + 0.01 * np.mean(there))
-    ranked = E.ranked_latents(csr_array(z), forget)
+    ranked = E.corpus.ranked_latents(csr_array(z), forget, E.SELECTION, E.RETAIN_FREQUENCY)
     assert ranked[0] == 4 and ranked.tolist() == np.argsort(-ratios).tolist()
 
 
@@ -770,9 +770,8 @@ def small(settings):  # noqa: F811
 def unlearner_of(E, run, ids, forget):
     torch.manual_seed(0)
     group = np.where(forget, "forget", "retain")
-    half = E.corpus.UnlearningPlan(ids, group, None, None, None, None).halves(run.store.windows)
     with torch.no_grad():
-        return E.Unlearner(run, ids, forget, half)
+        return E.Unlearner(run, E.corpus.UnlearningPlan(ids, group, None, None, None, None))
 
 
 def test_what_an_unlearner_selects(E, spoken, small):
@@ -780,7 +779,7 @@ def test_what_an_unlearner_selects(E, spoken, small):
     unlearner, batch = unlearner_of(E, run, ids, forget), run.store.batch(ids)
     z = run.sae.encode(batch).dense().flatten(0, 1)
     of_token = np.repeat(forget, CONTEXT - 1)
-    ranked = E.ranked_latents(csr_array(z.numpy()), of_token)
+    ranked = E.corpus.ranked_latents(csr_array(z.numpy()), of_token, E.SELECTION, E.RETAIN_FREQUENCY)
     assert unlearner.clamped["forget"].tolist() == ranked[:6].tolist()
     assert not set(unlearner.clamped["random"]) & set(ranked[:6].tolist())
     for latent in range(64):
@@ -813,7 +812,7 @@ def test_separable_text_is_detected(E, settings, spoken, small, matcher):  # noq
 
 
 def test_text_that_is_alike_is_not_detected_and_thresholds_hold(E, spoken, small):
-    """All windows from one distribution: chance, and about FALSE_POSITIVES of fresh tokens above the threshold."""
+    """All windows from one distribution: chance, and at most about FALSE_POSITIVES of fresh tokens above the threshold."""
     assert E.FALSE_POSITIVES == 0.01
     n, n_train = 240, 160
     forget = np.arange(n) // 4 % 2 == 0
@@ -823,7 +822,7 @@ def test_text_that_is_alike_is_not_detected_and_thresholds_hold(E, spoken, small
         found, _ = E.detection(unlearner, run.store, np.arange(n_train, n), forget[n_train:])
     for name in ("pattern", "one_position", "shuffled"):
         assert 0.42 < found[f"auroc_{name}"] < 0.58
-    assert 0.003 < found["false_positives_pattern"] < 0.03 and found["false_positives_hybrid"] <= 0.15
+    assert found["false_positives_pattern"] < 0.02 and found["false_positives_hybrid"] <= 0.15
     assert found["accuracy_pattern"] == pytest.approx(0.5, abs=0.02)
 
 
@@ -853,7 +852,7 @@ def test_padding_has_no_say_in_the_selection(E, settings, spoken, small):  # noq
     z, of_token = run.sae.encode(run.store.batch(np.arange(n))).dense()[keep].numpy(), forget.repeat(keep.sum(1))
     limit = np.median((z[~of_token] > 0).mean(0))
     settings(SELECTION="frequency", RETAIN_FREQUENCY=limit)
-    wanted = E.ranked_latents(csr_array(z), of_token)[:6]
+    wanted = E.corpus.ranked_latents(csr_array(z), of_token, E.SELECTION, E.RETAIN_FREQUENCY)[:6]
     assert ((z[~of_token] > 0).mean(0)[wanted] < limit).all()
     assert set(unlearner_of(E, run, np.arange(n), forget).clamped["forget"]) == set(wanted)
 
