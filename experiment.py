@@ -33,7 +33,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from scipy.sparse import csr_array, vstack
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 from tqdm import tqdm
 
@@ -1388,37 +1387,6 @@ STRATEGIES = ("standard", "pattern", "hybrid")
 CONTROLS = ("random_latents", "random_directions", "projection")
 
 
-@torch.enable_grad()
-def fit_matcher(x, forget):
-    """Windows of codes x [n, f, w], whether they are FORGET's [n] -> function of windows to that
-    probability."""
-    if MATCHER == "logistic":
-        model = LogisticRegression(C=75 / len(x), max_iter=300, class_weight="balanced")
-        model.fit(x.flatten(1).cpu().numpy(), forget.cpu().numpy())
-        weights, bias = (x.new_tensor(a[0]) for a in (model.coef_, model.intercept_))
-        return lambda x: (x.flatten(-2) @ weights + bias).sigmoid()
-    (f, w), y = x.shape[1:], forget.float()
-    query, value, place, bias = parts = [x.new_zeros(n, requires_grad=True) for n in (f, f, w, 1)]
-
-    def logit(x):
-        return ((query @ x + place).softmax(-1) * (value @ x)).sum(-1) + bias
-
-    optimizer, balance = torch.optim.Adam(parts, 0.05), (1 - y).sum() / y.sum()
-    for _ in range(200):
-        optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(logit(x), y, pos_weight=balance).backward()
-        optimizer.step()
-    return lambda x: logit(x).detach().sigmoid()
-
-
-def gate(match):
-    """The greatest mean of GATE_TOKENS matches in a row up to each position: [n, seq]."""
-    if match.shape[1] < GATE_TOKENS:
-        return torch.zeros_like(match)
-    means = match.unfold(1, GATE_TOKENS, 1).mean(-1)
-    return F.pad(means.cummax(1).values, (GATE_TOKENS - 1, 0))
-
-
 def behind(store, ids, others, n):
     """Tokens of windows `ids`, with n tokens of windows `others` put after the first."""
     return torch.cat([store.tokens[others, :n + 1], store.tokens[ids, 1:]], 1)
@@ -1442,18 +1410,8 @@ class Unlearner:
                        for rows in (forget, plan.halves(store.windows)))
         self.rest = x[keep & ~label].mean(0)
         self.direction = F.normalize(x[keep & label].mean(0) - self.rest, dim=0)
-        codes, place = self.codes(plan.dev), torch.arange(keep.shape[1], device=DEVICE)
-        apart = keep & (place % MATCHER_WINDOW == 0)  # windows that do not overlap
-
-        def fit(name, rows):
-            return fit_matcher(self.windows(codes, name)[rows], label[rows])
-
-        self.matchers = {i: fit("pattern", apart & (half == i)) for i in (False, True)}
-        match = torch.where(half, self.match(codes, False), self.match(codes, True)) * keep
-        self.matchers = {name: fit(name, apart) for name in ("pattern", "one_position", "shuffled")}
-        self.thresholds = {
-            "pattern": match[keep & ~label].quantile(1 - FALSE_POSITIVES).item(),
-            "hybrid": gate(match)[~label[:, 0], -1].quantile(1 - FALSE_POSITIVES).item()}
+        self.matcher = corpus.Matcher(MATCHER, MATCHER_WINDOW, GATE_TOKENS)
+        self.matcher.fit(self.codes(plan.dev), keep, label, half, FALSE_POSITIVES)
 
     def scaled(self, z):  # [batch, seq, d_sae] -> codes [batch, seq, MATCHED]
         return torch.log1p(z[..., self.matched] / self.q95[self.matched])
@@ -1461,17 +1419,6 @@ class Unlearner:
     def codes(self, ids):  # -> [len(ids), seq, MATCHED]
         return torch.cat([self.scaled(self.sae.encode(self.run.store.batch(part)).dense())
                           for part in np.array_split(ids, len(ids) // 32 + 1)])
-
-    def windows(self, codes, name):  # -> [n, seq, f, w]: the last w positions, or 0
-        w = 1 if name == "one_position" else MATCHER_WINDOW
-        x = F.pad(codes, (0, 0, w - 1, 0)).unfold(1, w, 1)
-        if name != "shuffled":
-            return x
-        return x.gather(-1, torch.rand_like(x[..., :1, :]).argsort(-1).expand_as(x))
-
-    def match(self, codes, name="pattern"):  # -> [n, seq], the probability of FORGET
-        matcher = self.matchers[name]
-        return torch.cat([matcher(self.windows(part, name)) for part in codes.split(32)])
 
     def edit(self, strategy, strength):
         """batch -> what to add to x [batch, seq, d_in]: where the strategy says so, latents that
@@ -1485,10 +1432,8 @@ class Unlearner:
             whole = self.sae.encode(batch).dense()
             z, target = whole[..., latents], -strength * self.q95[latents]
             on = z > 0
-            if strategy in self.thresholds:
-                match = self.match(self.scaled(whole))
-                match = gate(match) if strategy == "hybrid" else match
-                on &= (match > self.thresholds[strategy])[..., None]
+            if strategy in self.matcher.thresholds:
+                on &= self.matcher.opens(strategy, self.scaled(whole))[..., None]
             delta = torch.where(on, target - z, 0.0) @ self.sae.W_dec[latents]
             if strategy == "random_directions":
                 size = delta.norm(dim=-1, keepdim=True)
@@ -1559,16 +1504,6 @@ def unlearning_scores(run, ids, clozes=None, edit=None):
     return np.concatenate(losses), np.concatenate(right)
 
 
-def detection(unlearner, store, ids, forget):
-    """How well matcher and gate tell FORGET's windows and sequences -> metrics, ROC curves."""
-    keep = store.valid(ids)
-    codes, of_token = unlearner.codes(ids), forget.repeat(keep.sum(1).tolist())
-    matches = {name: unlearner.match(codes, name) * keep for name in unlearner.matchers}
-    tasks = {name: (of_token, match[keep].cpu().numpy()) for name, match in matches.items()}
-    tasks["hybrid"] = forget, gate(matches["pattern"])[:, -1].cpu().numpy()
-    return corpus.detection_scores(tasks, unlearner.thresholds)
-
-
 def strength_for(forgetting, low=2 ** -4, high=2.0 ** 8):
     """The least strength, to 10 %, that forgets FORGETTING nats; `high` where none does."""
     while high > 1.1 * low:
@@ -1585,7 +1520,8 @@ def eval_unlearning(run):
     store, windows = run.store, run.store.windows
     plan = corpus.unlearning_plan(windows, FORGET, load_tokenizer())
     unlearner = Unlearner(run, plan)
-    metrics, rocs = detection(unlearner, store, plan.test, plan.group == "forget")
+    metrics, rocs = unlearner.matcher.scores(unlearner.codes(plan.test), store.valid(plan.test),
+                                             plan.group == "forget")
     metrics["auroc_bag_of_tokens"] = corpus.bag_auroc(windows, plan, MATCHER_WINDOW)
     own, right = unlearning_scores(run, plan.test, plan.clozes)
     metrics |= plan.cloze_means(right)
@@ -1621,15 +1557,15 @@ def eval_unlearning(run):
                 metrics[f"{name}_{kind}_questions"] = question_accuracy(run, dataset, edit)
     batch = store.batch(full)
     z = run.sae.encode(batch).dense()
-    clamped, match = z[..., unlearner.clamped["forget"]], unlearner.match(unlearner.scaled(z))
+    clamped, (match, gate) = z[..., unlearner.clamped["forget"]], unlearner.matcher.evidence(
+        unlearner.scaled(z))
     adjacent = consistency(batch, F.normalize(clamped, dim=-1))
     metrics["clamped_consistency"] = 1 - adjacent["consistency"].item()
-    opened = gate(match)
-    i = opened[:, -1].argsort()[len(full) // 2].item()  # the median passage
+    i = gate[:, -1].argsort()[len(full) // 2].item()  # the median passage
     on = (clamped[i] > 0).any(-1)
     passage = {"tokens": load_tokenizer().batch_decode(store.tokens[full[i], 1:, None]),
-               "match": match[i], "gate": opened[i], "standard": on,
-               "hybrid": on & (opened[i] > unlearner.thresholds["hybrid"])}
+               "match": match[i], "gate": gate[i], "standard": on,
+               "hybrid": on & (gate[i] > unlearner.matcher.thresholds["hybrid"])}
     return Result(metrics, plain({"frontier": frontier, "roc": rocs, "passage": passage}),
                   plain(per_sequence))
 

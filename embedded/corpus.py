@@ -41,6 +41,8 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from scipy.sparse import csr_array
 from scipy.spatial.distance import cdist
@@ -1227,6 +1229,85 @@ def bag_auroc(windows, plan, last):
         labels.append(group[row] == "forget")
     model = LogisticRegression(max_iter=300, class_weight="balanced").fit(bags[0], labels[0])
     return roc_auc_score(labels[1], model.decision_function(bags[1]))
+
+
+@torch.enable_grad()
+def fit_matcher(kind, x, forget):
+    """Windows of codes x [n, f, w], whether they are to be forgotten [n] -> function of windows to that probability: a
+    logistic regression, or one learned attention query over the window."""
+    if kind == "logistic":
+        model = LogisticRegression(C=75 / len(x), max_iter=300, class_weight="balanced")
+        model.fit(x.flatten(1).cpu().numpy(), forget.cpu().numpy())
+        weights, bias = (x.new_tensor(a[0]) for a in (model.coef_, model.intercept_))
+        return lambda x: (x.flatten(-2) @ weights + bias).sigmoid()
+    (f, w), y = x.shape[1:], forget.float()
+    query, value, place, bias = parts = [x.new_zeros(n, requires_grad=True) for n in (f, f, w, 1)]
+
+    def logit(x):
+        return ((query @ x + place).softmax(-1) * (value @ x)).sum(-1) + bias
+
+    optimizer, balance = torch.optim.Adam(parts, 0.05), (1 - y).sum() / y.sum()
+    for _ in range(200):
+        optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(logit(x), y, pos_weight=balance).backward()
+        optimizer.step()
+    return lambda x: logit(x).detach().sigmoid()
+
+
+def gate(match, n):
+    """The greatest mean of n matches in a row up to each position: [window, seq]."""
+    if match.shape[1] < n:
+        return torch.zeros_like(match)
+    return F.pad(match.unfold(1, n, 1).mean(-1).cummax(1).values, (n - 1, 0))
+
+
+class Matcher:
+    """Tells by windows of `width` codes [n, seq, f] where text to forget stands: a matcher for the patterns, one that sees a
+    single position, one that sees them in random order. `gate_tokens` matches in a row open the gate."""
+
+    def __init__(self, kind, width, gate_tokens):
+        self.kind, self.width, self.gate_tokens = kind, width, gate_tokens
+
+    def fit(self, codes, keep, forget, half, false_positives):
+        """On the tokens `keep`, of which `forget` are to be forgotten; thresholds with so many false positives, by matchers
+        fitted on the windows of either `half` for those of the other. All [n, seq] of bool."""
+        apart = keep & (torch.arange(keep.shape[1], device=keep.device) % self.width == 0)  # windows do not overlap
+
+        def fitted(name, rows):
+            return fit_matcher(self.kind, self.windows(codes, name)[rows], forget[rows])
+
+        self.matchers = {side: fitted("pattern", apart & (half == side)) for side in (False, True)}
+        match = torch.where(half, self.match(codes, False), self.match(codes, True)) * keep
+        self.matchers = {name: fitted(name, apart) for name in ("pattern", "one_position", "shuffled")}
+        whole = gate(match, self.gate_tokens)[~forget[:, 0], -1]
+        self.thresholds = {"pattern": match[keep & ~forget].quantile(1 - false_positives).item(),
+                           "hybrid": whole.quantile(1 - false_positives).item()}
+
+    def windows(self, codes, name):
+        """The last codes at each position, zeros before the first: [n, seq, f, width]."""
+        width = 1 if name == "one_position" else self.width
+        x = F.pad(codes, (0, 0, width - 1, 0)).unfold(1, width, 1)
+        return x.gather(-1, torch.rand_like(x[..., :1, :]).argsort(-1).expand_as(x)) if name == "shuffled" else x
+
+    def match(self, codes, name="pattern"):
+        """The probability that text to forget stands at each position: [n, seq]."""
+        return torch.cat([self.matchers[name](self.windows(part, name)) for part in codes.split(32)])
+
+    def evidence(self, codes):
+        """Match and gate at each position, [n, seq]."""
+        match = self.match(codes)
+        return match, gate(match, self.gate_tokens)
+
+    def opens(self, strategy, codes):
+        """Whether the evidence of "pattern" or "hybrid" is above its threshold: [n, seq]."""
+        return dict(zip(("pattern", "hybrid"), self.evidence(codes)))[strategy] > self.thresholds[strategy]
+
+    def scores(self, codes, keep, forget):
+        """detection_scores of tokens `keep` [n, seq], and of whole windows; forget [n]."""
+        matches, of_token = {name: self.match(codes, name) * keep for name in self.matchers}, forget.repeat(keep.sum(1).tolist())
+        tasks = {name: (of_token, match[keep].cpu().numpy()) for name, match in matches.items()}
+        tasks["hybrid"] = forget, gate(matches["pattern"], self.gate_tokens)[:, -1].cpu().numpy()
+        return detection_scores(tasks, self.thresholds)
 
 
 def detection_scores(tasks, thresholds):

@@ -265,7 +265,7 @@ def windows_of_two(n, seed, shuffled=False):
 
 
 def auroc(E, fitted, fresh):
-    return roc_auc_score(fresh[1].numpy(), E.fit_matcher(*fitted)(fresh[0]).numpy())
+    return roc_auc_score(fresh[1].numpy(), E.corpus.fit_matcher(E.MATCHER, *fitted)(fresh[0]).numpy())
 
 
 @pytest.mark.parametrize("matcher", ["logistic", "attention"])
@@ -290,7 +290,7 @@ def test_a_matcher_finds_the_one_latent_that_tells(E, settings, matcher):  # noq
 
     x, forget = planted(1)
     with torch.no_grad():                                       # as evaluations run
-        match = E.fit_matcher(*planted(0))
+        match = E.corpus.fit_matcher(E.MATCHER, *planted(0))
     found = match(x)
     assert found.shape == (800,) and not found.requires_grad and (found > 0).all() and (found < 1).all()
     assert roc_auc_score(forget.numpy(), found.numpy()) > 0.95
@@ -320,7 +320,7 @@ def test_gate_by_hand(E):
     match = torch.zeros(2, 80)
     match[0, 10:42] = 1.0                       # 32 in a row: the mean rises to 1 at 41 and stays
     match[1, 50:58] = 0.5
-    found = E.gate(match)
+    found = E.corpus.gate(match, 32)
     assert not found[0, :31].any()
     assert found[0, 31:42].tolist() == pytest.approx([(t - 9) / 32 for t in range(31, 42)])
     assert (found[0, 41:] == 1).all()
@@ -330,32 +330,35 @@ def test_gate_by_hand(E):
 @pytest.mark.parametrize("seq", [32, 33, 90])
 def test_gate_against_loops(E, seq):
     match = torch.rand(3, seq, generator=torch.Generator().manual_seed(seq))
-    close(E.gate(match), naive_gate(match, 32), 1e-5)
-    assert (E.gate(match).diff() >= 0).all()
+    close(E.corpus.gate(match, 32), naive_gate(match, 32), 1e-5)
+    assert (E.corpus.gate(match, 32).diff() >= 0).all()
 
 
 def test_gate_is_causal_and_padding_before_never_dilutes(E):
     match = torch.rand(3, 70, generator=torch.Generator().manual_seed(0))
-    found, changed = E.gate(match), match.clone()
+    found, changed = E.corpus.gate(match, 32), match.clone()
     changed[:, 45:] = 1 - changed[:, 45:]
-    assert torch.equal(E.gate(changed)[:, :45], found[:, :45]) and not torch.equal(E.gate(changed), found)
+    after = E.corpus.gate(changed, 32)
+    assert torch.equal(after[:, :45], found[:, :45]) and not torch.equal(after, found)
     for pad in (1, 40, 200):
-        behind = E.gate(torch.cat([torch.zeros(3, pad), match], 1))[:, pad:]
+        behind = E.corpus.gate(torch.cat([torch.zeros(3, pad), match], 1), 32)[:, pad:]
         assert (behind >= found - 1e-6).all()
 
 
 def test_too_few_positions_open_no_gate(E):
     for seq in (1, 8, 31):
-        assert torch.equal(E.gate(torch.ones(2, seq)), torch.zeros(2, seq))
-    assert E.gate(torch.ones(2, 32))[:, -1].tolist() == [1.0, 1.0]
+        assert torch.equal(E.corpus.gate(torch.ones(2, seq), 32), torch.zeros(2, seq))
+    assert E.corpus.gate(torch.ones(2, 32), 32)[:, -1].tolist() == [1.0, 1.0]
 
 
 # ---- Edits by hand ----
-def bare(E, sae, clamped, q95, **others):
-    """An Unlearner whose selection, matcher and thresholds are a test's; the matcher sees all latents."""
+def bare(E, sae, clamped, q95, matchers={}, thresholds={}, **others):
+    """An Unlearner whose selection, matchers and thresholds are a test's; the matcher sees all latents."""
     unlearner = E.Unlearner.__new__(E.Unlearner)
-    everything = {"sae": sae, "clamped": {"forget": np.array(clamped), "random": np.array([1])},
-                  "matched": np.arange(sae.d_sae), "q95": torch.tensor(q95), "matchers": {}, "thresholds": {}}
+    matcher = E.corpus.Matcher(E.MATCHER, E.MATCHER_WINDOW, E.GATE_TOKENS)
+    matcher.matchers, matcher.thresholds = matchers, thresholds
+    everything = {"sae": sae, "clamped": {"forget": np.array(clamped), "random": np.array([1])}, "matcher": matcher,
+                  "matched": np.arange(sae.d_sae), "q95": torch.tensor(q95)}
     for name, value in (everything | others).items():
         setattr(unlearner, name, value)
     return unlearner
@@ -413,7 +416,7 @@ def test_pattern_clamps_where_its_window_matches(E, settings, three, back):  # n
     wanted = torch.zeros(1, 6, 2)
     wanted[0, [at for at in (back, 3 + back) if at < 6], 0] = -2.0
     close(delta, wanted)
-    unlearner.thresholds["pattern"] = math.log(2) + 1e-4
+    unlearner.matcher.thresholds["pattern"] = math.log(2) + 1e-4
     assert not unlearner.edit("pattern", 1.0)(batch_of(E, x)).any()     # above the threshold, not at it
 
 
@@ -774,6 +777,10 @@ def unlearner_of(E, run, ids, forget):
         return E.Unlearner(run, E.corpus.UnlearningPlan(ids, group, None, None, None, None))
 
 
+def detection(unlearner, store, ids, forget):
+    return unlearner.matcher.scores(unlearner.codes(ids), store.valid(ids), forget)
+
+
 def test_what_an_unlearner_selects(E, spoken, small):
     run, ids, forget, _, _ = separable(spoken)
     unlearner, batch = unlearner_of(E, run, ids, forget), run.store.batch(ids)
@@ -797,7 +804,7 @@ def test_separable_text_is_detected(E, settings, spoken, small, matcher):  # noq
     run, ids, forget, fresh, of_fresh = separable(spoken)
     unlearner = unlearner_of(E, run, ids, forget)
     with torch.no_grad():
-        found, rocs = E.detection(unlearner, run.store, fresh, of_fresh)
+        found, rocs = detection(unlearner, run.store, fresh, of_fresh)
     assert found["auroc_pattern"] > 0.9 and found["accuracy_pattern"] > 0.8
     assert found["auroc_hybrid"] > 0.95 and found["accuracy_hybrid"] > 0.8
     assert found["auroc_pattern"] > found["auroc_one_position"] - 0.02
@@ -819,7 +826,7 @@ def test_text_that_is_alike_is_not_detected_and_thresholds_hold(E, spoken, small
     run = spoken(two_kinds(n, np.zeros(n, bool), low=2), n_train, ["open"] * (n // 2))
     unlearner = unlearner_of(E, run, np.arange(n_train), forget[:n_train])
     with torch.no_grad():
-        found, _ = E.detection(unlearner, run.store, np.arange(n_train, n), forget[n_train:])
+        found, _ = detection(unlearner, run.store, np.arange(n_train, n), forget[n_train:])
     for name in ("pattern", "one_position", "shuffled"):
         assert 0.42 < found[f"auroc_{name}"] < 0.58
     assert found["false_positives_pattern"] < 0.02 and found["false_positives_hybrid"] <= 0.15
@@ -836,8 +843,8 @@ def test_padding_is_no_evidence(E, spoken, small):
         run = spoken(tokens, n_train, ["x"] * (n // 2), lengths)
         unlearner = unlearner_of(E, run, np.arange(n_train), forget[:n_train])
         with torch.no_grad():
-            found.append(E.detection(unlearner, run.store, np.arange(n_train, n), forget[n_train:])[0]
-                         | unlearner.thresholds)
+            found.append(detection(unlearner, run.store, np.arange(n_train, n), forget[n_train:])[0]
+                         | unlearner.matcher.thresholds)
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         assert found[1][name] == pytest.approx(value, abs=1e-5), name
