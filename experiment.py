@@ -34,7 +34,6 @@ import transformers
 from safetensors.torch import save_file
 from scipy.sparse import csr_array, vstack
 from torch import nn
-from tqdm import tqdm
 
 torch.set_flush_denormal(True)  # decaying traces become denormal, which is slow
 HERE = Path(__file__).resolve().parent
@@ -994,15 +993,6 @@ def seconds_per_step(sae, store, stages, size):
     return seconds
 
 
-def fit_to_deadline(steps, step, seconds, deadline):
-    """Steps of each stage; those to come shrink in proportion to fit."""
-    left = [int(min(n, max(0, end - step))) for n, end in zip(steps, np.cumsum(steps))]
-    need, have = sum(n * s for n, s in zip(left, seconds)), max(deadline - time.time(), 0.0)
-    if need <= have:
-        return steps
-    return [n - l + max(int(l > 0), int(l * have / need * 0.97)) for n, l in zip(steps, left)]
-
-
 def record(log, sae, step, stage, losses):
     """Appends to the log; a loss that is not finite ends the run."""
     values = {name: loss.item() for name, loss in losses.items()}
@@ -1040,7 +1030,7 @@ def train(sae, store, stages, seed, size, deadline, state_path):
     sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(planned) * size * CONTEXT_LENGTH))
     sae.initialise(batch_at(0))
     seconds, optimizer = seconds_per_step(sae, store, stages, size), make_optimizer(sae, 1e-4)
-    step, steps = 0, fit_to_deadline(planned, 0, seconds, deadline)
+    step, steps = 0, corpus.fit_to_deadline(planned, 0, seconds, deadline)
     log = {"losses": {}, "parameters": {}, "val_step": [], "val_loss": []}
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
@@ -1050,8 +1040,7 @@ def train(sae, store, stages, seed, size, deadline, state_path):
         print(f"seed {seed}: carrying on at step {step}", flush=True)
     minutes = sum(n * s for n, s in zip(steps, seconds)) / 60
     print(f"seed {seed}: about {minutes:.1f} min for {sum(steps):,} steps", flush=True)
-    bar = tqdm(total=sum(steps), initial=step, disable=None)
-    saved = said = since = time.time()
+    progress, saved, since = corpus.Progress(sum(steps), step), time.time(), time.time()
     for index, stage in enumerate(stages):
         first = sum(steps[:index])
         anneal(sae, stage, (steps[index] - 1) / steps[index])  # as it was left, where it is over
@@ -1068,15 +1057,11 @@ def train(sae, store, stages, seed, size, deadline, state_path):
                 record(log, sae, step, stage, losses)
                 pace = (now - since) / LOG_EVERY / seconds[index]
                 seconds = [s * pace ** (0.3 if step > LOG_EVERY else 0) for s in seconds]
-                since, steps = now, fit_to_deadline(steps, step, seconds, deadline)
+                since, steps = now, corpus.fit_to_deadline(steps, step, seconds, deadline)
             if step % per_epoch == 0 or last:
                 log["val_step"].append(step)
                 log["val_loss"].append(validation_loss(sae, store))
-            bar.update()
-            if bar.disable and now - said > 15:
-                said = now
-                print(f"  {stage.name}: step {step}/{sum(steps)}",
-                      *(f"{name} {value:.4g}" for name, value in losses.items()), flush=True)
+            progress.update(f"{stage.name}: step {step}/{sum(steps)}", losses)
             if now - saved > CHECKPOINT_SECONDS or last:
                 saved, state = now, {"sae": sae.state_dict(), "optimizer": optimizer.state_dict(),
                                      "step": step, "steps": steps, "log": log}
@@ -1330,9 +1315,9 @@ def eval_temporal(run):
         "stable_fraction": corpus.significant_fraction(mean, null),
         "autocorrelation_lag1": r[:, 0] @ weight,
         "smoothness": scaled.mean(), "smoothness_raw": raw.mean(),
-        "polysemanticity": corpus.polysemanticity(fired, kinds, places, rng),
+        "polysemanticity": corpus.polysemanticity(fired, kinds, places, rng, NULL_DRAWS),
         "polysemanticity_channels": corpus.polysemanticity(
-            channel_firings(store, rate.mean()), kinds, places, rng),
+            channel_firings(store, rate.mean()), kinds, places, rng, NULL_DRAWS),
         "explained_variance_early": 1 - error[:half].sum() / variance[:half].sum(),
         "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()} | follow(run)
     if (value := corpus.coherence(fired, kinds[1], files, rates[alive], rng)) is not None:
@@ -1402,9 +1387,9 @@ class Unlearner:
         z = encode_windows(self.sae, store, plan.dev)[0].tocsr()[keep.flatten().cpu().numpy()]
         everything = percentiles_95(z.tocsc(), np.arange(self.sae.d_sae))
         self.q95 = torch.from_numpy(everything).to(DEVICE)
-        ranked = corpus.ranked_latents(z, forget.repeat(keep.sum(1).tolist()), SELECTION,
-                                       RETAIN_FREQUENCY)
-        self.matched, chosen = ranked[:MATCHED], ranked[:CLAMPED]
+        ranked, chosen = corpus.ranked_latents(z, forget.repeat(keep.sum(1).tolist()), SELECTION,
+                                               RETAIN_FREQUENCY, CLAMPED)
+        self.matched = ranked[:MATCHED]
         self.clamped = {"forget": chosen, "random": corpus.alike((z > 0).mean(0), chosen)}
         label, half = (torch.from_numpy(rows).to(DEVICE)[:, None].expand(keep.shape)
                        for rows in (forget, plan.halves(store.windows)))

@@ -900,7 +900,7 @@ def entropy(values):
     return -(share * np.log(share)).sum() + (len(share) - 1) / (2 * len(values))
 
 
-def polysemanticity(fired, kinds, places, rng, n=64, draws=50):
+def polysemanticity(fired, kinds, places, rng, draws=50, n=64):
     """Mean over units of the smaller of the entropies of token and of class at n firings, each over that at random
     `places`. fired: token indices of each unit; kinds: [token] arrays."""
     null = [np.mean([entropy(kind[rng.choice(places, n)]) for _ in range(draws)]) for kind in kinds]
@@ -940,13 +940,17 @@ def live_latents(z, windows, least, least_files):
     return live, rate
 
 
-def ranked_latents(z, forget, rule, most):
-    """Latents, the first the one to clamp first, of codes sparse [token, d_sae], those of forget [token] to be forgotten: by
-    "ratio", E[z^2] there over elsewhere (arXiv 2504.08192), or by "frequency" there, among those active on at most a share
-    `most` of the tokens elsewhere (SAEBench)."""
+def ranked_latents(z, forget, rule, most, n):
+    """All latents in order, and the first n that may be clamped; of codes sparse [token, d_sae], the tokens forget [token] to
+    be forgotten. By "ratio", E[z^2] there over elsewhere (arXiv 2504.08192), or by "frequency" there, among those active on
+    less than a share `most` of the tokens elsewhere (SAEBench)."""
     z = z.power(2) if rule == "ratio" else z > 0
     there, elsewhere = (np.asarray(z[part].mean(0)).ravel() for part in (forget, ~forget))
-    return np.argsort(-there / (elsewhere + 0.01 * there.mean()) if rule == "ratio" else -there * (elsewhere < most))
+    score = there / (elsewhere + 0.01 * there.mean()) if rule == "ratio" else there * (elsewhere < most)
+    ranked, n = np.argsort(-score), min(n, (score > 0).sum())
+    if not 0 < n < len(score):
+        raise DataError(f"CLAMPED: {n} of {len(score)} latents may be clamped, it takes one and leaves one.")
+    return ranked, ranked[:n]
 
 
 def single_token_fraction(windows, firings, most=40):
@@ -1271,6 +1275,8 @@ class Matcher:
     def fit(self, codes, keep, forget, half, false_positives):
         """On the tokens `keep`, of which `forget` are to be forgotten; thresholds with so many false positives, by matchers
         fitted on the windows of either `half` for those of the other. All [n, seq] of bool."""
+        if codes.shape[1] < self.gate_tokens:
+            raise DataError(f"CONTEXT_LENGTH: unlearning's gate needs more than {self.gate_tokens} tokens.")
         apart = keep & (torch.arange(keep.shape[1], device=keep.device) % self.width == 0)  # windows do not overlap
 
         def fitted(name, rows):
@@ -1754,6 +1760,29 @@ def saelens_config(architecture, d_in, d_sae, k, metadata):
     if architecture == "topk":
         cfg |= {"k": k, "rescale_acts_by_decoder_norm": False}
     return json.dumps(cfg, indent=1)
+
+
+def fit_to_deadline(steps, step, seconds, deadline):
+    """Steps of each stage, of which `step` are done; those to come, of so many `seconds` each, shrink in proportion to end
+    before `deadline`."""
+    left = [int(min(n, max(0, end - step))) for n, end in zip(steps, np.cumsum(steps))]
+    need, have = sum(n * s for n, s in zip(left, seconds)), max(deadline - time.time(), 0.0)
+    if need <= have:
+        return steps
+    return [n - l + max(int(l > 0), int(l * have / need * 0.97)) for n, l in zip(steps, left)]
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line every 15 seconds."""
+
+    def __init__(self, total, done):
+        self.bar, self.said = tqdm(total=total, initial=done, disable=None), time.time()
+
+    def update(self, what, values):
+        self.bar.update()
+        if self.bar.disable and time.time() - self.said > 15:
+            self.said = time.time()
+            print(f"  {what}", *(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
 
 
 def summarised(per_seed, headlines):

@@ -226,9 +226,9 @@ def test_latents_of_forget_come_first(E, settings):  # noqa: F811
     z, forget = planted_codes()
     for selection in ("ratio", "frequency"):
         settings(SELECTION=selection)
-        ranked = E.corpus.ranked_latents(csr_array(z), forget, E.SELECTION, E.RETAIN_FREQUENCY)
+        ranked = E.corpus.ranked_latents(csr_array(z), forget, E.SELECTION, E.RETAIN_FREQUENCY, 6)[0]
         assert sorted(ranked) == list(range(7)) and ranked[0] == 3
-        assert E.corpus.ranked_latents(csr_array(z), ~forget, E.SELECTION, E.RETAIN_FREQUENCY)[0] == 5
+        assert E.corpus.ranked_latents(csr_array(z), ~forget, E.SELECTION, E.RETAIN_FREQUENCY, 6)[0][0] == 5
         place = ranked.tolist().index
         if selection == "frequency":                    # frequent elsewhere: behind the rare one, however frequent here
             assert place(1) == 1 and place(0) > 1
@@ -245,7 +245,7 @@ def test_ratio_by_a_loop(E, settings):  # noqa: F811
     there, elsewhere = ([np.mean([z[t, i] ** 2 for t in np.flatnonzero(part)]) for i in range(12)]
                         for part in (forget, ~forget))
     ratios = np.array(there) / (np.array(elsewhere) + 0.01 * np.mean(there))
-    ranked = E.corpus.ranked_latents(csr_array(z), forget, E.SELECTION, E.RETAIN_FREQUENCY)
+    ranked = E.corpus.ranked_latents(csr_array(z), forget, E.SELECTION, E.RETAIN_FREQUENCY, 6)[0]
     assert ranked[0] == 4 and ranked.tolist() == np.argsort(-ratios).tolist()
 
 
@@ -786,7 +786,7 @@ def test_what_an_unlearner_selects(E, spoken, small):
     unlearner, batch = unlearner_of(E, run, ids, forget), run.store.batch(ids)
     z = run.sae.encode(batch).dense().flatten(0, 1)
     of_token = np.repeat(forget, CONTEXT - 1)
-    ranked = E.corpus.ranked_latents(csr_array(z.numpy()), of_token, E.SELECTION, E.RETAIN_FREQUENCY)
+    ranked = E.corpus.ranked_latents(csr_array(z.numpy()), of_token, E.SELECTION, E.RETAIN_FREQUENCY, 6)[0]
     assert unlearner.clamped["forget"].tolist() == ranked[:6].tolist()
     assert not set(unlearner.clamped["random"]) & set(ranked[:6].tolist())
     for latent in range(64):
@@ -859,7 +859,7 @@ def test_padding_has_no_say_in_the_selection(E, settings, spoken, small):  # noq
     z, of_token = run.sae.encode(run.store.batch(np.arange(n))).dense()[keep].numpy(), forget.repeat(keep.sum(1))
     limit = np.median((z[~of_token] > 0).mean(0))
     settings(SELECTION="frequency", RETAIN_FREQUENCY=limit)
-    wanted = E.corpus.ranked_latents(csr_array(z), of_token, E.SELECTION, E.RETAIN_FREQUENCY)[:6]
+    wanted = E.corpus.ranked_latents(csr_array(z), of_token, E.SELECTION, E.RETAIN_FREQUENCY, 6)[0][:6]
     assert ((z[~of_token] > 0).mean(0)[wanted] < limit).all()
     assert set(unlearner_of(E, run, np.arange(n), forget).clamped["forget"]) == set(wanted)
 
