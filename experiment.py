@@ -1355,16 +1355,9 @@ def evolution(z, tokens, stable, alive, n=16):
 def eval_probes(run):
     """Balanced accuracy of linear probes on a token's latents, beside those on tokens;
     `probe_context` is the mean over all labels but the token's type."""
-    windows, metrics = run.store.windows, {}
-    base = corpus.probe_baselines(windows, PROBE_EVERY, run.store.folder)
-    found, right = corpus.probe_scores(windows, run.heldout[0].tocsr(), PROBE_EVERY)
-    for name, accuracy in found.items():
-        metrics[f"probe_{name}"] = accuracy
-        metrics[f"probe_{name}_token"], metrics[f"probe_{name}_bag"] = base[name]
-    if context := [name for name in found if name != "token_type"]:
-        metrics["probe_context"] = np.mean([found[name] for name in context])
-        right["context"] = np.nanmean([right[name] for name in context], 0)
-    return Result(metrics, {}, plain({f"probe_{name}": hits for name, hits in right.items()}))
+    metrics, right = corpus.probe_scores(run.store.windows, run.heldout[0].tocsr(), PROBE_EVERY,
+                                         run.store.folder)
+    return Result(metrics, {}, plain(right))
 
 
 # ---- Unlearning: FORGET by clamping latents, and what that costs the rest ----

@@ -1105,15 +1105,20 @@ def probe_baselines(windows, every, folder):
     return kept(folder / f"probe_baselines-{every}.json", compute)
 
 
-def probe_scores(windows, features, every):
-    """Of each of probe_tasks, from features [token, d], scaled by their largest values: balanced accuracy of `probe`,
-    and the share of a document's labels that it predicts: {name: accuracy}, {name: [sample]}."""
-    accuracy, right, docs = {}, {}, windows.doc_ids[windows.n_train:]
+def probe_scores(windows, features, every, folder):
+    """Of each of probe_tasks, from features [token, d], scaled by their largest values: balanced accuracy of `probe` beside
+    probe_baselines, and the share of a document's labels that it predicts [sample]; and their mean over all but token_type."""
+    metrics, right, docs = {}, {}, windows.doc_ids[windows.n_train:]
+    base, seq = probe_baselines(windows, every, folder), windows.tokens.shape[1] - 1
     for name, (places, fold, of) in probe_tasks(windows, every).items():
         predicted = probe(MaxAbsScaler().fit_transform(features[places]), of, fold)
-        accuracy[name] = balanced_accuracy_score(of, predicted)
-        right[name] = windows.by_document(predicted == of, docs[places // (windows.tokens.shape[1] - 1)])
-    return accuracy, right
+        metrics[f"probe_{name}"] = balanced_accuracy_score(of, predicted)
+        metrics[f"probe_{name}_token"], metrics[f"probe_{name}_bag"] = base[name]
+        right[f"probe_{name}"] = windows.by_document(predicted == of, docs[places // seq])
+    if context := [name for name in right if name != "probe_token_type"]:
+        metrics["probe_context"] = np.mean([metrics[name] for name in context])
+        right["probe_context"] = np.nanmean([right[name] for name in context], 0)
+    return metrics, right
 
 
 class UnlearningPlan(NamedTuple):
