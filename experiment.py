@@ -1442,17 +1442,18 @@ def editing(run, edit, mask=None):
         yield run.get_model()
 
 
-def question_accuracy(run, dataset, edit):
-    """Share of questions answered rightly under all orders of their options (SAEBench)."""
+def right_answers(run, dataset, edit):
+    """Whether each question is answered rightly under all orders of its options (SAEBench)."""
     right = []
     for tokens, mask, letters, answers in corpus.encoded_questions(dataset, load_tokenizer()):
         tokens, mask = (torch.from_numpy(a).to(DEVICE) for a in (tokens, mask))
         with editing(run, edit, mask) as model:
             vocabulary = model.get_input_embeddings().num_embeddings  # the preflight's is small
-            logits = model(input_ids=tokens % vocabulary, attention_mask=mask.long()).logits
+            logits = model(input_ids=tokens % vocabulary, attention_mask=mask.long(),
+                           use_cache=False).logits
         last = logits[torch.arange(len(tokens)), mask.sum(1) - 1][:, np.array(letters) % vocabulary]
         right.append((last.argmax(1).cpu().numpy() == answers).all())
-    return np.mean(right)
+    return np.array(right)
 
 
 def padded_loss(run, tokens, n, edit):
@@ -1501,8 +1502,8 @@ def eval_unlearning(run):
     metrics, rocs = unlearner.matcher.scores(unlearner.codes(plan.test), store.valid(plan.test),
                                              plan.group == "forget")
     metrics["auroc_bag_of_tokens"] = corpus.bag_auroc(windows, plan, MATCHER_WINDOW)
-    own, right = unlearning_scores(run, plan.test, plan.clozes)
-    metrics |= plan.cloze_means(right)
+    own, own_right = unlearning_scores(run, plan.test, plan.clozes)
+    metrics |= plan.means(None, own_right)
     search = plan.dev[plan.dev_group == "forget"][::5]
     own_search = unlearning_scores(run, search)[0].mean()
     frontier, per_sequence = {}, {}
@@ -1514,7 +1515,7 @@ def eval_unlearning(run):
         for factor in (1, 0.25, 0.5, 2, 4) if strategy in STRATEGIES else (1,):
             edit = unlearner.edit(strategy, strength * factor)
             loss, right = unlearning_scores(run, plan.test, plan.clozes, edit)
-            row = {"strength": strength * factor} | plan.means(loss - own, right)
+            row = {"strength": strength * factor} | plan.means(loss - own, right, own_right)
             frontier[strategy].append(row)
             if factor == 1:
                 lost = plan.by_document(windows, loss - own)
@@ -1530,9 +1531,10 @@ def eval_unlearning(run):
     for name, edit in edits.items():
         metrics[f"{name}_repetition"], metrics[f"{name}_entropy"] = generations(
             run, store.tokens[full, :CONTEXT_LENGTH // 2], edit)
-        for kind, dataset in (("forget", FORGET_QUESTIONS), ("retain", RETAIN_QUESTIONS)):
-            if dataset:
-                metrics[f"{name}_{kind}_questions"] = question_accuracy(run, dataset, edit)
+    for kind, dataset in (("forget", FORGET_QUESTIONS), ("retain", RETAIN_QUESTIONS)):
+        if dataset:
+            answers = {name: right_answers(run, dataset, edit) for name, edit in edits.items()}
+            metrics |= corpus.compared(answers, f"_{kind}_questions")
     batch = store.batch(full)
     z = run.sae.encode(batch).dense()
     clamped, (match, gate) = z[..., unlearner.clamped["forget"]], unlearner.matcher.evidence(

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from scipy.sparse import csr_array
 from scipy.spatial.distance import cdist
-from scipy.stats import false_discovery_control, linregress, norm, sem
+from scipy.stats import binomtest, false_discovery_control, linregress, norm, sem
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 from sklearn.preprocessing import MaxAbsScaler, normalize
@@ -1131,12 +1131,16 @@ class UnlearningPlan(NamedTuple):
     clozes: "Clozes"        # of the test windows
     cloze_group: np.ndarray     # group of each
 
-    def means(self, losses, right):
-        """By group: mean of losses [test windows], share of the clozes that are right [clozes]."""
-        return _group_means(self.group, losses) | self.cloze_means(right)
-
-    def cloze_means(self, right):
-        return _group_means(self.cloze_group, right, "cloze_")
+    def means(self, losses, right, before=None):
+        """By group: mean of losses [test windows], if any, share of the clozes that are right [clozes]; where those that were right
+        before are given, the p of McNemar's test between the two."""
+        found = {} if losses is None else {str(g): losses[self.group == g].mean() for g in np.unique(self.group)}
+        for name in np.unique(self.cloze_group):
+            now = right[self.cloze_group == name]
+            found[f"cloze_{name}"] = now.mean()
+            if before is not None:
+                found[f"cloze_{name}_p"] = mcnemar(now, before[self.cloze_group == name])
+        return found
 
     def by_document(self, windows, losses):
         """By group: mean of losses [test windows] over each document of the sample."""
@@ -1160,8 +1164,18 @@ class UnlearningPlan(NamedTuple):
         return half
 
 
-def _group_means(groups, values, prefix=""):
-    return {prefix + str(name): values[groups == name].mean() for name in np.unique(groups)}
+def mcnemar(now, before):
+    """Exact p that as many answers turned right as turned wrong; both [n] of bool."""
+    gained, lost = (now & ~before).sum(), (before & ~now).sum()
+    return binomtest(int(gained), int(gained + lost)).pvalue if gained + lost else 1.0
+
+
+def compared(answers, suffix):
+    """Of {name: whether each question was answered rightly [n]}, flat: the share, and p of McNemar's test against
+    "unclamped"."""
+    found = {f"{name}{suffix}": right.mean() for name, right in answers.items()}
+    return found | {f"{name}{suffix}_p": mcnemar(right, answers["unclamped"])
+                    for name, right in answers.items() if name != "unclamped"}
 
 
 def sparse_accuracies(features, windows, numbers):

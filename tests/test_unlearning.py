@@ -305,6 +305,17 @@ def test_a_matcher_of_nothing_is_at_chance(E, settings, matcher):  # noqa: F811
     assert 0.4 < auroc(E, (x[:1_000], forget[:1_000]), (x[1_000:], forget[1_000:])) < 0.6
 
 
+# ---- McNemar's test of answers ----
+def test_mcnemar_by_hand(E):
+    """Of six answers that changed one turned right: p = 2 (1 + 6) / 2^6; those that stay have no say."""
+    before = np.array([True] * 5 + [False] + [True, False] * 20)
+    now = np.array([False] * 5 + [True] + [True, False] * 20)
+    assert E.corpus.mcnemar(now, before) == pytest.approx(14 / 64)
+    assert E.corpus.mcnemar(before, before) == 1.0
+    found = E.corpus.compared({"unclamped": before, "standard": now}, "_q")
+    assert found == {"unclamped_q": before.mean(), "standard_q": now.mean(), "standard_q_p": pytest.approx(14 / 64)}
+
+
 # ---- The gate ----
 def naive_gate(match, n):
     """By loops: the greatest mean of n matches in a row that end at s <= t; 0 before the first n."""
@@ -877,7 +888,7 @@ class Answers(torch.nn.Module):
         self.get_input_embeddings = lambda: SimpleNamespace(num_embeddings=10 ** 6)
         self.letters = {letter: tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"}
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask, use_cache):
         plain = torch.ones(*input_ids.shape, self.width)
         with torch.no_grad():
             self.blocks[0].weight.copy_(torch.eye(self.width))
@@ -926,9 +937,9 @@ def test_a_question_counts_when_all_orders_are_right(E, make_store, asked, monke
     model = Answers(E.load_tokenizer(), 8)
     run = E.Run(None, store, lambda: model, 0, (1, 1), {})
     with torch.no_grad():
-        assert E.question_accuracy(run, asked, lambda batch: torch.zeros_like(batch.x)) == 0.5
+        assert E.right_answers(run, asked, lambda batch: torch.zeros_like(batch.x)).mean() == 0.5
         assert model.asked == 4 * 24
-        assert E.question_accuracy(run, asked, lambda batch: torch.ones_like(batch.x)) == 0.0
+        assert not E.right_answers(run, asked, lambda batch: torch.ones_like(batch.x)).any()
 
 
 def test_encoded_questions(E, asked):
