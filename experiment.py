@@ -1262,8 +1262,10 @@ def follow(run):
                 losses.append(validation_loss(sae, run.store))
             found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
     if getattr(sae, "traces", False):
-        parts = sae.scaled_variance(), -sae.decay().clamp(1e-30, 1 - 1e-7).log()
-        found |= corpus.slope("decay", *(part.log().double().cpu().numpy() for part in parts))
+        variance, decay = (a.detach().double().cpu().numpy()
+                           for a in (sae.scaled_variance(), sae.decay()))
+        rate = -np.log(decay.clip(1e-30, 1 - 1e-7))
+        found |= corpus.slope("decay", np.log(variance), np.log(rate))
     return found
 
 
@@ -1305,7 +1307,7 @@ def eval_temporal(run):
         run, z, full, alive, q95)
     mean, weight = observed.mean(1), energy / energy.sum()
     kinds = windows.tokens[windows.n_train:, 1:].ravel(), corpus.token_classes(windows)
-    places, half = windows.heldout_tokens(), seq // 2
+    everything, places, half = windows.heldout(), windows.heldout_tokens(), seq // 2
     error, variance = np.nanmean(errors["error"], 0), np.array(variance_by_position(store)[0])
     metrics = {
         "stability": mean @ weight, "stability_token": token @ weight,
@@ -1317,7 +1319,8 @@ def eval_temporal(run):
         "smoothness": scaled.mean(), "smoothness_raw": raw.mean(),
         "polysemanticity": corpus.polysemanticity(fired, kinds, places, rng, NULL_DRAWS),
         "polysemanticity_channels": corpus.polysemanticity(
-            channel_firings(store, rate.mean()), kinds, places, rng, NULL_DRAWS),
+            corpus.channel_firings(store.x(everything), store.valid(everything), rate.mean()),
+            kinds, places, rng, NULL_DRAWS),
         "explained_variance_early": 1 - error[:half].sum() / variance[:half].sum(),
         "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()} | follow(run)
     if (value := corpus.coherence(fired, kinds[1], files, rates[alive], rng)) is not None:
@@ -1326,29 +1329,14 @@ def eval_temporal(run):
         "autocorrelation": weight @ r, "stability_null": weight @ null,
         "stability_by_rate_decile": corpus.mean_by_decile(mean, rate),
         "similarity_matrix": corpus.similarity_matrix(z[:256 * seq], seq)[::2, ::2].round(4),
-        "evolution": evolution(z[:seq].toarray(), windows.tokens[full[0] + windows.n_train, 1:],
-                               mean, alive)}
+        "evolution": corpus.evolution(z[:seq].toarray(), load_tokenizer().batch_decode(
+            windows.tokens[full[0] + windows.n_train, 1:, None]), mean, alive)}
     if hasattr(sae, "variance"):
         curves |= {"variance": sae.variance, "decay": sae.decay(),
                    "scaled_variance": sae.scaled_variance()}
     per_sequence = {"stability": windows.by_document(weight @ observed, files[full]),
                     "smoothness": windows.by_document(scaled, files[full])}
     return Result(metrics, plain(curves), plain(per_sequence))
-
-
-def channel_firings(store, rate):
-    """The share `rate` of held-out tokens where each channel of x is largest, then smallest."""
-    ids = store.windows.heldout()
-    x = store.x(ids).flatten(0, 1).masked_fill(~store.valid(ids).flatten()[:, None], 0.0)
-    top = torch.cat([x, -x], 1).topk(max(1, int(rate * len(x))), dim=0, sorted=False).indices
-    return list(top.t().cpu().numpy())
-
-
-def evolution(z, tokens, stable, alive, n=16):
-    """The latents with the most stable energy in one window, over its tokens; z [seq, d_sae]."""
-    top = alive[np.argsort(-np.square(z[:, alive]).sum(0) * np.maximum(stable, 1e-6))[:n]]
-    return {"tokens": load_tokenizer().batch_decode(tokens[:, None]), "latents": top,
-            "values": z[:, top].T.round(4)}
 
 
 # ---- Probes: what latents tell about the context ----

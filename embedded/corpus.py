@@ -909,6 +909,19 @@ def polysemanticity(fired, kinds, places, rng, draws=50, n=64):
     return np.mean(ratios) if ratios else 1.0
 
 
+def channel_firings(x, keep, rate):
+    """Of channels x [window, seq, d] the tokens, a share `rate` of all, where each is largest, then smallest."""
+    x = x.masked_fill(~keep[..., None], 0.0).flatten(0, 1)
+    top = torch.cat([x, -x], 1).topk(max(1, int(rate * len(x))), dim=0, sorted=False).indices
+    return list(top.t().cpu().numpy())
+
+
+def evolution(z, tokens, stable, alive, n=16):
+    """The latents with the most stable energy in one window, over its tokens; z [seq, d_sae]."""
+    top = alive[np.argsort(-np.square(z[:, alive]).sum(0) * np.maximum(stable, 1e-6))[:n]]
+    return {"tokens": tokens, "latents": top, "values": z[:, top].T.round(4)}
+
+
 def repetition(texts):
     """Of rows of tokens: mean share of their pairs of neighbours that came before in the row; mean entropy in nats."""
     return (1 - np.mean([len(set(zip(row, row[1:]))) / (len(row) - 1) for row in texts]),
