@@ -1177,20 +1177,20 @@ def detection_scores(tasks, thresholds):
 # ---------------------------------------------------------------------------------------------------------------------
 # What a page shows of latents
 # ---------------------------------------------------------------------------------------------------------------------
-EXCERPT = 32                # tokens of a passage
+EXCERPT, QUESTION = 32, 16  # tokens of a passage; of those to choose from
 TOP, BANDS, A_BAND, NULL = 8, 5, 2, 5       # passages: strongest, quantile bands of the values and those of each, random
 TASKS, OPTIONS = 10, 5      # detection tasks of a latent at most; passages to choose from
 PROFILE, REACH, PRIOR = 64, 5, 4.0          # firings that make a profile, tokens back, pseudo-counts
 
 
 class Passages:
-    """The held-out tokens, counted row by row without BOS, and excerpts of them: EXCERPT tokens of one window."""
+    """The held-out tokens, counted row by row without BOS, and excerpts of them: `size` tokens of one window."""
 
-    def __init__(self, windows):
+    def __init__(self, windows, size):
         ids = windows.heldout()
         self.tokens, self.lengths, self.files = windows.tokens[ids, 1:], windows.lengths[ids] - 1, windows.doc_ids[ids]
         self.seq, self.places = self.tokens.shape[1], windows.heldout_tokens()
-        self.size, self.flat = min(EXCERPT, self.seq), self.tokens.ravel()
+        self.size, self.flat = min(size, self.seq), self.tokens.ravel()
         back = np.maximum(np.arange(1, self.seq + 1) - np.arange(REACH)[:, None], 0)
         self.context = windows.tokens[ids][:, back].swapaxes(0, 1).reshape(REACH, -1)   # the token at o before each place
         train = np.arange(windows.n_train)
@@ -1219,17 +1219,16 @@ class Passages:
                 "values": values, "peak": None if peak is None else int(peak - start)}
 
     def profile(self, places):
-        """Log-odds, at every place, that tokens there and up to REACH - 1 back are those of `places` and not any: naive
-        Bayes with PRIOR pseudo-counts of the tokens' shares."""
-        total = np.zeros(len(self.flat))
-        for tokens in self.context:
-            counts = np.bincount(tokens[places], minlength=len(self.share))
-            total += np.log((counts / self.share + PRIOR) / (len(places) + PRIOR))[tokens]
-        return total
+        """Log-odds of each token at a place, and up to REACH - 1 back, under `places` against any: [REACH, vocabulary], with
+        PRIOR pseudo-counts of the tokens' shares."""
+        counts = np.stack([np.bincount(tokens[places], minlength=len(self.share)) for tokens in self.context])
+        return np.log((counts / self.share + PRIOR) / (len(places) + PRIOR))
 
-    def guessed(self, scores, options):
-        """1 where the first of the excerpts that begin at `options` has the highest score of a place, ties shared."""
-        best = np.array([scores[start:self.stop(start)].max() for start in options])
+    def guessed(self, profile, options):
+        """1 where the first of the excerpts that begin at `options` holds the place most likely under the profile (naive
+        Bayes), ties shared."""
+        parts = (self.context[:, start:self.stop(start)] for start in options)
+        best = np.array([np.take_along_axis(profile, part, 1).sum(0).max() for part in parts])
         return (best[0] == best.max()) / (best == best.max()).sum()
 
 
@@ -1272,18 +1271,19 @@ def latent_passages(text, at, active, held, rng):
             "random": [text.shown(text.start(p, lead), active) for p in random_ones]}, strongest
 
 
-def latent_entry(text, latent, at, values, rng):
-    """What the page shows of a latent that fires at places `at` [n] with `values` [n], and of each kind of task whether
-    its own profile, and one of random places, finds where it fires: [tasks, 3] in [0, 1], NaN where there is none."""
+def latent_entry(text, short_text, latent, at, values, rng):
+    """What the page shows of a latent that fires at places `at` [n] with `values` [n], and of each task whether its own
+    profile finds where it fires, also among like tokens, and whether one of random places does: [tasks, 3] in [0, 1],
+    NaN where there is no such task. short_text: Passages of the tasks."""
     active = np.zeros(len(text.flat), dtype=np.float32)
     active[at] = values
     files = rng.permutation(np.unique(text.file(at)))
     held = files[:min(TASKS, len(files) // 4)]
-    tasks = detection_tasks(text, at, active, held, rng)
+    tasks = detection_tasks(short_text, at, active, held, rng)
     passages, strongest = latent_passages(text, at, active, held, rng)
-    own, chance = text.profile(strongest[:PROFILE]), text.profile(rng.choice(text.places, PROFILE))
-    right = [[text.guessed(scores, options) if options else np.nan for scores, options in (
-        (own, random_ones), (own, same_token), (chance, random_ones))] for random_ones, same_token in tasks]
+    own = text.profile(strongest[:PROFILE])
+    right = [[short_text.guessed(profile, options) if options else np.nan for profile, options in (
+        (own, anywhere), (own, like), (text.profile(rng.choice(text.places, PROFILE)), anywhere))] for anywhere, like in tasks]
     question = next((options for options, _ in tasks if options), None)
     order, edges = rng.permutation(OPTIONS), np.linspace(0, text.seq, min(text.seq, 32) + 1).astype(int)
     keep = np.arange(text.seq) < text.lengths[:, None]
@@ -1293,7 +1293,7 @@ def latent_entry(text, latent, at, values, rng):
              "histogram": np.histogram(values, 30, (0, values.max()))[0].tolist(),
              "by_position": [[int(low) + 1, _short(mean)] for low, mean in zip(edges, sums / np.maximum(n, 1))]}
     if question:
-        entry["question"] = {"passages": [text.shown(question[i], active) for i in order],
+        entry["question"] = {"passages": [short_text.shown(question[i], active) for i in order],
                              "answer": int(np.argmin(order))}
     return entry, np.array(right).reshape(-1, 3)
 
@@ -1303,10 +1303,10 @@ def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
 
     firings: of each latent the places and values where it fires; logits [latent, vocabulary]: what its decoder row adds;
     related: of each latent {title: [[label, number], ...]}, a label that is a whole number naming a latent."""
-    text, known, page, right = Passages(windows), {}, [], []
+    texts, page, right = [Passages(windows, size) for size in (EXCERPT, QUESTION)], [], []
     size = min(logits.shape[1], len(tokenizer))
     for latent, (at, values), logit, relation in zip(latents, firings, logits, related):
-        entry, found = latent_entry(text, latent, at, values, np.random.default_rng([0, int(latent)]))
+        entry, found = latent_entry(*texts, latent, at, values, np.random.default_rng([0, int(latent)]))
         order = np.argsort(logit[:size], kind="stable")
         entry |= {"promoted": [[int(i), _short(logit[i])] for i in order[::-1][:10]],
                   "suppressed": [[int(i), _short(logit[i])] for i in order[:10]]}
@@ -1332,8 +1332,8 @@ def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
     for name, values in zip(("detection", "detection_same_token", "detection_null"), right.T):
         if not np.isnan(values).all():
             metrics[name] = np.nanmean(values)
-    return {"schema": "temporal-sae-runner/features/1", "seed": 0, "n_live": int(n_live), "tokens": len(text.places),
-            "n_files": len(np.unique(text.files)), "strings": tokenizer.batch_decode([[token] for token in known]),
+    return {"schema": "temporal-sae-runner/features/1", "seed": 0, "n_live": int(n_live), "tokens": len(texts[0].places),
+            "n_files": len(np.unique(texts[0].files)), "strings": tokenizer.batch_decode([[token] for token in known]),
             "files": [str(windows.names[file]) for file in names], "latents": page}, metrics
 
 
