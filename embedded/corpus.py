@@ -1180,7 +1180,8 @@ def detection_scores(tasks, thresholds):
 EXCERPT, QUESTION = 32, 16  # tokens of a passage; of those to choose from
 TOP, BANDS, A_BAND, NULL = 8, 5, 2, 5       # passages: strongest, quantile bands of the values and those of each, random
 TASKS, OPTIONS = 10, 5      # detection tasks of a latent at most; passages to choose from
-PROFILE, REACH, PRIOR = 64, 5, 4.0          # firings that make a profile, tokens back, pseudo-counts
+COMMON = 10                 # times that a token stands in the training text, to be named as promoted or suppressed
+PROFILE, REACH = 128, 5     # firings that make a profile, and its tokens: the one at the place and those just before
 
 
 class Passages:
@@ -1195,7 +1196,7 @@ class Passages:
         self.context = windows.tokens[ids][:, back].swapaxes(0, 1).reshape(REACH, -1)   # the token at o before each place
         train = np.arange(windows.n_train)
         counts = np.bincount(windows.tokens[train][windows.valid(train)], minlength=int(windows.tokens.max()) + 1) + 1.0
-        self.share = counts / counts.sum()
+        self.share, self.common = counts / counts.sum(), np.flatnonzero(counts > COMMON)
         self.starts = np.flatnonzero(np.arange(self.seq) <= np.maximum(self.lengths - self.size, 0)[:, None])
 
     def file(self, place):
@@ -1218,15 +1219,19 @@ class Passages:
         return {"file": int(self.file(start)), "at": int(start % self.seq) + 1, "tokens": self.flat[part].tolist(),
                 "values": values, "peak": None if peak is None else int(peak - start)}
 
-    def profile(self, places):
-        """Log-odds of each token at a place, and up to REACH - 1 back, under `places` against any: [REACH, vocabulary], with
-        PRIOR pseudo-counts of the tokens' shares."""
-        counts = np.stack([np.bincount(tokens[places], minlength=len(self.share)) for tokens in self.context])
-        return np.log((counts / self.share + PRIOR) / (len(places) + PRIOR))
+    def profile(self, places, others):
+        """Weights [REACH, vocabulary] of the token at a place, and of those before it, in a logistic regression that tells
+        `places` from `others`."""
+        used, n = np.concatenate([places, others]), len(self.share)
+        columns = (self.context[:, used] + n * np.arange(REACH)[:, None]).T.ravel().astype(np.int32)
+        ends = np.arange(0, len(columns) + 1, REACH, dtype=np.int32)
+        rows = csr_array((np.ones(len(columns)), columns, ends), (len(used), n * REACH))
+        model = LogisticRegression(solver="liblinear", class_weight="balanced")
+        return model.fit(rows, np.arange(len(used)) < len(places)).coef_.reshape(REACH, n)
 
     def guessed(self, profile, options):
-        """1 where the first of the excerpts that begin at `options` holds the place most likely under the profile (naive
-        Bayes), ties shared."""
+        """1 where the first of the excerpts that begin at `options` holds the place with the highest sum of weights, ties
+        shared."""
         parts = (self.context[:, start:self.stop(start)] for start in options)
         best = np.array([np.take_along_axis(profile, part, 1).sum(0).max() for part in parts])
         return (best[0] == best.max()) / (best == best.max()).sum()
@@ -1281,9 +1286,11 @@ def latent_entry(text, short_text, latent, at, values, rng):
     held = files[:min(TASKS, len(files) // 4)]
     tasks = detection_tasks(short_text, at, active, held, rng)
     passages, strongest = latent_passages(text, at, active, held, rng)
-    own = text.profile(strongest[:PROFILE])
+    known = text.places[~np.isin(text.file(text.places), held)]
+    quiet, drawn = rng.permutation(known[active[known] == 0])[:4 * PROFILE], rng.permutation(known)[:5 * PROFILE]
+    own, chance = text.profile(strongest[:PROFILE], quiet), text.profile(drawn[::5], np.delete(drawn, np.s_[::5]))
     right = [[short_text.guessed(profile, options) if options else np.nan for profile, options in (
-        (own, anywhere), (own, like), (text.profile(rng.choice(text.places, PROFILE)), anywhere))] for anywhere, like in tasks]
+        (own, anywhere), (own, like), (chance, anywhere))] for anywhere, like in tasks]
     question = next((options for options, _ in tasks if options), None)
     order, edges = rng.permutation(OPTIONS), np.linspace(0, text.seq, min(text.seq, 32) + 1).astype(int)
     keep = np.arange(text.seq) < text.lengths[:, None]
@@ -1301,13 +1308,14 @@ def latent_entry(text, short_text, latent, at, values, rng):
 def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
     """What features.html shows, and the share of detection tasks that a latent's own strongest contexts solve.
 
-    firings: of each latent the places and values where it fires; logits [latent, vocabulary]: what its decoder row adds;
+    firings: of each latent the places and values where it fires; logits [latent, vocabulary]: what its decoder row adds, shown
+    for common tokens against their mean (those never trained on share one direction);
     related: of each latent {title: [[label, number], ...]}, a label that is a whole number naming a latent."""
     texts, page, right = [Passages(windows, size) for size in (EXCERPT, QUESTION)], [], []
-    size = min(logits.shape[1], len(tokenizer))
+    common = texts[0].common[texts[0].common < logits.shape[1]]
     for latent, (at, values), logit, relation in zip(latents, firings, logits, related):
         entry, found = latent_entry(*texts, latent, at, values, np.random.default_rng([0, int(latent)]))
-        order = np.argsort(logit[:size], kind="stable")
+        order, logit = common[np.argsort(logit[common], kind="stable")], logit - logit[common].mean()
         entry |= {"promoted": [[int(i), _short(logit[i])] for i in order[::-1][:10]],
                   "suppressed": [[int(i), _short(logit[i])] for i in order[:10]]}
         if relation:
