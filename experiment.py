@@ -390,8 +390,7 @@ class SAE(nn.Module):
         return {}
 
     def related(self, latents, batch, fires):
-        """For features.html, of each of `latents` {title: [[latent or text, number], ...]}; fires
-        [batch, seq, n]: where they do."""
+        """For features.html: {title: [(latent or text, number), ...]} of each; fires: where."""
         return [{} for _ in latents]
 
 
@@ -602,7 +601,7 @@ class Temporal(BatchTopK):
     def related(self, latents, batch, fires):
         if "attention" in ABLATE:
             return super().related(latents, batch, fires)
-        seen = torch.einsum("btn,bthw->nw", fires.float(), self.attention(batch)[0])
+        seen = torch.einsum("btn,bthw->nw", fires, self.attention(batch)[0])
         return [{"attention by offset": [(f"{i - self.before:+d}", w) for i, w in enumerate(row)]}
                 for row in F.normalize(seen, p=1, dim=1).tolist()]
 
@@ -1760,18 +1759,17 @@ def eval_sparse_probing(run):
 # ---- What features.html shows ----
 @torch.no_grad()
 def features(run):
-    """Of 50 live latents, drawn before any look, what the page shows; detection metrics."""
-    sae, store, z, seq = run.sae, run.store, run.heldout[0], CONTEXT_LENGTH - 1
+    """What the page shows of 50 live latents, drawn before any look; detection metrics."""
+    store, z, ids, model = run.store, run.heldout[0], run.store.heldout(64)[0], run.get_model()
     live = np.flatnonzero(live_latents(run)[0])
     latents = np.sort(np.random.default_rng(0).choice(live, min(50, len(live)), replace=False))
-    model, ids = run.get_model(), store.heldout(64)[0]
-    rows = F.pad(sae.W_dec[latents], (0, 0, 0, 1))[:, None]  # the last is 0
-    tokens = store.tokens[:1, :1].expand(len(rows), 1)
-    logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)
-    fires = z[:, latents].tocsr()[:len(ids) * seq].toarray().reshape(len(ids), seq, -1) > 0
-    related = sae.related(latents, store.batch(ids), torch.from_numpy(fires).to(DEVICE))
+    rows = F.pad(run.sae.W_dec[latents], (0, 0, 0, 1))[:, None]  # the last is 0
+    tokens, batch = store.tokens[:1, :1].expand(len(rows), 1), store.batch(ids)
+    logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
+    fires = torch.from_numpy(z[:, latents].tocsr()[:batch.tokens.numel()].toarray() > 0)
+    related = run.sae.related(latents, batch, fires.view(*batch.tokens.shape, -1).to(batch.x))
     return corpus.latents_page(store.windows, load_tokenizer(), latents, firings(z, latents),
-                               (logits[:-1] - logits[-1])[:, 0].cpu().numpy(), related, len(live))
+                               (logits[:-1] - logits[-1]).cpu().numpy(), related, len(live))
 
 
 EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes,
