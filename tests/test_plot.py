@@ -159,7 +159,7 @@ def test_all_kinds_of_runs_at_once(tmp_path):
     assert table.strip() in done.stdout
     assert len(re.findall(r"^\| run_1: topk +\| fvu .*\| 0\.0001 .*\| yes +\| 2 against 1", table, re.M)) == 1
     assert len(re.findall(r"^\| run_5: mine +\| loss_increase_nats .*\| no ", table, re.M)) == 1
-    assert "run_7 was not tested" in table and "run_6 was not tested" in table and "| run_7" not in table
+    assert "run_7 was not tested" in table and "run_6 was not tested" in table and "| run_7" not in table.split("## How well")[0]
     assert "run_12 was not tested on stability" in table and len(re.findall(r"\| stability ", table)) == 4
 
 
