@@ -384,6 +384,10 @@ class SAE(nn.Module):
     def parameters_of_interest(self):  # scalars to follow through training, {name: float}
         return {}
 
+    def related(self, latents, batch, fires):
+        """For features.html: {title: [(latent or text, number), ...]} of each; fires: where."""
+        return [{} for _ in latents]
+
 
 def l1(batch, latents):
     return latents.values.abs().sum() / n_tokens(batch)
@@ -588,6 +592,13 @@ class Temporal(BatchTopK):
 
     def parameters_of_interest(self):
         return {} if "attention" in ABLATE else {"gate": self.gate.tanh().abs().mean().item()}
+
+    def related(self, latents, batch, fires):
+        if "attention" in ABLATE:
+            return super().related(latents, batch, fires)
+        seen = torch.einsum("btn,bthw->nw", fires, self.attention(batch)[0])
+        return [{"attention by offset": [(f"{i - self.before:+d}", w) for i, w in enumerate(row)]}
+                for row in F.normalize(seen, p=1, dim=1).tolist()]
 
 
 class TemporalContext(Temporal):
@@ -1586,6 +1597,22 @@ def eval_sparse_probing(run):
     return Result(metrics, plain({"sparse_probing": curves}), {})
 
 
+# ---- What features.html shows ----
+@torch.no_grad()
+def features(run):
+    """What the page shows of 50 live latents, drawn before any look; detection metrics."""
+    store, z, ids, model = run.store, run.heldout[0], run.store.heldout(64)[0], run.get_model()
+    live = np.flatnonzero(live_latents(run)[0])
+    latents = np.sort(np.random.default_rng(0).choice(live, min(50, len(live)), replace=False))
+    rows = F.pad(run.sae.W_dec[latents], (0, 0, 0, 1))[:, None]  # the last is 0
+    tokens, batch = store.tokens[:1, :1].expand(len(rows), 1), store.batch(ids)
+    logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
+    fires = torch.from_numpy(z[:, latents].tocsr()[:batch.tokens.numel()].toarray() > 0)
+    related = run.sae.related(latents, batch, fires.view(*batch.tokens.shape, -1).to(batch.x))
+    return corpus.latents_page(store.windows, load_tokenizer(), latents, firings(z, latents),
+                               (logits[:-1] - logits[-1]).cpu().numpy(), related, len(live))
+
+
 EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes,
                "unlearning": eval_unlearning, "sparse_probing": eval_sparse_probing}
 # The means that go into every agent's prompt: 16 at most
@@ -1602,17 +1629,17 @@ def evaluate(run, train_seconds):
     """{evaluation: Result as a dict} of one seed, the templates' training figures first."""
     run.sae.eval()
     results, log = {name: EVALUATIONS[name](run)._asdict() for name in EVALS}, run.log
-    first = results[EVALS[0]]
+    first, (page, detection) = results[EVALS[0]], features(run)
     first["metrics"] = {
         "final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]),
-        "best_val_loss": min(log["val_loss"]), "total_train_time": train_seconds} | first["metrics"]
+        "best_val_loss": min(log["val_loss"]), "total_train_time": train_seconds} | first["metrics"] | detection
     first["curves"] = first["curves"] | {"training": log}
     for result in results.values():
         for name, value in result["metrics"].items():
             result["metrics"][name] = float(value)
             if not math.isfinite(value):
                 raise RunnerError(f"metric {name!r} is {value}.")
-    return results
+    return results | {"features": page}
 
 
 def export(sae, store, layer, folder):
@@ -1633,9 +1660,11 @@ def export(sae, store, layer, folder):
 
 def write_results(folder, seeds, store, layer, timing):
     """What run_seed gave for each of SEEDS -> final_info.json's content; writes all files."""
-    for seed, (sae, *_) in zip(SEEDS, seeds):
-        export(sae, store, layer, folder if seed == SEEDS[0] else folder / f"seed_{seed}")
-    per_seed = [result for _, result, *_ in seeds]
+    for seed, (sae, result, *_) in zip(SEEDS, seeds):
+        place = folder if seed == SEEDS[0] else folder / f"seed_{seed}"
+        export(sae, store, layer, place)
+        (place / "features.json").write_text(json.dumps(result["features"], separators=",:"))
+    per_seed = [{name: result[name] for name in EVALS} for _, result, *_ in seeds]
     info = corpus.summarised(per_seed, HEADLINES)
     info[EVALS[0]]["config"] = resolved_config(store, layer, seeds)
     np.save(folder / "all_results.npy", {f"seed_{s}": r for s, r in zip(SEEDS, per_seed)})

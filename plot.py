@@ -3,10 +3,12 @@
     python plot.py
 
 reads run_i/final_info.json of the runs named in `labels` and writes, beside this file, one PNG per
-figure and comparison.md (tests of each run against the baseline). To add a figure: write a function
-that takes the runs and returns a matplotlib figure (None: no run has what it shows), and name it in
-FIGURES.
+figure and comparison.md (tests of each run against the baseline), and run_i/features.html, a page
+to look at latents and to rate them. To add a figure: write a function that takes the runs and
+returns a matplotlib figure (None: no run has what it shows), and name it in FIGURES.
 """
+import functools
+import hashlib
 import json
 import math
 import re
@@ -225,6 +227,13 @@ def compare(runs):
     return baseline, rows, notes
 
 
+def markdown(table):
+    """Lines of a table whose first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    rows = [table[0], ["-" * width for width in widths], *table[1:]]
+    return ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
+
+
 def comparison(runs):
     """The tests as a Markdown table."""
     baseline, rows, notes = compare(runs)
@@ -236,10 +245,7 @@ def comparison(runs):
                       f"{other.mean():.4g}", f"{difference:+.3g}", f"[{low:+.3g}, {high:+.3g}]",
                       f"{p:.4f}", f"{q:.4f}", "yes" if q < 0.05 else "no",
                       f"{len(mine)} against {len(other)}"])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
-    text = [f"# Runs against {baseline.folder}: {baseline.label}", ""]
-    text += ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in table]
+    text = [f"# Runs against {baseline.folder}: {baseline.label}", "", *markdown(table)]
     text += ["", textwrap.fill(
         "Difference = run - baseline, paired over the held-out sequences (one a file) that both "
         "have. p: "
@@ -247,6 +253,185 @@ def comparison(runs):
         "first. Interval: bootstrap over files, and over seeds where there are several. q: p after "
         "Benjamini-Hochberg over all rows.", 100, break_on_hyphens=False)]
     return "\n".join((text if rows else text[:2] + ["Nothing was tested."]) + [""] + notes)
+
+
+# ---- Pages of latents, and what people say of these ------------------------------------------------
+TEMPLATE = HERE / "assets" / "features.html"
+MOST_BYTES = 3_000_000          # of a page
+RATINGS = "temporal-sae-runner/ratings/1"
+SCORES = {"no": 0.0, "partly": 0.5, "yes": 1.0}
+
+
+@functools.cache
+def load_features(folder):
+    """What run_i/features.json holds, and the hash by which ratings name it; None without one."""
+    try:
+        content = (HERE / folder / "features.json").read_bytes()
+        return json.loads(content) | {"hash": hashlib.sha256(content).hexdigest()[:16]}
+    except OSError:
+        return None
+    except ValueError as error:
+        print(f"{folder}: its features.json cannot be used: {error}")
+
+
+def to_rate(features):
+    """The part of a run's latents that rating needs."""
+    keys = ("latent", "max", "promoted", "question")
+    passages = ({"top": entry["passages"]["top"][:6], "stratified": [
+        band[:1] for band in entry["passages"]["stratified"]]} for entry in features["latents"])
+    latents = [{key: entry[key] for key in keys if key in entry} | {"passages": part}
+               for entry, part in zip(features["latents"], passages)]
+    return features | {"latents": latents}
+
+
+def page(run, template):
+    """features.html of a run, run_0's latents mixed into what is to be rated; None: no data."""
+    features, other = load_features(run.folder), load_features("run_0")
+    if features is None:
+        return None
+    known = {"explained_variance": "explained variance", "l0": "L0", "loss_increase_nats": "nats"}
+    about = [f"{run.folder}, {run.config.get('MODEL_NAME', 'model')}, after block "
+             f"{run.config.get('layer')}"]
+    about += [f"{text} {run.metrics[key]:.3g}" for key, text in known.items() if key in run.metrics]
+    data = {"run": run.folder, "label": run.label, "about": ", ".join(about),
+            "hash": features["hash"], "length": run.config.get("CONTEXT_LENGTH", 1) - 1,
+            "features": features}
+    if other and run.folder != "run_0":
+        data["baseline"] = {"run": "run_0", "hash": other["hash"], "features": to_rate(other)}
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return template.replace("{{DATA}}", text)
+
+
+def write_pages(runs):
+    """run_i/features.html of each run that left the data for it."""
+    template = TEMPLATE.read_text(encoding="utf-8") if TEMPLATE.exists() else None
+    for run in runs:
+        name, text = f"{run.folder}/features.html", template and page(run, template)
+        if not text:
+            print(f"{name}: not written, there is no "
+                  + (f"{run.folder}/features.json" if template else "assets/features.html"))
+        elif len(text.encode()) > MOST_BYTES:
+            print(f"{name}: not written, it would be larger than {MOST_BYTES / 1e6:g} MB")
+        else:
+            (HERE / name).write_text(text, encoding="utf-8")
+            print(f"{name}: {len(text.encode()) / 1e6:.2f} MB")
+
+
+def check_ratings(found, folder):
+    """Raises ValueError with the reason why a file's content is no ratings of the run `folder`."""
+    if not isinstance(found, dict) or found.get("schema") != RATINGS:
+        raise ValueError(f"its schema is not {RATINGS}")
+    hashes, answers = found.get("hashes"), found.get("answers")
+    if found.get("run") != folder or not isinstance(hashes, dict) or folder not in hashes:
+        raise ValueError(f"it rates {found.get('run')!r}")
+    if not isinstance(found.get("rater_id"), str) or not isinstance(answers, list):
+        raise ValueError("it has no rater_id or no list of answers")
+    for name, value in hashes.items():
+        if set(hashes) - {folder, "run_0"} or value != (load_features(name) or {}).get("hash"):
+            raise ValueError(f"it rates other latents of {name} than {name}/features.json has")
+    known = {(name, entry["latent"]): len(entry.get("question", {}).get("passages", ()))
+             for name in hashes for entry in load_features(name)["latents"]}
+    for row in answers:
+        n = known.get((row.get("run"), row.get("latent"))) if isinstance(row, dict) else None
+        if n is None or row.get("score") not in (*SCORES, None) or not (
+                row.get("choice") is None or type(row["choice"]) is int and 0 <= row["choice"] < n):
+            raise ValueError(f"{str(row)[:80]} is no answer to its page")
+
+
+@functools.cache
+def load_ratings(folders):
+    """{run: {"score" or "right": {latent: {rater: value}}}} of all files that pass; says which do
+    not, and why."""
+    found = {}
+    for path in [path for folder in folders
+                 for path in sorted((HERE / folder).glob("human_ratings*.json"))]:
+        name = f"{path.parent.name}/{path.name}"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            check_ratings(content, path.parent.name)
+        except (ValueError, TypeError) as error:
+            print(f"{name}: skipped, {error}")
+            continue
+        for row in content["answers"]:
+            entry = next(entry for entry in load_features(row["run"])["latents"]
+                         if entry["latent"] == row["latent"])
+            values = {"score": SCORES.get(row.get("score"))}
+            if row.get("choice") is not None:
+                values["right"] = float(row["choice"] == entry["question"]["answer"])
+            for key, value in values.items():
+                if value is not None:
+                    of_run = found.setdefault(row["run"], {}).setdefault(key, {})
+                    of_run.setdefault(row["latent"], {})[content["rater_id"]] = value
+        print(f"{name}: {len(content['answers'])} latents rated")
+    return found
+
+
+def by_latent(answers, key):
+    """Mean over raters of each latent that was rated, and the ends of the 95 % bootstrap interval
+    of the mean over latents; None where none was."""
+    values = np.array([np.mean([*raters.values()]) for raters in answers.get(key, {}).values()])
+    if not len(values):
+        return None
+    draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(1)
+    return values, *np.percentile(draws, (2.5, 97.5))
+
+
+def agreement(answers):
+    """Krippendorff's alpha of the scores, ordinal; None where no two people rated one latent, or
+    all say the same."""
+    scores = answers.get("score", {})
+    raters = sorted({rater for row in scores.values() for rater in row})
+    table = np.array([[row.get(rater, np.nan) for row in scores.values()] for rater in raters])
+    both = np.isfinite(table).sum(0) > 1 if len(raters) > 1 else np.zeros(0, dtype=bool)
+    if not both.any() or len(np.unique(table[:, both][np.isfinite(table[:, both])])) < 2:
+        return None
+    import krippendorff         # here, so that figures need it only where people have rated
+    return krippendorff.alpha(reliability_data=table, level_of_measurement="ordinal")
+
+
+def unpaired_test(values, baseline):
+    """(difference of means, the ends of its 95 % bootstrap interval, p) of two sets of latents; p:
+    permutations of the latents between the two."""
+    rng, both, n = np.random.default_rng(0), np.append(values, baseline), len(values)
+    draws = (rng.choice(values, (RESAMPLES, n)).mean(1)
+             - rng.choice(baseline, (RESAMPLES, len(baseline))).mean(1))
+    order = rng.permuted(np.tile(both, (RESAMPLES, 1)), axis=1)
+    difference = values.mean() - baseline.mean()
+    shuffled = order[:, :n].mean(1) - order[:, n:].mean(1)
+    p = (1 + (np.abs(shuffled) >= abs(difference) - 1e-9).sum()) / (1 + RESAMPLES)
+    return difference, *np.percentile(draws, (2.5, 97.5)), p
+
+
+def latents_table(runs):
+    """How well latents are understood, by people and by their own contexts, as Markdown."""
+    ratings, baseline = load_ratings(tuple(run.folder for run in runs)), runs[0].folder
+    baseline = "run_0" if "run_0" in ratings else baseline
+    table = [["run", "raters", "latents", "interpretable (0 to 1)", "against baseline",
+              "alpha", "detection by people", "against baseline", "automatic", "like tokens",
+              "null"]]
+    for run in runs:
+        answers, parts = ratings.get(run.folder, {}), []
+        for key in ("score", "right"):
+            mine, theirs = by_latent(answers, key), by_latent(ratings.get(baseline, {}), key)
+            parts += [f"{mine[0].mean():.3f} [{mine[1]:.3f}, {mine[2]:.3f}]" if mine else ""]
+            parts += ["{:+.3f} [{:+.3f}, {:+.3f}], p {:.4f}".format(*unpaired_test(
+                mine[0], theirs[0])) if mine and theirs and run.folder != baseline else ""]
+        scores, alpha = answers.get("score", {}), agreement(answers)
+        raters = {rater for row in scores.values() for rater in row}
+        machine = [f"{run.metrics[name]:.3f}" if name in run.metrics else "" for name in (
+            "detection", "detection_same_token", "detection_null")]
+        table.append([f"{run.folder}: {run.label}", str(len(raters)), str(len(scores)), *parts[:2],
+                      "" if alpha is None else f"{alpha:.3f}", *parts[2:], *machine])
+    notes = (f"Means over latents with 95 % bootstrap intervals; baseline: {baseline}; p: "
+             f"{RESAMPLES:,} permutations of latents between runs. Alpha: Krippendorff's, ordinal. "
+             "Detection: on which of five passages does the latent fire (chance .2)? Automatic: "
+             "told by the contexts of its strongest firings in other files; like tokens: the other "
+             "four hold the token on which it fires; null: told by random contexts.")
+    how = ("Nobody has rated these latents. Open run_i/features.html in a browser, press Rate, "
+           "export the answers into run_i/ as human_ratings_NAME.json, and run plot.py again.")
+    text = ["## How well latents are understood", "", *markdown(table), "",
+            textwrap.fill(notes, 100, break_on_hyphens=False)]
+    return "\n".join(text if ratings else text + ["", textwrap.fill(how, 100)])
 
 
 # ---- Figures -------------------------------------------------------------------------------------
@@ -712,6 +897,41 @@ def fig_sparse_probing(runs):
     return figure
 
 
+def fig_latents(runs):
+    """What people say of latents, and how well passages on which they fire are told from others."""
+    ratings = load_ratings(tuple(run.folder for run in runs))
+    runs = [run for run in runs if run.folder in ratings or "detection" in run.metrics]
+    if not runs:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 1.1 + 0.3 * len(runs)), sharey=True)
+    for row, run in enumerate(runs):
+        for axis, key, mark in ((left, "score", run.marker), (right, "right", "*")):
+            found = by_latent(ratings.get(run.folder, {}), key)
+            if found:
+                axis.errorbar(found[0].mean(), row, color=run.color, marker=mark, markersize=6,
+                              xerr=[[found[0].mean() - found[1]], [found[2] - found[0].mean()]],
+                              label="people (95 % interval)", linestyle="")
+            elif axis is left:
+                axis.annotate("not rated", (0.02, row), va="center", **NOTE)
+        for name, mark, text in (("detection", run.marker, "own contexts"),
+                                 ("detection_same_token", "|", "among like tokens"),
+                                 ("detection_null", "x", "random contexts")):
+            if name in run.metrics:
+                right.plot(run.metrics[name], row, color=run.color, marker=mark, linestyle="",
+                           markersize=5, label=text)
+    right.axvline(0.2, color=NOTE["color"], linewidth=0.8, linestyle=":")
+    left.set_yticks(range(len(runs)), [textwrap.fill(run.label, 28) for run in runs])
+    left.set_ylim(len(runs) - 0.5, -0.5)
+    left.set_xlabel("rated interpretable (0 no, 1 yes) ↑")
+    right.set_xlabel("right of five passages (dotted: chance) ↑")
+    for axis in (left, right):
+        axis.set_xlim(0, 1)
+        axis.tick_params(axis="y", length=0)
+    named = dict(zip(*right.get_legend_handles_labels()[::-1]))
+    figure.legend(named.values(), named, loc="outside lower right", ncols=4, fontsize=6.5)
+    return figure
+
+
 def ablations(runs):
     """(run, the unablated run from which its constants differ in ABLATE alone) of every such."""
     def rest(run):
@@ -756,7 +976,8 @@ FIGURES = {"training_curves": fig_training, "headline_metrics": fig_headlines,
            "feature_evolution": fig_evolution, "similarity": fig_similarity,
            "parameters": fig_parameters, "variance_scaling": fig_variance_scaling,
            "unlearning": fig_unlearning, "clamped_passage": fig_clamped_passage,
-           "sparse_probing": fig_sparse_probing, "ablations": fig_ablations}
+           "sparse_probing": fig_sparse_probing, "ablations": fig_ablations,
+           "latents": fig_latents}
 
 
 def main():
@@ -774,7 +995,8 @@ def main():
         figure.savefig(HERE / f"{name}.png")
         plt.close(figure)
         print(f"{name}.png: {', '.join(run.folder for run in runs)}")
-    text = comparison(runs)
+    write_pages(runs)
+    text = f"{comparison(runs)}\n\n{latents_table(runs)}"
     (HERE / "comparison.md").write_text(text + "\n", encoding="utf-8")
     print(f"comparison.md:\n\n{text}")
 
