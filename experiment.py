@@ -1602,7 +1602,7 @@ def eval_sparse_probing(run):
 def features(run):
     """What the page shows of 50 live latents, drawn before any look; detection metrics."""
     store, z, ids, model = run.store, run.heldout[0], run.store.heldout(64)[0], run.get_model()
-    live = np.flatnonzero(live_latents(run)[0])
+    live = np.flatnonzero(run.live_latents[0])
     latents = np.sort(np.random.default_rng(0).choice(live, min(50, len(live)), replace=False))
     rows = F.pad(run.sae.W_dec[latents], (0, 0, 0, 1))[:, None]  # the last is 0
     tokens, batch = store.tokens[:1, :1].expand(len(rows), 1), store.batch(ids)
@@ -1632,7 +1632,8 @@ def evaluate(run, train_seconds):
     first, (page, detection) = results[EVALS[0]], features(run)
     first["metrics"] = {
         "final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]),
-        "best_val_loss": min(log["val_loss"]), "total_train_time": train_seconds} | first["metrics"] | detection
+        "best_val_loss": min(log["val_loss"]), "total_train_time": train_seconds,
+        **first["metrics"], **detection}
     first["curves"] = first["curves"] | {"training": log}
     for result in results.values():
         for name, value in result["metrics"].items():
