@@ -19,8 +19,7 @@ import os
 import sys
 import tempfile
 import time
-import zlib
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -31,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
 from scipy.sparse import csr_array, vstack
 from torch import nn
 
@@ -40,8 +38,8 @@ HERE = Path(__file__).resolve().parent
 SOURCE = Path(__file__).read_text()
 sys.path.insert(0, str(HERE / "embedded"))
 import corpus
-from corpus import (batch_ids, cache_folder, fingerprint, firings, kept, make_folder,
-                    percentiles_95, plain, replacing)
+from corpus import (batch_ids, cache_folder, doing, fingerprint, firings, kept, percentiles_95,
+                    plain)
 from corpus import DataError as RunnerError  # settings, data, environment: one paragraph, exit 2
 
 # ---- CONFIG: edit here; there is no command line for these ----
@@ -773,17 +771,13 @@ SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprel
 
 
 # ---- Model ----
-def load_pretrained(loader, what, **kwargs):
-    return corpus.load_pretrained(loader, MODEL_NAME, what, **kwargs)
-
-
 @functools.cache
 def load_tokenizer():
-    return load_pretrained(transformers.AutoTokenizer, "tokenizer")
+    return corpus.load_pretrained(MODEL_NAME, "tokenizer")
 
 
 def load_model():
-    model = load_pretrained(transformers.AutoModelForCausalLM, "weights", dtype=MODEL_DTYPE)
+    model = corpus.load_pretrained(MODEL_NAME, "weights", dtype=MODEL_DTYPE)
     return model.to(DEVICE).eval().requires_grad_(False)
 
 
@@ -794,7 +788,7 @@ def stand_in(config):
     model = None
     with suppress(ValueError):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.to(DEVICE).eval().requires_grad_(False)
+        model.to(DEVICE).eval()
     if not model or not torch.allclose(*residual_after(model, 0, tokens)[:, :-1], atol=1e-5):
         raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type}) is no causal model. "
                           "Take a decoder: Pythia, GPT-2, Llama, Gemma, Qwen, OPT, Mistral.")
@@ -836,8 +830,8 @@ def residual_after(model, layer, tokens):
 @torch.no_grad()
 def logits_from(model, layer, hidden, tokens):
     """Logits [batch, seq, vocab] from `hidden`, the residual stream after block `layer`."""
-    skipped, output = find_blocks(model)[:layer + 1], hidden.to(model.dtype)
-    usual = block_output(model, layer, tokens[:1, :1])
+    skipped, usual = find_blocks(model)[:layer + 1], block_output(model, layer, tokens[:1, :1])
+    output = hidden.to(model.dtype)
     if isinstance(usual, tuple):
         output = output, *usual[1:]
     for block in skipped:
@@ -860,15 +854,11 @@ class Store:
 
     def collect(self, get_model, layer):
         """Fills in missing shards, under a lock that other runs wait for; then opens all."""
-        row = CONTEXT_LENGTH * self.d_in
-        with corpus.missing_shards(self.shards, row * self.dtype.itemsize) as missing:
+        row_bytes = CONTEXT_LENGTH * self.d_in * self.dtype.itemsize
+        with corpus.missing_shards(self.shards, row_bytes) as missing:
             for shard in missing:
                 self.collect_shard(get_model(), layer, shard)
-        maps = (torch.from_file(str(shard.path), size=shard.rows * row, dtype=self.dtype)
-                for shard in self.shards)
-        room = torch.cuda.mem_get_info()[0] // 2 if DEVICE == "cuda" else 0
-        place = DEVICE if len(self.tokens) * row * self.dtype.itemsize < room else "cpu"
-        self.maps = [part.view(-1, CONTEXT_LENGTH, self.d_in).to(place) for part in maps]
+        self.maps = corpus.opened(self.shards, (CONTEXT_LENGTH, self.d_in), self.dtype, DEVICE)
         self.normalise()
 
     def collect_shard(self, model, layer, shard):
@@ -906,9 +896,9 @@ class Store:
 
     def batch_of(self, raw, tokens, doc_ids, mask):
         """raw [batch, 1 + seq, d_in] and tokens with BOS; mask [batch, seq]."""
-        x, positions = (raw[:, 1:] - self.mean) / self.scale, torch.arange(1, raw.shape[1])
-        return Batch(x, tokens[:, 1:], torch.as_tensor(doc_ids, device=DEVICE),
-                     positions.to(DEVICE), None if mask.all() else mask)
+        return Batch((raw[:, 1:] - self.mean) / self.scale, tokens[:, 1:],
+                     torch.as_tensor(doc_ids, device=DEVICE),
+                     torch.arange(1, raw.shape[1], device=DEVICE), None if mask.all() else mask)
 
     def x(self, ids):  # of many windows, [len(ids), seq, d_in]
         return torch.cat([self.batch(part).x for part in np.array_split(ids, len(ids) // 64 + 1)])
@@ -957,13 +947,13 @@ def train_step(sae, optimizer, batch, stage, done):
         total = total + scheduled(weight, done) * steered * losses[name]
     total.backward()
     with torch.no_grad():
-        W, learns = sae.W_dec, sae.W_dec.grad is not None
-        if learns:  # without what the renormalisation would undo
+        learning = [W for W in [sae.W_dec] if W.grad is not None]
+        for W in learning:  # without what the renormalisation would undo
             W.grad.addcmul_((W.grad * W).sum(1, keepdim=True), W, value=-1)
         nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if learns:
+        for W in learning:
             W.div_(W.norm(dim=1, keepdim=True))
         fired = latents.active()[1]
         sae.tokens_since_fired += n_tokens(batch)
@@ -1004,29 +994,6 @@ def seconds_per_step(sae, store, stages, size):
     return seconds
 
 
-def record(log, sae, step, stage, losses):
-    """Appends to the log; a loss that is not finite ends the run."""
-    values = {name: loss.item() for name, loss in losses.items()}
-    if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
-        raise RunnerError(f"step {step} of stage {stage.name!r}: {', '.join(wrong)}. Look for a "
-                          "log or a division by zero in `losses`, or lower LEARNING_RATE.")
-    row = {"step": step, "l0": values.pop("l0"),
-           "dead_fraction": sae.dead_mask().float().mean().item()}
-    followed = {name: float(value) for name, value in sae.parameters_of_interest().items()}
-    for table, row in ((log, row), (log["losses"], values), (log["parameters"], followed)):
-        for name, value in row.items():
-            table.setdefault(name, []).append(value)
-
-
-def plan_steps(stages, per_epoch):
-    """Steps of each stage."""
-    planned = [round(stage.epochs * per_epoch) for stage in stages]
-    if 0 in planned:
-        raise RunnerError(f"stage {stages[planned.index(0)].name!r} gets no step: raise "
-                          "TRAIN_TOKENS or EPOCHS_SCALE, or lower BATCH_TOKENS.")
-    return planned
-
-
 def train(sae, store, stages, seed, size, deadline, state_path):
     """Trains `sae` -> log, steps planned and done of each stage; a killed run carries on from the
     checkpoint at `state_path`, to the same bits."""
@@ -1037,51 +1004,32 @@ def train(sae, store, stages, seed, size, deadline, state_path):
         ids = pool[batch_ids(seed, step, n_windows, size) % len(pool)]
         return only_positions(store.batch(ids))
 
-    planned = plan_steps(stages, per_epoch)
-    sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(planned) * size * CONTEXT_LENGTH))
+    plan = corpus.Plan(stages, per_epoch)
+    sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(plan.planned) * size * CONTEXT_LENGTH))
     sae.initialise(batch_at(0))
     seconds, optimizer = seconds_per_step(sae, store, stages, size), make_optimizer(sae, 1e-4)
-    step, steps = 0, corpus.fit_to_deadline(planned, 0, seconds, deadline)
-    log = {"losses": {}, "parameters": {}, "val_step": [], "val_loss": []}
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        sae.load_state_dict(state["sae"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, steps, log = state["step"], state["steps"], state["log"]
-        print(f"seed {seed}: carrying on at step {step}", flush=True)
-    minutes = sum(n * s for n, s in zip(steps, seconds)) / 60
-    print(f"seed {seed}: about {minutes:.1f} min for {sum(steps):,} steps", flush=True)
-    progress, saved, since = corpus.Progress(sum(steps), step), time.time(), time.time()
-    for index, stage in enumerate(stages):
-        first = sum(steps[:index])
-        anneal(sae, stage, (steps[index] - 1) / steps[index])  # as it was left, where it is over
+    parts = {"sae": sae, "optimizer": optimizer, "plan": plan}
+    corpus.load_state(state_path, parts)
+    plan.begin(f"seed {seed}", seconds, deadline)
+    for i, stage in enumerate(stages):
+        anneal(sae, stage, (plan.steps[i] - 1) / plan.steps[i])  # as it was left, where it is over
         for name, p in sae.named_parameters():
             p.requires_grad_(name.startswith(stage.trains))
-        while step < first + steps[index]:
+        for step, done in plan.steps_of(i):
             torch.manual_seed(seed * 1_000_003 + step)  # nothing to resume
-            optimizer.param_groups[0]["lr"] = stage.lr * learning_rate(step / sum(steps), sae.d_sae)
-            done = (step - first) / steps[index]
+            rate = stage.lr * learning_rate(step / sum(plan.steps), sae.d_sae)
+            optimizer.param_groups[0]["lr"] = rate
             losses = train_step(sae.train(), optimizer, batch_at(step), stage, done)
-            step, now = step + 1, time.time()
-            last = step == sum(steps)
-            if step % LOG_EVERY == 0 or last:
-                record(log, sae, step, stage, losses)
-                pace = (now - since) / LOG_EVERY / seconds[index]
-                seconds = [s * pace ** (0.3 if step > LOG_EVERY else 0) for s in seconds]
-                since, steps = now, corpus.fit_to_deadline(steps, step, seconds, deadline)
-            if step % per_epoch == 0 or last:
-                log["val_step"].append(step)
-                log["val_loss"].append(validation_loss(sae, store))
-            progress.update(f"{stage.name}: step {step}/{sum(steps)}", losses)
-            if now - saved > CHECKPOINT_SECONDS or last:
-                saved, state = now, {"sae": sae.state_dict(), "optimizer": optimizer.state_dict(),
-                                     "step": step, "steps": steps, "log": log}
-                with replacing(state_path) as partial:
-                    torch.save(state, partial)
+            plan.advance(losses)
+            if plan.at(LOG_EVERY):
+                plan.record(losses, sae.dead_mask(), sae.parameters_of_interest())
+            if plan.at(per_epoch):
+                plan.append(val_step=plan.step, val_loss=validation_loss(sae, store))
+            if plan.due(CHECKPOINT_SECONDS):
+                corpus.save_state(state_path, parts)
     if sae.dead_mask().all():
         raise RunnerError(f"all {sae.d_sae} latents are dead after training.")
-    return log | {"stage_starts": np.cumsum([0] + steps[:-1]).tolist(),
-                  "stages": [stage.name for stage in stages]}, planned, steps
+    return plan.finished()
 
 
 # ---- Evaluations on held-out documents: Run -> Result ----
@@ -1628,35 +1576,24 @@ HEADLINES = {"core": ("final_train_loss", "best_val_loss", "total_train_time",
 def evaluate(run, train_seconds):
     """{evaluation: Result as a dict} of one seed, the templates' training figures first."""
     run.sae.eval()
-    results, log = {name: EVALUATIONS[name](run)._asdict() for name in EVALS}, run.log
-    first, (page, detection) = results[EVALS[0]], features(run)
-    first["metrics"] = {
-        "final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]),
-        "best_val_loss": min(log["val_loss"]), "total_train_time": train_seconds,
-        **first["metrics"], **detection}
-    first["curves"] = first["curves"] | {"training": log}
-    for result in results.values():
-        for name, value in result["metrics"].items():
-            result["metrics"][name] = float(value)
-            if not math.isfinite(value):
-                raise RunnerError(f"metric {name!r} is {value}.")
-    return results | {"features": page}
+    results = {name: EVALUATIONS[name](run)._asdict() for name in EVALS}
+    page, detection = features(run)
+    results[EVALS[0]]["metrics"] |= detection
+    return corpus.with_training(results, run.log, train_seconds) | {"features": page}
 
 
 def export(sae, store, layer, folder):
     """SAELens's two files, the inputs' centring and scaling folded in."""
-    folder.mkdir(parents=True, exist_ok=True)
     added, dropped = sae.exported()
     weights = dict(sae.named_parameters()) | added | {
         "W_enc": sae.W_enc / store.scale, "W_dec": sae.W_dec * store.scale,
         "b_dec": sae.b_dec * store.scale + store.mean}
-    save_file({name: value.detach().float().cpu().contiguous() for name, value in weights.items()
-               if name not in dropped}, folder / "sae_weights.safetensors")
-    metadata = {"sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
-                "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
-                "context_size": CONTEXT_LENGTH, "prepend_bos": True}
-    cfg = corpus.saelens_config(sae.architecture, sae.d_in, sae.d_sae, sae.k, metadata)
-    (folder / "cfg.json").write_text(cfg)
+    for name in dropped:
+        del weights[name]
+    corpus.save_sae(folder, weights, sae.architecture, sae.k, {
+        "sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
+        "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
+        "context_size": CONTEXT_LENGTH, "prepend_bos": True})
 
 
 def write_results(folder, seeds, store, layer, timing):
@@ -1665,27 +1602,20 @@ def write_results(folder, seeds, store, layer, timing):
         place = folder if seed == SEEDS[0] else folder / f"seed_{seed}"
         export(sae, store, layer, place)
         (place / "features.json").write_text(json.dumps(result["features"], separators=",:"))
-    per_seed = [{name: result[name] for name in EVALS} for _, result, *_ in seeds]
-    info = corpus.summarised(per_seed, HEADLINES)
-    info[EVALS[0]]["config"] = resolved_config(store, layer, seeds)
-    np.save(folder / "all_results.npy", {f"seed_{s}": r for s, r in zip(SEEDS, per_seed)})
-    (folder / "experiment.py").write_text(SOURCE)
-    (folder / "timing.json").write_text(json.dumps(timing, indent=1))
-    with replacing(folder / "final_info.json") as path:
-        path.write_text(json.dumps(info, allow_nan=False))
-    return info
+    results = [{name: result[name] for name in EVALS} for _, result, *_ in seeds]
+    steps = [steps for _, _, *steps in seeds]
+    config = corpus.resolved(globals(), store.windows, steps) | {
+        "layer": layer, "d_in": store.d_in, "d_sae": sae.d_sae}
+    return corpus.write_results(folder, results, HEADLINES, config, timing, SOURCE)
 
 
 # ---- Checks at the door ----
 def check_config():
     """Every constant: what would be right."""
-    check, whole, positive, text, several = corpus.checks(globals())
-    for name, options in {
-            "SAE_VARIANT": SAE_VARIANTS, "ATTENTION": ("causal", "centred"), "DRIVE": ("u", "z"),
-            "TSAE_READING": ("paper", "code"), "TRAIN_ON": ("both", "forget", "retain"),
-            "BUFFER_POSITIONS": ("learned", "sinusoidal"), "SELECTION": ("ratio", "frequency"),
-            "MATCHER": ("logistic", "attention")}.items():
-        check(name, f"one of {', '.join(options)}", lambda v: type(v) is str and v in options)
+    choice, whole, positive, text, several, span = corpus.checks(globals())
+    choice(SAE_VARIANT=" ".join(SAE_VARIANTS), ATTENTION="causal centred", DRIVE="u z",
+           TSAE_READING="paper code", TRAIN_ON="both forget retain", SELECTION="ratio frequency",
+           BUFFER_POSITIONS="learned sinusoidal", MATCHER="logistic attention")
     whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
           "MATCHER_WINDOW")
     whole("CONTEXT_LENGTH", 8)
@@ -1699,13 +1629,12 @@ def check_config():
     positive("TEMPERATURE", others=["learned", "scheduled"])
     text("MODEL_NAME DATASET FORGET")
     text("FORGET_QUESTIONS RETAIN_QUESTIONS", [None])
-    check("TRAIN_POSITIONS", "(low, high) within the window", lambda v: type(v) is tuple and [
-        type(x) for x in v] == [int, int] and 0 < v[0] < v[1] < CONTEXT_LENGTH, [None])
+    span("TRAIN_POSITIONS", CONTEXT_LENGTH)
     several("SEEDS", range(2 ** 31))
     several("EVALS", EVALUATIONS)
     variant = SAE_VARIANTS[SAE_VARIANT]
-    losses = {name for stage in variant.curriculum for name in stage.weights} - {"reconstruction"}
-    several("ABLATE", sorted(losses | set(variant.components)), f" for {SAE_VARIANT}", 0)
+    names = set(variant.components).union(*(stage.weights for stage in variant.curriculum))
+    several("ABLATE", sorted(names - {"reconstruction"}), f" for {SAE_VARIANT}", 0)
 
 
 def expect_shape(name, tensor, wanted):
@@ -1760,15 +1689,6 @@ def preflight(config, cache):
 
 
 # ---- main: preflight -> tokens -> activations -> train -> evaluate -> write ----
-@contextmanager
-def doing(what):
-    try:
-        yield
-    except Exception as error:
-        error.add_note(what)
-        raise
-
-
 def make_sae(d_in, d_sae, seed):
     if TARGET_L0 > d_sae:
         raise RunnerError(f"TARGET_L0 = {TARGET_L0} of {d_sae} latents: raise EXPANSION.")
@@ -1778,31 +1698,14 @@ def make_sae(d_in, d_sae, seed):
 
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
     """One SAE -> (sae, results, steps planned, done); the folder `state` keeps what is finished."""
-    began = time.time()
-    with doing(f"training, seed {seed}"):
+    with doing(training := f"training, seed {seed}", timing):
         sae = make_sae(store.d_in, round(EXPANSION * store.d_in), seed)
         stages, size = planned_stages(type(sae)), BATCH_TOKENS // CONTEXT_LENGTH
         log, *steps = train(sae, store, stages, seed, size, deadline, state / f"seed_{seed}.pt")
-    trained = time.time()
-    with doing(f"evaluation, seed {seed}"):
+    with doing(f"evaluation, seed {seed}", timing):
         run = Run(sae, store, get_model, layer, LIVE, log)
-        result = kept(state / f"seed_{seed}.json", lambda: evaluate(run, trained - began))
-    timing |= {f"train_seconds, seed {seed}": trained - began,
-               f"evaluation_seconds, seed {seed}": time.time() - trained}
+        result = kept(state / f"seed_{seed}.json", lambda: evaluate(run, timing[training]))
     return sae, result, *steps
-
-
-def resolved_config(store, layer, seeds):
-    """Every constant and what they came to."""
-    constants = {name: value for name, value in globals().items() if name.isupper()
-                 and isinstance(value, str | int | float | tuple | None) and name != "SOURCE"}
-    sae, _, planned, done = seeds[0]
-    return constants | {
-        "layer": layer, "d_in": store.d_in, "d_sae": sae.d_sae, "steps_planned": planned,
-        "steps_done": done, "evaluation_files": len(store.windows.sample()),
-        "budget_hit": any(planned != done for _, _, planned, done in seeds),
-        "data_hash": fingerprint(zlib.crc32(store.windows.tokens.tobytes())),
-        "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def open_store(config, layer, cache):
@@ -1827,16 +1730,10 @@ def main():
     began, cache, timing, seeds = time.time(), cache_folder(), {}, []
     with doing("checking the settings"):
         check_config()
-        make_folder(cache, "set SAE_CACHE_DIR to another folder")
-        config = load_pretrained(transformers.AutoConfig, "config.json").get_text_config()
-        layer = config.num_hidden_layers // 2 - 1 if LAYER is None else LAYER
-        if not 0 <= layer < config.num_hidden_layers:
-            raise RunnerError(f"LAYER = {LAYER}: the model has {config.num_hidden_layers} blocks.")
-        longest = getattr(config, "max_position_embeddings", None) or CONTEXT_LENGTH
-        if CONTEXT_LENGTH > longest:
-            raise RunnerError(f"CONTEXT_LENGTH = {CONTEXT_LENGTH}: the model takes {longest}.")
+        corpus.make_folder(cache, "set SAE_CACHE_DIR to another folder")
+        config, layer = corpus.load_config(MODEL_NAME, LAYER, CONTEXT_LENGTH)
     with corpus.publishing(out_dir, HERE) as partial:
-        with doing("preflight"), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with doing("preflight"), corpus.silence():
             preflight(config, cache)
         print(f"preflight passed after {time.time() - began:.1f} s", flush=True)
         store, get_model = open_store(config, layer, cache)
@@ -1850,21 +1747,9 @@ def main():
             with doing("writing the results"):
                 timing["total_seconds"] = time.time() - began
                 info = write_results(partial, seeds, store, layer, timing)
-    means = [item for entry in info.values() for item in entry["means"].items()]
-    print(f"{out_dir.name}: {SAE_VARIANT} in {time.time() - began:.0f} s. ",
-          *(f"{name.removesuffix('_mean')} {value:.4g}" for name, value in means), flush=True)
+    print(f"{out_dir.name}: {SAE_VARIANT} in {time.time() - began:.0f} s.",
+          corpus.headlines(info), flush=True)
 
 
 if __name__ == "__main__":
-    corpus.keep_freed_memory()
-    corpus.quiet_libraries()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command carries on")
-    except Exception as error:
-        variant = SAE_VARIANTS.get(SAE_VARIANT) if isinstance(SAE_VARIANT, str) else None
-        at = f" (line {inspect.getsourcelines(variant)[1]})" if variant else ""
-        about = f"SAE_VARIANT = {SAE_VARIANT!r}{at}"
-        print(corpus.report(error, __file__, about, SAE), file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, corpus.DataError) else 1)
+    corpus.run(main, __file__, SAE, SAE_VARIANTS, SAE_VARIANT)

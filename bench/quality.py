@@ -47,9 +47,8 @@ class Data:
 def export(path):
     """The runner's own activations, training and held-out windows, with its sparsity and batch, to
     one file. Runs where experiment.py runs."""
-    import transformers
     E = peers.load_experiment()
-    config = E.load_pretrained(transformers.AutoConfig, "config.json").get_text_config()
+    config = E.corpus.load_pretrained(E.MODEL_NAME, "config.json").get_text_config()
     layer = config.num_hidden_layers // 2 - 1 if E.LAYER is None else E.LAYER
     store, _ = E.open_store(config, layer, E.cache_folder())
 

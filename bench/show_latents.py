@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +32,7 @@ def load_runner(run):
 def load_run(E, run):
     """The SAE (weights unfolded to the scaled inputs that the store gives), the store and the tokenizer."""
     cfg = json.loads((run / "cfg.json").read_text())
-    config, layer = E.load_pretrained(transformers.AutoConfig, "config.json").get_text_config(), cfg["metadata"]["hook_layer"]
+    config, layer = E.corpus.load_pretrained(E.MODEL_NAME, "config.json").get_text_config(), cfg["metadata"]["hook_layer"]
     store, _ = E.open_store(config, layer, E.cache_folder())
     sae = E.make_sae(cfg["d_in"], cfg["d_sae"], 0)
     saved = load_file(run / "sae_weights.safetensors")

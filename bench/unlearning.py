@@ -48,7 +48,7 @@ def measure_oracle(folder):
     """Losses of the model and of the oracle on the test windows of the three groups."""
     import experiment as E
     from transformers import AutoModelForCausalLM
-    config = E.load_pretrained(E.transformers.AutoConfig, "config.json")
+    config = E.corpus.load_pretrained(E.MODEL_NAME, "config.json")
     store, _ = E.open_store(config, config.num_hidden_layers // 2 - 1, E.cache_folder())
     plan = E.corpus.unlearning_plan(store.windows, E.FORGET, E.load_tokenizer())
     ids, group = plan.test, plan.group

@@ -12,6 +12,7 @@ import fcntl
 import glob
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import keyword
 import json
@@ -32,7 +33,7 @@ import tokenize
 import traceback
 import warnings
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from functools import lru_cache
@@ -44,6 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from scipy.sparse import csr_array
 from scipy.spatial.distance import cdist
 from scipy.stats import binomtest, false_discovery_control, linregress, norm, sem
@@ -1933,6 +1935,16 @@ def missing_shards(shards, row_bytes):
             print(f"collected {size / 1e9:.2f} GB in {time.time() - began:.0f} s", flush=True)
 
 
+def opened(shards, row_shape, dtype, device):
+    """The tables of the shards, [rows, *row_shape], not read before they are used: on a GPU where they fill at most half of
+    its free memory."""
+    row, n_rows = math.prod(row_shape), sum(shard.rows for shard in shards)
+    room = torch.cuda.mem_get_info()[0] // 2 if device == "cuda" else 0
+    place = device if n_rows * row * dtype.itemsize < room else "cpu"
+    maps = (torch.from_file(str(shard.path), size=shard.rows * row, dtype=dtype) for shard in shards)
+    return [part.view(-1, *row_shape).to(place) for part in maps]
+
+
 @contextmanager
 def checked(path):
     """An open file that becomes `path`, with a checksum beside it, only when it is whole."""
@@ -1963,19 +1975,29 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def saelens_config(architecture, d_in, d_sae, k, metadata):
-    """cfg.json of SAELens, for weights that take the model's own activations."""
+def save_sae(folder, weights, architecture, k, metadata):
+    """SAELens's two files, of weights {name: tensor} that take the model's own activations."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().float().cpu().contiguous() for name, value in weights.items()}
+    d_in, d_sae = weights["W_enc"].shape
     cfg = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu",
            "apply_b_dec_to_input": True, "metadata": metadata, "normalize_activations": "none", "reshape_activations": "none"}
     if architecture == "topk":
         cfg |= {"k": k, "rescale_acts_by_decoder_norm": False}
-    return json.dumps(cfg, indent=1)
+    save_file(weights, folder / "sae_weights.safetensors")
+    (folder / "sae_weights.safetensors").chmod(0o644)               # safetensors makes it readable for its owner alone
+    (folder / "cfg.json").write_text(json.dumps(cfg, indent=1))
+
+
+def steps_left(steps, step):
+    """Of each stage's steps those to come, where `step` are done."""
+    return [int(min(n, max(0, end - step))) for n, end in zip(steps, np.cumsum(steps))]
 
 
 def fit_to_deadline(steps, step, seconds, deadline):
     """Steps of each stage, of which `step` are done; those to come, of so many `seconds` each, shrink in proportion to end
     before `deadline`."""
-    left = [int(min(n, max(0, end - step))) for n, end in zip(steps, np.cumsum(steps))]
+    left = steps_left(steps, step)
     need, have = sum(n * s for n, s in zip(left, seconds)), max(deadline - time.time(), 0.0)
     if need <= have:
         return steps
@@ -1995,6 +2017,96 @@ class Progress:
             print(f"  {what}", *(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
 
 
+class Plan:
+    """A training's books: `step` of the `steps` of each stage, fewer than `planned` where the forecast passes the deadline,
+    and the log."""
+
+    def __init__(self, stages, per_epoch):
+        self.stages, self.i, self.step, self.log = stages, 0, 0, {}
+        self.planned = self.steps = [round(stage.epochs * per_epoch) for stage in stages]
+        if 0 in self.planned:
+            raise DataError(f"stage {stages[self.planned.index(0)].name!r} gets no step: raise TRAIN_TOKENS or EPOCHS_SCALE, "
+                            "or lower BATCH_TOKENS.")
+
+    def state_dict(self):
+        return {"step": self.step, "steps": self.steps, "log": self.log}
+
+    def load_state_dict(self, state):
+        self.step, self.steps, self.log = state["step"], state["steps"], state["log"]
+
+    def begin(self, what, seconds, deadline):
+        """The clock runs: a step of each stage takes so many `seconds` at first."""
+        self.seconds, self.deadline, self.paced = seconds, deadline, False
+        if not self.step:
+            self.steps = fit_to_deadline(self.planned, 0, seconds, deadline)
+        left, carrying = steps_left(self.steps, self.step), f"carrying on at step {self.step}, " if self.step else ""
+        minutes = sum(n * s for n, s in zip(left, seconds)) / 60
+        print(f"{what}: {carrying}about {minutes:.1f} min for {sum(left):,} steps", flush=True)
+        self.progress, self.saved = Progress(sum(self.steps), self.step), time.time()
+        self.since = self.saved, self.step
+
+    def steps_of(self, i):
+        """Yields (step, the stage's progress) for each step of stage i that is still to do; `advance` counts it."""
+        self.i, first = i, sum(self.steps[:i])
+        while self.step < first + self.steps[i]:
+            yield self.step, (self.step - first) / self.steps[i]
+
+    def advance(self, losses):
+        self.step += 1
+        self.progress.update(f"{self.stages[self.i].name}: step {self.step}/{sum(self.steps)}", losses)
+
+    def at(self, every):
+        """Whether so many steps have passed again, or all."""
+        return self.step % every == 0 or self.step == sum(self.steps)
+
+    def due(self, seconds):
+        """Whether as much time has passed since this was last so, or all steps are done."""
+        if time.time() - self.saved <= seconds and self.step < sum(self.steps):
+            return False
+        self.saved = time.time()
+        return True
+
+    def append(self, **row):
+        """Appends each value to the list of its name in the log; a table's values, to those in the table of its name."""
+        for name, value in row.items():
+            table, values = (self.log.setdefault(name, {}), value) if isinstance(value, dict) else (self.log, {name: value})
+            for key in values:
+                table.setdefault(key, []).append(values[key])
+
+    def record(self, losses, dead, followed):
+        """Appends to the log; the pace since the last time corrects the forecast. A loss that is not finite ends the run."""
+        values = {name: loss.item() for name, loss in losses.items()}
+        if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
+            raise DataError(f"step {self.step} of stage {self.stages[self.i].name!r}: {', '.join(wrong)}. Look for a log or a "
+                            "division by zero in `losses`, or lower LEARNING_RATE.")
+        self.append(step=self.step, l0=values.pop("l0"), dead_fraction=dead.float().mean().item(), losses=values,
+                    parameters={name: float(value) for name, value in followed.items()})
+        (began, first), now = self.since, time.time()
+        if self.paced:                      # what comes first is slow
+            pace = (now - began) / (self.step - first) / self.seconds[self.i]
+            self.seconds = [s * pace ** 0.3 for s in self.seconds]
+        self.paced, self.since = True, (now, self.step)
+        self.steps = fit_to_deadline(self.steps, self.step, self.seconds, self.deadline)
+
+    def finished(self):
+        """The whole log, steps planned and done."""
+        starts = np.cumsum([0] + self.steps[:-1]).tolist()
+        return self.log | {"stage_starts": starts, "stages": [stage.name for stage in self.stages]}, self.planned, self.steps
+
+
+def save_state(path, parts):
+    """state_dict() of each of parts {name: part}, in one file."""
+    with replacing(path) as partial:
+        torch.save({name: part.state_dict() for name, part in parts.items()}, partial)
+
+
+def load_state(path, parts):
+    """What save_state wrote, where it did, into the parts."""
+    state = torch.load(path, weights_only=True) if path.exists() else {}
+    for name in state:
+        parts[name].load_state_dict(state[name])
+
+
 def summarised(per_seed, headlines):
     """final_info.json's entries: of results {evaluation: {"metrics", "curves", "per_sequence"}} of each seed the
     means, the headlines apart; from two seeds on standard errors, std(ddof=1) / sqrt(seeds)."""
@@ -2011,6 +2123,53 @@ def summarised(per_seed, headlines):
             info[name] |= {"stderrs": {f"{key}_stderr": sem(v) for key, v in shown.items()},
                            "metric_stderrs": {key: sem(v) for key, v in values.items()}}
     return info
+
+
+def with_training(results, log, train_seconds):
+    """Results {evaluation: {"metrics", "curves", "per_sequence"}} of one seed, the templates' training figures and the log
+    in the first; each metric a finite float, or an error."""
+    first = next(iter(results.values()))
+    training = {"final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]), "best_val_loss": min(log["val_loss"]),
+                "total_train_time": train_seconds}
+    first["metrics"] = training | first["metrics"]
+    first["curves"] = first["curves"] | {"training": log}
+    for result in results.values():
+        result["metrics"] = {name: float(value) for name, value in result["metrics"].items()}
+        for name, value in result["metrics"].items():
+            if not math.isfinite(value):
+                raise DataError(f"metric {name!r} is {value}.")
+    return results
+
+
+def resolved(constants, windows, steps):
+    """The UPPER_CASE ones of a module's constants, the data's figures, versions, and of the steps (planned, done) of each
+    seed whether all were done."""
+    import transformers
+    plain = {name: value for name, value in constants.items() if name.isupper() and name != "SOURCE"
+             and isinstance(value, str | int | float | tuple | None)}
+    planned, done = steps[0]
+    return plain | {"steps_planned": planned, "steps_done": done, "budget_hit": any(a != b for a, b in steps),
+                    "evaluation_files": len(windows.sample()),
+                    "data_hash": fingerprint(zlib.crc32(windows.tokens.tobytes())),
+                    "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def write_results(folder, per_seed, headlines, config, timing, source):
+    """final_info.json, whole or not at all, and what stands beside it -> its content."""
+    info = summarised(per_seed, headlines)
+    next(iter(info.values()))["config"] = config
+    np.save(folder / "all_results.npy", {f"seed_{seed}": result for seed, result in zip(config["SEEDS"], per_seed)})
+    (folder / "experiment.py").write_text(source)
+    (folder / "timing.json").write_text(json.dumps(timing, indent=1))
+    with replacing(folder / "final_info.json") as path:
+        path.write_text(json.dumps(info, allow_nan=False))
+    return info
+
+
+def headlines(info):
+    """The means of final_info.json's content in one line."""
+    means = [item for entry in info.values() for item in entry["means"].items()]
+    return " ".join(f"{name.removesuffix('_mean')} {value:.4g}" for name, value in means)
 
 
 def folder_identity(folder):
@@ -2045,19 +2204,35 @@ def small_config(config):
     return config
 
 
-def load_pretrained(loader, name, what, **kwargs):
-    """loader.from_pretrained of a local folder or a hub id; one error for all that can go wrong."""
+LOADERS = {"config.json": "AutoConfig", "tokenizer": "AutoTokenizer", "weights": "AutoModelForCausalLM"}
+
+
+def load_pretrained(name, what, **kwargs):
+    """One of LOADERS of a local folder or a hub id; one error for all that can go wrong."""
+    import transformers
     folder = model_folder(name)
     if folder is None and not hub_reachable():
         go_offline()
     try:
-        return loader.from_pretrained(str(folder or name), **kwargs)
+        return getattr(transformers, LOADERS[what]).from_pretrained(str(folder or name), **kwargs)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         cause = str(error).split("\n")[0].split("http")[0][:300]
         if "gated" in str(error).lower():
             cause = "gated: accept its licence on the hub and log in with `hf auth login`"
         raise DataError(f"MODEL_NAME = {name!r}: no {what} ({cause}). Names that work: 'embedded/model', "
                         "'EleutherAI/pythia-70m-deduped', a folder.") from None
+
+
+def load_config(name, layer, context_length):
+    """A model's configuration, and the layer, None for the middle one; a layer or a context that it lacks is an error."""
+    config = load_pretrained(name, "config.json").get_text_config()
+    depth, longest = config.num_hidden_layers, getattr(config, "max_position_embeddings", None) or context_length
+    layer = depth // 2 - 1 if layer is None else layer
+    if not 0 <= layer < depth:
+        raise DataError(f"LAYER = {layer}: the model has {depth} blocks.")
+    if context_length > longest:
+        raise DataError(f"CONTEXT_LENGTH = {context_length}: the model takes {longest}.")
+    return config, layer
 
 
 def check_room(folder, need):
@@ -2072,14 +2247,19 @@ def check_room(folder, need):
 # What went wrong
 # ---------------------------------------------------------------------------------------------------------------------
 def checks(constants):
-    """Functions (check, whole, positive, text, several) of the names of constants, space between: each raises where one is
-    neither what it must be nor among `others`."""
+    """Functions (choice, whole, positive, text, several, span) of the names of constants, space between: each raises where
+    one is neither what it must be nor among `others`."""
     def check(names, wanted, right, others=()):
         for name in names.split():
             value = constants[name]
             if value not in others and not right(value):
                 wanted = " or ".join(map(str, others)) + f", or {wanted}" if others else wanted
                 raise DataError(f"{name} = {value!r} is not valid: it must be {wanted}.")
+
+    def choice(**options):  # constant -> names, space between
+        for name, good in options.items():
+            good = good.split()
+            check(name, f"one of {', '.join(good)}", lambda v: type(v) is str and v in good)
 
     def whole(names, least=1, others=()):
         check(names, f"a whole number from {least}", lambda v: type(v) is int and v >= least, others)
@@ -2097,7 +2277,44 @@ def checks(constants):
         check(name, wanted, lambda v: type(v) is tuple and len(v) >= least and all(
             type(x) is (int if numbers else str) and x in options and v.count(x) == 1 for x in v))
 
-    return check, whole, positive, text, several
+    def span(name, end):
+        check(name, "(low, high) within the window", lambda v: type(v) is tuple and [type(x) for x in v] == [int, int]
+              and 0 < v[0] < v[1] < end, [None])
+
+    return choice, whole, positive, text, several, span
+
+
+@contextmanager
+def doing(what, timing=None):
+    """Adds to an error what was being done; where all went well, its seconds to `timing`."""
+    began = time.time()
+    try:
+        yield
+    except Exception as error:
+        error.add_note(what)
+        raise
+    if timing is not None:
+        timing[what] = time.time() - began
+
+
+def silence():
+    """Nothing on stdout."""
+    return redirect_stdout(io.StringIO())
+
+
+def run(main, file, shown, variants, name):
+    """main() of the script `file`; an error becomes a report about the variant `name`, and an exit status."""
+    keep_freed_memory()
+    quiet_libraries()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command carries on")
+    except Exception as error:
+        variant = variants.get(name) if isinstance(name, str) else None
+        at = f" (line {inspect.getsourcelines(variant)[1]})" if variant else ""
+        print(report(error, file, f"SAE_VARIANT = {name!r}{at}", shown), file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, DataError) else 1)
 
 
 def report(error, file, about, shown):

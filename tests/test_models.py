@@ -80,7 +80,7 @@ TEXT = "def load(path):\n    with open(path) as file:\n        return file.read(
 
 @pytest.fixture
 def tokens(E, family):
-    tokenizer = E.load_pretrained(transformers.AutoTokenizer, "tokenizer")
+    tokenizer = E.corpus.load_pretrained(E.MODEL_NAME, "tokenizer")
     ids = [tokenizer.bos_token_id] + tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     return torch.tensor([ids[:20], ids[:1] + ids[5:24]])
 
@@ -171,7 +171,7 @@ def test_a_later_token_or_another_row_changes_nothing(E, model, tokens):
 
 
 def test_stand_in_has_the_family_and_the_width(E, family):
-    config = E.load_pretrained(transformers.AutoConfig, "config.json")
+    config = E.corpus.load_pretrained(E.MODEL_NAME, "config.json")
     model = E.stand_in(config)
     assert type(model) is type(transformers.AutoModelForCausalLM.from_config(config))
     assert len(E.find_blocks(model)) == 2 and model.config.get_text_config().vocab_size == 256
@@ -191,7 +191,7 @@ def test_identity_follows_the_files_of_a_model(E, checkpoints, tmp_path, monkeyp
     def identity(folder):
         monkeypatch.setattr(E, "MODEL_NAME", str(folder))
         return E.fingerprint(E.corpus.model_identity(
-            E.MODEL_NAME, E.load_pretrained(transformers.AutoConfig, "config.json")))
+            E.MODEL_NAME, E.corpus.load_pretrained(E.MODEL_NAME, "config.json")))
 
     copied = shutil.copytree(checkpoints / "llama", tmp_path / "elsewhere")
     assert identity(copied) == identity(checkpoints / "llama") != identity(checkpoints / "mistral")

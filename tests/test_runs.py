@@ -216,7 +216,7 @@ def kill_at_step(E, lab, folder, seed, step):
         assert not process.ended(), f"it ended before step {step} of seed {seed}: {process.wait()}"
         time.sleep(0.01)
         for path in (lab.cache / "runs").glob(checkpoint):
-            reached = torch.load(path, weights_only=True)["step"]
+            reached = torch.load(path, weights_only=True)["plan"]["step"]
     process.kill()
     finished = process.wait()
     assert finished.code == -9 and not (folder / "run_1").exists()

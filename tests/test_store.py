@@ -127,7 +127,7 @@ def test_exhausted_data_says_how_much_there_was(E, monkeypatch, lengths, parts):
 @pytest.fixture
 def tokenizer(E, monkeypatch):
     monkeypatch.setattr(E, "MODEL_NAME", str(PROJECT / "embedded" / "model"))
-    return E.load_pretrained(transformers.AutoTokenizer, "tokenizer")
+    return E.corpus.load_pretrained(E.MODEL_NAME, "tokenizer")
 
 
 def test_bos_stands_first_and_nowhere_else(E, monkeypatch, tokenizer):
@@ -491,10 +491,10 @@ def test_two_processes_at_once_collect_once(E, store, tmp_path):
 
 def test_a_file_is_replaced_whole_or_not_at_all(E, tmp_path):
     path = tmp_path / "deep" / "file"
-    with E.replacing(path) as partial:
+    with E.corpus.replacing(path) as partial:
         partial.write_text("first")
         assert not path.exists()
-    with pytest.raises(OSError, match="full"), E.replacing(path) as partial:
+    with pytest.raises(OSError, match="full"), E.corpus.replacing(path) as partial:
         partial.write_text("sec")
         raise OSError("full")
     assert path.read_text() == "first" and os.listdir(path.parent) == ["file"]

@@ -460,7 +460,7 @@ def test_a_kill_while_the_checkpoint_is_written_costs_only_steps(E, store, tmp_p
     saves, save = [], torch.save
 
     def dies(state, path):
-        saves.append(state["step"])
+        saves.append(state["plan"]["step"])
         if len(saves) == 9:
             path.write_bytes(b"half a checkp")
             raise Killed
