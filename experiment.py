@@ -1164,8 +1164,6 @@ def compute_controls(run):
     """Losses of the model, ablated, of unigrams; bigrams; untrained TopK."""
     print("computing the model's own loss and the controls", flush=True)
     store, (by_position, variance) = run.store, variance_by_position(run.store)
-    torch.manual_seed(0)
-    untrained = TopK(store.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
     vocabulary = len(run.get_model().get_output_embeddings().weight)
     own = next_token_losses(run, lambda batch: store.unscaled(batch.x))[0]
     losses = {"ce_model": own, "ce_unigram": corpus.unigram_losses(store.windows, vocabulary),
@@ -1174,10 +1172,15 @@ def compute_controls(run):
     bigram_error = corpus.bigram_error(store.windows, lambda ids: store.batch(ids).x.cpu().numpy())
     metrics = {name: np.nanmean(loss) for name, loss in losses.items()} | {
         "bigram_explained_variance": 1 - bigram_error / variance,
-        "untrained_explained_variance": explained_variance(untrained, store, variance)}
+        "untrained_explained_variance": explained_variance(untrained(run), store, variance)}
     return {"metrics": metrics, "variance": variance, "variance_by_position": by_position,
             "ce_by_sequence": np.nanmean(own, 1).tolist(),
             "ce_by_position": np.nanmean(own, 0).tolist()}
+
+
+def untrained(run):
+    torch.manual_seed(0)
+    return TopK(run.sae.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
 
 
 def explained_variance(sae, store, variance):
@@ -1564,37 +1567,15 @@ def probing_store(run, dataset):
 
 
 @torch.no_grad()
-def pooled(store, values):
-    """values(batch) [batch, seq, d], mean over the tokens that count: [window, d]."""
-    ids, found = np.arange(len(store.windows.tokens)), []
-    for part in np.array_split(ids, len(ids) // 32 + 1):
-        keep = store.valid(part)[..., None]
-        found.append(((values(store.batch(part)) * keep).sum(1) / keep.sum(1)).cpu().numpy())
-    return np.concatenate(found)
-
-
-def probing_baselines(run, store):
-    """Those of the model's channels, an untrained SAE, and counts of tokens."""
-    torch.manual_seed(0)
-    untrained = TopK(store.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
-    features = {"channels": pooled(store, lambda batch: batch.x),
-                "untrained": pooled(store, lambda batch: untrained.encode(batch).dense()),
-                "tokens": corpus.token_shares(store.windows)}
-    return {name: corpus.sparse_accuracies(values, store.windows, PROBED).tolist()
-            for name, values in features.items()}
-
-
 def eval_sparse_probing(run):
     """Accuracies of probes on latents, mean over PROBING; baselines."""
-    found = []
-    for dataset in PROBING:
-        store = (run.probing or probing_store)(run, dataset)
-        key = fingerprint(SOURCE[SOURCE.index("# ---- Sparse probing"):], inspect.getsource(TopK),
-                          TARGET_L0, PROBED, run.sae.d_sae)
-        base = kept(store.folder / f"{key}.json", lambda: probing_baselines(run, store))
-        latents = pooled(store, lambda batch: run.sae.encode(batch).dense())
-        found.append(base | {"sae": corpus.sparse_accuracies(latents, store.windows, PROBED)})
-    metrics, curves = corpus.mean_accuracies(found, PROBED)
+    control, sources = untrained(run), map(inspect.getsource, (TopK, untrained, eval_sparse_probing))
+    features = {"channels": lambda batch: batch.x,
+                "untrained": lambda batch: control.encode(batch).dense(),
+                "sae": lambda batch: run.sae.encode(batch).dense()}
+    stores = ((run.probing or probing_store)(run, dataset) for dataset in PROBING)
+    metrics, curves = corpus.sparse_probing(
+        stores, features, PROBED, fingerprint(*sources, TARGET_L0, PROBED, run.sae.d_sae))
     return Result(metrics, plain({"sparse_probing": curves}), {})
 
 

@@ -1200,6 +1200,32 @@ def mean_accuracies(found, numbers):
     return metrics, curves | {"k": numbers, "data_sets": found}
 
 
+def pooled(store, values):
+    """values(batch) [batch, seq, d], mean over the tokens of each window that count: [window, d]."""
+    ids, found = np.arange(len(store.windows.tokens)), []
+    for part in np.array_split(ids, len(ids) // 32 + 1):
+        keep = store.valid(part)[..., None]
+        found.append(((values(store.batch(part)) * keep).sum(1) / keep.sum(1)).cpu().numpy())
+    return np.concatenate(found)
+
+
+def probing_baselines(store, features, numbers):
+    """sparse_accuracies of pooled features {name: function of a batch}, and of counts of tokens."""
+    found = {name: sparse_accuracies(pooled(store, values), store.windows, numbers).tolist()
+             for name, values in features.items()}
+    return found | {"tokens": sparse_accuracies(token_shares(store.windows), store.windows, numbers).tolist()}
+
+
+def sparse_probing(stores, features, numbers, key):
+    """mean_accuracies over stores of pooled features {name: function of a batch}; those of all but "sae", and of counts of
+    tokens, are kept beside the store's files, under the key."""
+    baselines, found = {name: values for name, values in features.items() if name != "sae"}, []
+    for store in stores:
+        base = kept(store.folder / f"{key}.json", lambda: probing_baselines(store, baselines, numbers))
+        found.append(base | {"sae": sparse_accuracies(pooled(store, features["sae"]), store.windows, numbers)})
+    return mean_accuracies(found, numbers)
+
+
 def token_shares(windows):
     """Share of each token among those of a window that count, sparse [window, vocabulary]."""
     keep = windows.valid(np.arange(len(windows.tokens)))
