@@ -1364,42 +1364,29 @@ def eval_probes(run):
 
 
 # ---- Unlearning: FORGET by clamping latents, and what that costs the rest ----
-STRATEGIES = ("standard", "pattern", "hybrid")
-CONTROLS = ("random_latents", "random_directions", "projection")
-
-
-def behind(store, ids, others, n):
-    """Tokens of windows `ids`, with n tokens of windows `others` put after the first."""
-    return torch.cat([store.tokens[others, :n + 1], store.tokens[ids, 1:]], 1)
-
-
 class Unlearner:
     """Latents selected and matchers fitted on a plan's dev windows; thresholds from matchers fitted
     on every other file, for the rest."""
 
     def __init__(self, run, plan):
-        self.run, self.sae, store = run, run.sae, run.store
-        forget, keep, x = plan.dev_group == "forget", store.valid(plan.dev), store.x(plan.dev)
-        z = encode_windows(self.sae, store, plan.dev)[0].tocsr()[keep.flatten().cpu().numpy()]
-        everything = percentiles_95(z.tocsc(), np.arange(self.sae.d_sae))
-        self.q95 = torch.from_numpy(everything).to(DEVICE)
-        ranked, chosen = corpus.ranked_latents(z, forget.repeat(keep.sum(1).tolist()), SELECTION,
+        self.sae, self.store, ids = run.sae, run.store, plan.dev
+        x, keep = self.store.x(ids), self.store.valid(ids)
+        forget = keep & torch.from_numpy(plan.dev_group == "forget").to(DEVICE)[:, None]
+        z = encode_windows(self.sae, self.store, ids)[0].tocsr()[keep.flatten().cpu().numpy()]
+        self.q95 = torch.from_numpy(percentiles_95(z.tocsc())).to(DEVICE)
+        ranked, chosen = corpus.ranked_latents(z, forget[keep].cpu().numpy(), SELECTION,
                                                RETAIN_FREQUENCY, CLAMPED)
-        self.matched = ranked[:MATCHED]
         self.clamped = {"forget": chosen, "random": corpus.alike((z > 0).mean(0), chosen)}
-        label, half = (torch.from_numpy(rows).to(DEVICE)[:, None].expand(keep.shape)
-                       for rows in (forget, plan.halves(store.windows)))
-        self.rest = x[keep & ~label].mean(0)
-        self.direction = F.normalize(x[keep & label].mean(0) - self.rest, dim=0)
-        self.matcher = corpus.Matcher(MATCHER, MATCHER_WINDOW, GATE_TOKENS)
-        self.matcher.fit(self.codes(plan.dev), keep, label, half, FALSE_POSITIVES)
+        self.rest = x[keep & ~forget].mean(0)
+        self.direction = F.normalize(x[forget].mean(0) - self.rest, dim=0)
+        self.matcher = corpus.Matcher(MATCHER, MATCHER_WINDOW, GATE_TOKENS, ranked[:MATCHED],
+                                      self.q95)
+        self.matcher.fit(self.latents(ids), keep, forget, plan.halves(self.store.windows),
+                         FALSE_POSITIVES)
 
-    def scaled(self, z):  # [batch, seq, d_sae] -> codes [batch, seq, MATCHED]
-        return torch.log1p(z[..., self.matched] / self.q95[self.matched])
-
-    def codes(self, ids):  # -> [len(ids), seq, MATCHED]
-        return torch.cat([self.scaled(self.sae.encode(self.run.store.batch(part)).dense())
-                          for part in np.array_split(ids, len(ids) // 32 + 1)])
+    def latents(self, ids):  # z [batch, seq, d_sae] of windows, in parts
+        return (self.sae.encode(self.store.batch(part)).dense()
+                for part in np.array_split(ids, len(ids) // 32 + 1))
 
     def edit(self, strategy, strength):
         """batch -> what to add to x [batch, seq, d_in]: where the strategy says so, latents that
@@ -1414,7 +1401,7 @@ class Unlearner:
             z, target = whole[..., latents], -strength * self.q95[latents]
             on = z > 0
             if strategy in self.matcher.thresholds:
-                on &= self.matcher.opens(strategy, self.scaled(whole))[..., None]
+                on &= self.matcher.opens(strategy, whole)[..., None]
             delta = torch.where(on, target - z, 0.0) @ self.sae.W_dec[latents]
             if strategy == "random_directions":
                 size = delta.norm(dim=-1, keepdim=True)
@@ -1431,42 +1418,31 @@ def editing(run, edit, mask=None):
 
     def change(module, inputs, output):
         hidden = output[0] if isinstance(output, tuple) else output
-        past.append(hidden.float())
-        raw = torch.cat(past, 1)
-        if raw.shape[1] == 1:
-            return output
-        keep = torch.ones_like(raw[..., 0]) > 0 if mask is None else mask
-        batch = run.store.batch_of(raw, keep.long(), np.arange(len(raw)), keep[:, 1:])
-        delta = F.pad(edit(batch) * run.store.scale, (0, 0, 1, 0))[:, -hidden.shape[1]:]
-        hidden = (hidden + delta).to(hidden.dtype)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        past[:] = [torch.cat([*past, hidden.float()], 1)]  # a copy: `hidden` is changed in place
+        keep = torch.ones_like(past[0][..., 0]) > 0 if mask is None else mask
+        if keep.shape[1] > 1:
+            batch = run.store.batch_of(past[0], keep.long(), np.arange(len(keep)), keep[:, 1:])
+            delta = edit(batch)[:, -hidden.shape[1]:] * run.store.scale
+            hidden[:, -delta.shape[1]:] += delta
 
     with find_blocks(run.get_model())[run.layer].register_forward_hook(change):
         yield run.get_model()
 
 
-def right_answers(run, dataset, edit):
-    """Whether each question is answered rightly under all orders of its options (SAEBench)."""
-    right = []
-    for tokens, mask, letters, answers in corpus.encoded_questions(dataset, load_tokenizer()):
-        tokens, mask = (torch.from_numpy(a).to(DEVICE) for a in (tokens, mask))
-        with editing(run, edit, mask) as model:
-            vocabulary = model.get_input_embeddings().num_embeddings  # the preflight's is small
-            logits = model(input_ids=tokens % vocabulary, attention_mask=mask.long(),
-                           use_cache=False).logits
-        last = logits[torch.arange(len(tokens)), mask.sum(1) - 1][:, np.array(letters) % vocabulary]
-        right.append((last.argmax(1).cpu().numpy() == answers).all())
-    return np.array(right)
+def edited_windows(run, edit, ids):
+    """What `spliced` gives under an edit of x."""
+    return spliced(run, ids, lambda batch: run.store.unscaled(batch.x + edit(batch)))
 
 
-def padded_loss(run, tokens, n, edit):
-    """Mean loss of the last n of tokens [batch, seq]."""
-    with editing(run, edit) as model:
-        logits = model(input_ids=tokens, use_cache=False).logits[:, -n - 1:-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, -n:].flatten()).item()
+def edited_logits(run, edit, tokens, mask):
+    """Of tokens that count where the mask is True, [batch, seq]: [batch, seq, vocab]."""
+    tokens, mask = (torch.from_numpy(part).to(DEVICE) for part in (tokens, mask))
+    with editing(run, edit, mask) as model:
+        size = model.get_input_embeddings().num_embeddings  # the preflight's is small
+        return model(tokens % size, attention_mask=mask.long(), use_cache=False).logits.float()
 
 
-def generations(run, prompts, edit):
+def generations(run, edit, prompts):
     """Of samples half as long as the prompts: share of repeated pairs, entropy in nats."""
     n = prompts.shape[1] // 2
     torch.manual_seed(0)
@@ -1476,79 +1452,32 @@ def generations(run, prompts, edit):
     return corpus.repetition(tokens[:, -n:].cpu().numpy())
 
 
-def unlearning_scores(run, ids, clozes=None, edit=None):
-    """Loss of each window, and whether each cloze is answered rightly, under an edit of x."""
-    losses, right = [], []
-    for part, logp, loss in spliced(run, ids, lambda batch: run.store.unscaled(
-            batch.x + edit(batch) if edit else batch.x)):
-        losses.append(np.nanmean(loss, 1))
-        right.append(clozes.answered(part, logp.cpu().numpy()) if clozes else [])
-    return np.concatenate(losses), np.concatenate(right)
-
-
-def strength_for(forgetting, low=2 ** -4, high=2.0 ** 8):
-    """The least strength, to 10 %, that forgets FORGETTING nats; `high` where none does."""
-    while high > 1.1 * low:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if forgetting(middle) >= FORGETTING else (middle, high)
-    return high
-
-
 @torch.no_grad()
 def eval_unlearning(run):
     """What FORGET's test windows lose, and the others with them, at strengths that cost its dev
     windows FORGETTING nats."""
     torch.manual_seed(0)
-    store, windows = run.store, run.store.windows
-    plan = corpus.unlearning_plan(windows, FORGET, load_tokenizer())
+    store, windows, tokenizer = run.store, run.store.windows, load_tokenizer()
+    plan = corpus.unlearning_plan(windows, FORGET, tokenizer)
     unlearner = Unlearner(run, plan)
-    metrics, rocs = unlearner.matcher.scores(unlearner.codes(plan.test), store.valid(plan.test),
-                                             plan.group == "forget")
+    metrics, rocs = unlearner.matcher.scores(
+        unlearner.latents(plan.test), store.valid(plan.test), plan.group == "forget")
     metrics["auroc_bag_of_tokens"] = corpus.bag_auroc(windows, plan, MATCHER_WINDOW)
-    own, own_right = unlearning_scores(run, plan.test, plan.clozes)
-    metrics |= plan.means(None, own_right)
-    search = plan.dev[plan.dev_group == "forget"][::5]
-    own_search = unlearning_scores(run, search)[0].mean()
-    frontier, per_sequence = {}, {}
-    edits = {"unclamped": lambda batch: torch.zeros_like(batch.x)}
-    for strategy in STRATEGIES + CONTROLS:
-        strength = strength_for(lambda s: unlearning_scores(
-            run, search, None, unlearner.edit(strategy, s))[0].mean() - own_search)
-        edits[strategy], frontier[strategy] = unlearner.edit(strategy, strength), []
-        for factor in (1, 0.25, 0.5, 2, 4) if strategy in STRATEGIES else (1,):
-            edit = unlearner.edit(strategy, strength * factor)
-            loss, right = unlearning_scores(run, plan.test, plan.clozes, edit)
-            row = {"strength": strength * factor} | plan.means(loss - own, right, own_right)
-            frontier[strategy].append(row)
-            if factor == 1:
-                lost = plan.by_document(windows, loss - own)
-                metrics |= {f"{strategy}_{name}": value for name, value in row.items()}
-                per_sequence |= {f"{strategy}_{name}": values for name, values in lost.items()}
-    (full, others), n = plan.full(windows), CONTEXT_LENGTH - 2
-    longest = getattr(run.get_model().config, "max_position_embeddings", None) or 10 ** 9
-    for pad in (pad for pad in (0, 32, 64) if CONTEXT_LENGTH + pad <= longest):
-        tokens = behind(store, full, others, pad)
-        loss = padded_loss(run, tokens, n, edits["unclamped"])
-        metrics |= {f"{strategy}_padded_{pad}": padded_loss(run, tokens, n, edits[strategy]) - loss
-                    for strategy in STRATEGIES}
+    edits, scores, frontier, per_sequence = plan.frontier(
+        windows, FORGETTING, unlearner.edit, lambda *of: edited_windows(run, *of))
+    logits = functools.partial(edited_logits, run)
+    metrics |= scores | plan.padded_losses(windows, edits, logits, run.get_model().config)
+    metrics |= corpus.question_scores({"forget": FORGET_QUESTIONS, "retain": RETAIN_QUESTIONS},
+                                      tokenizer, edits, logits)
+    full, _ = plan.full(windows)
     for name, edit in edits.items():
         metrics[f"{name}_repetition"], metrics[f"{name}_entropy"] = generations(
-            run, store.tokens[full, :CONTEXT_LENGTH // 2], edit)
-    for kind, dataset in (("forget", FORGET_QUESTIONS), ("retain", RETAIN_QUESTIONS)):
-        if dataset:
-            answers = {name: right_answers(run, dataset, edit) for name, edit in edits.items()}
-            metrics |= corpus.compared(answers, f"_{kind}_questions")
-    batch = store.batch(full)
-    z = run.sae.encode(batch).dense()
-    clamped, (match, gate) = z[..., unlearner.clamped["forget"]], unlearner.matcher.evidence(
-        unlearner.scaled(z))
+            run, edit, store.tokens[full, :CONTEXT_LENGTH // 2])
+    z = run.sae.encode(batch := store.batch(full)).dense()
+    clamped = z[..., unlearner.clamped["forget"]]
     adjacent = consistency(batch, F.normalize(clamped, dim=-1))
     metrics["clamped_consistency"] = 1 - adjacent["consistency"].item()
-    i = gate[:, -1].argsort()[len(full) // 2].item()  # the median passage
-    on = (clamped[i] > 0).any(-1)
-    passage = {"tokens": load_tokenizer().batch_decode(store.tokens[full[i], 1:, None]),
-               "match": match[i], "gate": gate[i], "standard": on,
-               "hybrid": on & (gate[i] > unlearner.matcher.thresholds["hybrid"])}
+    passage = unlearner.matcher.passage(z, (clamped > 0).any(-1), batch.tokens, tokenizer)
     return Result(metrics, plain({"frontier": frontier, "roc": rocs, "passage": passage}),
                   plain(per_sequence))
 
