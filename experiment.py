@@ -1364,6 +1364,10 @@ def eval_probes(run):
 
 
 # ---- Unlearning: FORGET by clamping latents, and what that costs the rest ----
+STRATEGIES = ("standard", "pattern", "hybrid")
+CONTROLS = ("random_latents", "random_directions", "projection")
+
+
 class Unlearner:
     """Latents selected and matchers fitted on a plan's dev windows; thresholds from matchers fitted
     on every other file, for the rest."""
@@ -1374,9 +1378,8 @@ class Unlearner:
         forget = keep & torch.from_numpy(plan.dev_group == "forget").to(DEVICE)[:, None]
         z = encode_windows(self.sae, self.store, ids)[0].tocsr()[keep.flatten().cpu().numpy()]
         self.q95 = torch.from_numpy(percentiles_95(z.tocsc())).to(DEVICE)
-        ranked, chosen = corpus.ranked_latents(z, forget[keep].cpu().numpy(), SELECTION,
-                                               RETAIN_FREQUENCY, CLAMPED)
-        self.clamped = {"forget": chosen, "random": corpus.alike((z > 0).mean(0), chosen)}
+        ranked, self.clamped = corpus.ranked_latents(z, forget[keep].cpu().numpy(), SELECTION,
+                                                     RETAIN_FREQUENCY, CLAMPED)
         self.rest = x[keep & ~forget].mean(0)
         self.direction = F.normalize(x[forget].mean(0) - self.rest, dim=0)
         self.matcher = corpus.Matcher(MATCHER, MATCHER_WINDOW, GATE_TOKENS, ranked[:MATCHED],
@@ -1391,7 +1394,7 @@ class Unlearner:
     def edit(self, strategy, strength):
         """batch -> what to add to x [batch, seq, d_in]: where the strategy says so, latents that
         fire are set to -strength times the 95th percentile of their values."""
-        latents = self.clamped["random" if strategy == "random_latents" else "forget"]
+        latents = self.clamped.get(strategy, self.clamped["forget"])
 
         def change(batch):
             if strategy == "projection":
@@ -1404,8 +1407,7 @@ class Unlearner:
                 on &= self.matcher.opens(strategy, whole)[..., None]
             delta = torch.where(on, target - z, 0.0) @ self.sae.W_dec[latents]
             if strategy == "random_directions":
-                size = delta.norm(dim=-1, keepdim=True)
-                return F.normalize(torch.randn_like(delta), dim=-1) * size
+                delta = F.normalize(torch.randn_like(delta), dim=-1) * delta.norm(dim=-1)[..., None]
             return delta
         return change
 
@@ -1439,17 +1441,16 @@ def edited_logits(run, edit, tokens, mask):
     tokens, mask = (torch.from_numpy(part).to(DEVICE) for part in (tokens, mask))
     with editing(run, edit, mask) as model:
         size = model.get_input_embeddings().num_embeddings  # the preflight's is small
-        return model(tokens % size, attention_mask=mask.long(), use_cache=False).logits.float()
+        return model(tokens % size, attention_mask=mask.long(), use_cache=False).logits
 
 
-def generations(run, edit, prompts):
-    """Of samples half as long as the prompts: share of repeated pairs, entropy in nats."""
+def sampled(run, edit, prompts):
+    """Tokens after the prompts, half as many."""
     n = prompts.shape[1] // 2
     torch.manual_seed(0)
     with editing(run, edit) as model:
-        tokens = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n,
-                                min_new_tokens=n, do_sample=True, pad_token_id=0)
-    return corpus.repetition(tokens[:, -n:].cpu().numpy())
+        return model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n,
+                              min_new_tokens=n, do_sample=True, pad_token_id=0)[:, -n:]
 
 
 @torch.no_grad()
@@ -1464,15 +1465,16 @@ def eval_unlearning(run):
         unlearner.latents(plan.test), store.valid(plan.test), plan.group == "forget")
     metrics["auroc_bag_of_tokens"] = corpus.bag_auroc(windows, plan, MATCHER_WINDOW)
     edits, scores, frontier, per_sequence = plan.frontier(
-        windows, FORGETTING, unlearner.edit, lambda *of: edited_windows(run, *of))
+        windows, FORGETTING, STRATEGIES, CONTROLS, unlearner.edit,
+        functools.partial(edited_windows, run))
     logits = functools.partial(edited_logits, run)
-    metrics |= scores | plan.padded_losses(windows, edits, logits, run.get_model().config)
+    metrics |= scores | plan.padded_losses(windows, STRATEGIES, edits, logits,
+                                           run.get_model().config)
     metrics |= corpus.question_scores({"forget": FORGET_QUESTIONS, "retain": RETAIN_QUESTIONS},
                                       tokenizer, edits, logits)
     full, _ = plan.full(windows)
-    for name, edit in edits.items():
-        metrics[f"{name}_repetition"], metrics[f"{name}_entropy"] = generations(
-            run, edit, store.tokens[full, :CONTEXT_LENGTH // 2])
+    metrics |= corpus.repetition({name: sampled(
+        run, edit, store.tokens[full, :CONTEXT_LENGTH // 2]) for name, edit in edits.items()})
     z = run.sae.encode(batch := store.batch(full)).dense()
     clamped = z[..., unlearner.clamped["forget"]]
     adjacent = consistency(batch, F.normalize(clamped, dim=-1))

@@ -910,9 +910,14 @@ def polysemanticity(fired, kinds, places, rng, draws=50, n=64):
 
 
 def repetition(texts):
-    """Of rows of tokens: mean share of their pairs of neighbours that came before in the row; mean entropy in nats."""
-    return (1 - np.mean([len(set(zip(row, row[1:]))) / (len(row) - 1) for row in texts]),
-            np.mean([entropy(row) for row in texts]))
+    """Of each of {name: tokens [n, seq]}, flat: mean share of a row's pairs of neighbours that came before in it; mean
+    entropy of a row in nats."""
+    found = {}
+    for name, rows in texts.items():
+        rows = rows.tolist()
+        found |= {f"{name}_repetition": 1 - np.mean([len(set(zip(row, row[1:]))) / (len(row) - 1) for row in rows]),
+                  f"{name}_entropy": np.mean([entropy(row) for row in rows])}
+    return found
 
 
 def firings(z, latents):
@@ -942,16 +947,17 @@ def live_latents(z, windows, least, least_files):
 
 
 def ranked_latents(z, forget, rule, most, n):
-    """All latents in order, and the first n that may be clamped; of codes sparse [token, d_sae], the tokens forget [token] to
-    be forgotten. By "ratio", E[z^2] there over elsewhere (arXiv 2504.08192), or by "frequency" there, among those active on
-    less than a share `most` of the tokens elsewhere (SAEBench)."""
-    z = z.power(2) if rule == "ratio" else z > 0
-    there, elsewhere = (np.asarray(z[part].mean(0)).ravel() for part in (forget, ~forget))
+    """All latents in order, and which to clamp: "forget", the first n that may be, and "random_latents", those next to them
+    in firing rate; of codes sparse [token, d_sae], the tokens forget [token] to be forgotten. By "ratio", E[z^2] there over
+    elsewhere (arXiv 2504.08192), or by "frequency" there, among those active on less than a share `most` of the tokens
+    elsewhere (SAEBench)."""
+    size = z.power(2) if rule == "ratio" else z > 0
+    there, elsewhere = (np.asarray(size[part].mean(0)).ravel() for part in (forget, ~forget))
     score = there / (elsewhere + 0.01 * there.mean()) if rule == "ratio" else there * (elsewhere < most)
     ranked, n = np.argsort(-score), min(n, (score > 0).sum())
     if not 0 < n < len(score):
         raise DataError(f"CLAMPED: {n} of {len(score)} latents may be clamped, it takes one and leaves one.")
-    return ranked, ranked[:n]
+    return ranked, {"forget": ranked[:n], "random_latents": alike((z > 0).mean(0), ranked[:n])}
 
 
 def single_token_fraction(windows, firings, most=40):
@@ -1122,10 +1128,6 @@ def probe_scores(windows, features, every, folder):
     return metrics, right
 
 
-STRATEGIES = ("standard", "pattern", "hybrid")
-CONTROLS = ("random_latents", "random_directions", "projection")
-
-
 class UnlearningPlan(NamedTuple):
     """Windows to unlearn a domain with, spread over the files. Groups are "forget", "neighbours" (the domains nearest
     to it in vocabulary) and "retain" (the others)."""
@@ -1153,9 +1155,9 @@ class UnlearningPlan(NamedTuple):
         return {str(name): windows.by_document(losses[self.group == name], docs[self.group == name])
                 for name in np.unique(self.group)}
 
-    def frontier(self, windows, forgetting, edit, results):
-        """What STRATEGIES and CONTROLS cost the test windows, at the strengths that cost every fifth dev window of "forget"
-        `forgetting` nats, and STRATEGIES at a quarter of it to four times: {name: edit}, metrics, {name: its rows}, by
+    def frontier(self, windows, forgetting, strategies, controls, edit, results):
+        """What strategies and controls cost the test windows, at the strengths that cost every fifth dev window of "forget"
+        `forgetting` nats, and strategies at a quarter of it to four times: {name: edit}, metrics, {name: its rows}, by
         document of the sample.
 
         edit(strategy, strength) -> an edit; results(edit, ids) -> as Clozes.scores takes them."""
@@ -1166,10 +1168,10 @@ class UnlearningPlan(NamedTuple):
         own, own_right = scores(edits["unclamped"], self.test)
         search = self.dev[self.dev_group == "forget"][::5]
         own_search, metrics = scores(edits["unclamped"], search)[0].mean(), self.means(None, own_right)
-        for name in STRATEGIES + CONTROLS:
+        for name in strategies + controls:
             strength = strength_for(lambda s: scores(edit(name, s), search)[0].mean() - own_search, forgetting)
             edits[name], rows[name] = edit(name, strength), []
-            for factor in (1, 0.25, 0.5, 2, 4) if name in STRATEGIES else (1,):
+            for factor in (1, 0.25, 0.5, 2, 4) if name in strategies else (1,):
                 loss, right = scores(edit(name, strength * factor), self.test)
                 rows[name].append({"strength": strength * factor} | self.means(loss - own, right, own_right))
                 if factor == 1:
@@ -1177,16 +1179,16 @@ class UnlearningPlan(NamedTuple):
             metrics |= {f"{name}_{key}": value for key, value in rows[name][0].items()}
         return edits, metrics, rows, lost
 
-    def padded_losses(self, windows, edits, logits, config):
-        """What STRATEGIES add to the loss of full windows of "forget" behind 0, 32 and 64 tokens of "retain", as far as the
+    def padded_losses(self, windows, strategies, edits, logits, config):
+        """What strategies add to the loss of full windows of "forget" behind 0, 32 and 64 tokens of "retain", as far as the
         model takes so many; logits(edit, tokens [n, seq], mask [n, seq]) -> [n, seq, vocabulary]."""
         (full, others), n = self.full(windows), windows.tokens.shape[1] - 2
         longest, found = getattr(config, "max_position_embeddings", None) or math.inf, {}
         for pad in (pad for pad in (0, 32, 64) if n + 2 + pad <= longest):
             tokens = behind(windows, full, others, pad)
             loss = {name: last_loss(logits(edits[name], tokens, np.ones(tokens.shape, bool)), tokens, n)
-                    for name in ("unclamped", *STRATEGIES)}
-            found |= {f"{name}_padded_{pad}": loss[name] - loss["unclamped"] for name in STRATEGIES}
+                    for name in ("unclamped", *strategies)}
+            found |= {f"{name}_padded_{pad}": loss[name] - loss["unclamped"] for name in strategies}
         return found
 
     def full(self, windows, most=32):
@@ -1221,7 +1223,7 @@ def behind(windows, ids, others, n):
 def last_loss(logits, tokens, n):
     """Mean loss of the last n of tokens [batch, seq]; logits [batch, seq, vocabulary]."""
     following = torch.from_numpy(tokens[:, -n:]).to(logits.device)
-    return F.cross_entropy(logits[:, -n - 1:-1].flatten(0, 1), following.flatten()).item()
+    return F.cross_entropy(logits[:, -n - 1:-1].flatten(0, 1).float(), following.flatten()).item()
 
 
 def mcnemar(now, before):
