@@ -1373,23 +1373,17 @@ class Unlearner:
     on every other file, for the rest."""
 
     def __init__(self, run, plan):
-        self.sae, self.store, ids = run.sae, run.store, plan.dev
-        x, keep = self.store.x(ids), self.store.valid(ids)
+        self.sae, store, ids = run.sae, run.store, plan.dev
+        z, keep = encode_windows(self.sae, store, ids)[0], store.valid(ids)
         forget = keep & torch.from_numpy(plan.dev_group == "forget").to(DEVICE)[:, None]
-        z = encode_windows(self.sae, self.store, ids)[0].tocsr()[keep.flatten().cpu().numpy()]
-        self.q95 = torch.from_numpy(percentiles_95(z.tocsc())).to(DEVICE)
-        ranked, self.clamped = corpus.ranked_latents(z, forget[keep].cpu().numpy(), SELECTION,
-                                                     RETAIN_FREQUENCY, CLAMPED)
-        self.rest = x[keep & ~forget].mean(0)
-        self.direction = F.normalize(x[forget].mean(0) - self.rest, dim=0)
+        self.q95 = torch.from_numpy(percentiles_95(z)).to(DEVICE)
+        ranked, self.clamped = corpus.ranked_latents(
+            z.tocsr()[keep.flatten().cpu().numpy()], forget[keep].cpu().numpy(), SELECTION,
+            RETAIN_FREQUENCY, CLAMPED)
+        self.rest, self.direction = corpus.mean_difference(store.x(ids), keep, forget)
         self.matcher = corpus.Matcher(MATCHER, MATCHER_WINDOW, GATE_TOKENS, ranked[:MATCHED],
                                       self.q95)
-        self.matcher.fit(self.latents(ids), keep, forget, plan.halves(self.store.windows),
-                         FALSE_POSITIVES)
-
-    def latents(self, ids):  # z [batch, seq, d_sae] of windows, in parts
-        return (self.sae.encode(self.store.batch(part)).dense()
-                for part in np.array_split(ids, len(ids) // 32 + 1))
+        self.matcher.fit(z, keep, forget, plan.halves(store.windows), FALSE_POSITIVES)
 
     def edit(self, strategy, strength):
         """batch -> what to add to x [batch, seq, d_in]: where the strategy says so, latents that
@@ -1402,9 +1396,7 @@ class Unlearner:
                 return -strength * along[..., None] * self.direction
             whole = self.sae.encode(batch).dense()
             z, target = whole[..., latents], -strength * self.q95[latents]
-            on = z > 0
-            if strategy in self.matcher.thresholds:
-                on &= self.matcher.opens(strategy, whole)[..., None]
+            on = (z > 0) & self.matcher.opens(strategy, whole)[..., None]
             delta = torch.where(on, target - z, 0.0) @ self.sae.W_dec[latents]
             if strategy == "random_directions":
                 delta = F.normalize(torch.randn_like(delta), dim=-1) * delta.norm(dim=-1)[..., None]
@@ -1461,8 +1453,8 @@ def eval_unlearning(run):
     store, windows, tokenizer = run.store, run.store.windows, load_tokenizer()
     plan = corpus.unlearning_plan(windows, FORGET, tokenizer)
     unlearner = Unlearner(run, plan)
-    metrics, rocs = unlearner.matcher.scores(
-        unlearner.latents(plan.test), store.valid(plan.test), plan.group == "forget")
+    metrics, rocs = unlearner.matcher.scores(encode_windows(run.sae, store, plan.test)[0],
+                                             store.valid(plan.test), plan.group == "forget")
     metrics["auroc_bag_of_tokens"] = corpus.bag_auroc(windows, plan, MATCHER_WINDOW)
     edits, scores, frontier, per_sequence = plan.frontier(
         windows, FORGETTING, STRATEGIES, CONTROLS, unlearner.edit,

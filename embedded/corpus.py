@@ -1050,6 +1050,13 @@ def mean_by_decile(values, rate):
     return np.bincount(decile, values, 10) / np.maximum(np.bincount(decile, minlength=10), 1)
 
 
+def mean_difference(x, keep, forget):
+    """Of x [n, seq, d]: the mean of tokens `keep` that are not to be forgotten [d], and the direction from it to the mean of
+    those that are [d], of length 1; keep, forget [n, seq] of bool."""
+    rest = x[keep & ~forget].mean(0)
+    return rest, F.normalize(x[keep & forget].mean(0) - rest, dim=0)
+
+
 def alike(rate, chosen):
     """The units that are next to the chosen ones in rate [n], without them and without repeats."""
     others = np.setdiff1d(np.argsort(rate, kind="stable"), chosen, assume_unique=True)
@@ -1397,19 +1404,28 @@ def gate(match, n):
 class Matcher:
     """Tells by windows of `width` codes of the given latents where text to forget stands: a matcher for the patterns, one
     that sees a single position, one that sees them in random order. `gate_tokens` matches in a row open the gate.
-    Latents z come as [n, seq, d_sae], in parts; q95 [d_sae] are their units."""
+    q95 [d_sae] are the units of latents z."""
 
     def __init__(self, kind, width, gate_tokens, latents, q95):
         self.kind, self.width, self.gate_tokens, self.latents, self.q95 = kind, width, gate_tokens, latents, q95
 
-    def codes(self, parts):
-        """Of all windows: [n, seq, f]."""
-        return torch.cat([torch.log1p(z[..., self.latents] / self.q95[self.latents]) for z in parts])
+    def codes(self, z):
+        """Of z [n, seq, d_sae], dense: [n, seq, f]."""
+        return self.scaled(z[..., self.latents])
 
-    def fit(self, parts, keep, forget, half, false_positives):
-        """On the tokens `keep`, of which `forget` are to be forgotten, both [n, seq] of bool; thresholds with so many false
-        positives, by matchers fitted on the windows of either `half` [n] for those of the other."""
-        codes, half = self.codes(parts), torch.from_numpy(half).to(keep.device)[:, None].expand(keep.shape)
+    def codes_of_sparse(self, z, seq):
+        """Of z [n * seq, d_sae]: [n, seq, f]."""
+        chosen = torch.from_numpy(z[:, self.latents].toarray()).to(self.q95.device)
+        return self.scaled(chosen.view(-1, seq, len(self.latents)))
+
+    def scaled(self, chosen):
+        return torch.log1p(chosen / self.q95[self.latents])
+
+    def fit(self, z, keep, forget, half, false_positives):
+        """On the tokens `keep`, of which `forget` are to be forgotten, both [n, seq] of bool, z sparse [n * seq, d_sae];
+        thresholds with so many false positives, by matchers fitted on the windows of either `half` [n] for those of the
+        other."""
+        codes, half = self.codes_of_sparse(z, keep.shape[1]), torch.from_numpy(half).to(keep.device)[:, None].expand(keep.shape)
         if codes.shape[1] < self.gate_tokens:
             raise DataError(f"CONTEXT_LENGTH: unlearning's gate needs more than {self.gate_tokens} tokens.")
         apart = keep & (torch.arange(keep.shape[1], device=keep.device) % self.width == 0)  # windows do not overlap
@@ -1436,11 +1452,13 @@ class Matcher:
 
     def evidence(self, z):
         """Match and gate at each position, [n, seq]."""
-        match = self.match(self.codes([z]))
+        match = self.match(self.codes(z))
         return match, gate(match, self.gate_tokens)
 
     def opens(self, strategy, z):
-        """Whether the evidence of "pattern" or "hybrid" is above its threshold: [n, seq]."""
+        """Whether the evidence of "pattern" or "hybrid" is above its threshold; True for other strategies: [n, seq]."""
+        if strategy not in self.thresholds:
+            return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
         return dict(zip(("pattern", "hybrid"), self.evidence(z)))[strategy] > self.thresholds[strategy]
 
     def passage(self, z, on, tokens, tokenizer):
@@ -1451,9 +1469,9 @@ class Matcher:
         return {"tokens": tokenizer.batch_decode(tokens[i, :, None]), "match": match[i], "gate": gate[i],
                 "standard": on[i], "hybrid": on[i] & (gate[i] > self.thresholds["hybrid"])}
 
-    def scores(self, parts, keep, forget):
-        """detection_scores of tokens `keep` [n, seq], and of whole windows; forget [n]."""
-        codes = self.codes(parts)
+    def scores(self, z, keep, forget):
+        """detection_scores of tokens `keep` [n, seq], and of whole windows; forget [n]; z sparse [n * seq, d_sae]."""
+        codes = self.codes_of_sparse(z, keep.shape[1])
         matches, of_token = {name: self.match(codes, name) * keep for name in self.matchers}, forget.repeat(keep.sum(1).tolist())
         tasks = {name: (of_token, match[keep].cpu().numpy()) for name, match in matches.items()}
         tasks["hybrid"] = forget, gate(matches["pattern"], self.gate_tokens)[:, -1].cpu().numpy()
