@@ -1178,7 +1178,7 @@ def compute_controls(run):
             "ce_by_position": np.nanmean(own, 0).tolist()}
 
 
-def untrained(run):
+def untrained(run):  # the control of several evaluations
     torch.manual_seed(0)
     return TopK(run.sae.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
 
@@ -1381,8 +1381,8 @@ class Unlearner:
             z.tocsr()[keep.flatten().cpu().numpy()], forget[keep].cpu().numpy(), SELECTION,
             RETAIN_FREQUENCY, CLAMPED)
         self.rest, self.direction = corpus.mean_difference(store.x(ids), keep, forget)
-        self.matcher = corpus.Matcher(MATCHER, MATCHER_WINDOW, GATE_TOKENS, ranked[:MATCHED],
-                                      self.q95)
+        self.matcher = corpus.Matcher(
+            MATCHER, MATCHER_WINDOW, GATE_TOKENS, ranked[:MATCHED], self.q95)
         self.matcher.fit(z, keep, forget, plan.halves(store.windows), FALSE_POSITIVES)
 
     def edit(self, strategy, strength):
@@ -1441,8 +1441,9 @@ def sampled(run, edit, prompts):
     n = prompts.shape[1] // 2
     torch.manual_seed(0)
     with editing(run, edit) as model:
-        return model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n,
-                              min_new_tokens=n, do_sample=True, pad_token_id=0)[:, -n:]
+        return model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n, min_new_tokens=n,
+            do_sample=True, pad_token_id=0)[:, -n:]
 
 
 @torch.no_grad()
@@ -1453,17 +1454,18 @@ def eval_unlearning(run):
     store, windows, tokenizer = run.store, run.store.windows, load_tokenizer()
     plan = corpus.unlearning_plan(windows, FORGET, tokenizer)
     unlearner = Unlearner(run, plan)
-    metrics, rocs = unlearner.matcher.scores(encode_windows(run.sae, store, plan.test)[0],
-                                             store.valid(plan.test), plan.group == "forget")
+    metrics, rocs = unlearner.matcher.scores(
+        encode_windows(run.sae, store, plan.test)[0], store.valid(plan.test),
+        plan.group == "forget")
     metrics["auroc_bag_of_tokens"] = corpus.bag_auroc(windows, plan, MATCHER_WINDOW)
     edits, scores, frontier, per_sequence = plan.frontier(
         windows, FORGETTING, STRATEGIES, CONTROLS, unlearner.edit,
         functools.partial(edited_windows, run))
     logits = functools.partial(edited_logits, run)
-    metrics |= scores | plan.padded_losses(windows, STRATEGIES, edits, logits,
-                                           run.get_model().config)
-    metrics |= corpus.question_scores({"forget": FORGET_QUESTIONS, "retain": RETAIN_QUESTIONS},
-                                      tokenizer, edits, logits)
+    metrics |= scores | plan.padded_losses(
+        windows, STRATEGIES, edits, logits, run.get_model().config)
+    metrics |= corpus.question_scores(
+        {"forget": FORGET_QUESTIONS, "retain": RETAIN_QUESTIONS}, tokenizer, edits, logits)
     full, _ = plan.full(windows)
     metrics |= corpus.repetition({name: sampled(
         run, edit, store.tokens[full, :CONTEXT_LENGTH // 2]) for name, edit in edits.items()})
@@ -1479,11 +1481,11 @@ def eval_unlearning(run):
 # ---- Sparse probing, in SAEBench's protocol ----
 def probing_store(run, dataset):
     """Activations of a data set's texts, one a window, scaled as in training."""
-    windows, key = corpus.probing_windows(dataset, load_tokenizer(), PROBING_SIZE, CONTEXT_LENGTH,
-                                          cache_folder() / "tokens")
+    windows, key = corpus.probing_windows(
+        dataset, load_tokenizer(), PROBING_SIZE, CONTEXT_LENGTH, cache_folder() / "tokens")
     like = run.store
-    store = Store(like.folder.parent / fingerprint(key, like.folder.name), windows, like.d_in,
-                  like.dtype)
+    store = Store(like.folder.parent / fingerprint(key, like.folder.name), windows,
+                  like.d_in, like.dtype)
     store.collect(run.get_model, run.layer)
     store.mean, store.scale = like.mean, like.scale
     return store
@@ -1492,7 +1494,8 @@ def probing_store(run, dataset):
 @torch.no_grad()
 def eval_sparse_probing(run):
     """Accuracies of probes on latents, mean over PROBING; baselines."""
-    control, sources = untrained(run), map(inspect.getsource, (TopK, untrained, eval_sparse_probing))
+    control = untrained(run)
+    sources = map(inspect.getsource, (TopK, untrained, eval_sparse_probing))
     features = {"channels": lambda batch: batch.x,
                 "untrained": lambda batch: control.encode(batch).dense(),
                 "sae": lambda batch: run.sae.encode(batch).dense()}

@@ -1,5 +1,5 @@
 """Text for the runner: the embedded corpus and the loaders of named data sets. Data only: no model, no SAE, and
-of the metrics what tokens and labels decide by themselves.
+of the metrics what tokens and labels decide by themselves, or with functions of the model that they are given.
 
 The embedded corpus is the Python source of the packages pinned in requirements.txt (and of what they bring), read where
 they are installed. Each package is a labelled domain, each file a document. The same versions give the same bytes on
