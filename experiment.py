@@ -1123,8 +1123,6 @@ def compute_controls(run):
     """Losses of the model, ablated, of unigrams; bigrams; untrained TopK."""
     print("computing the model's own loss and the controls", flush=True)
     store, (by_position, variance) = run.store, variance_by_position(run.store)
-    torch.manual_seed(0)
-    untrained = TopK(store.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
     vocabulary = len(run.get_model().get_output_embeddings().weight)
     own = next_token_losses(run, lambda batch: store.unscaled(batch.x))[0]
     losses = {"ce_model": own, "ce_unigram": corpus.unigram_losses(store.windows, vocabulary),
@@ -1133,10 +1131,15 @@ def compute_controls(run):
     bigram_error = corpus.bigram_error(store.windows, lambda ids: store.batch(ids).x.cpu().numpy())
     metrics = {name: np.nanmean(loss) for name, loss in losses.items()} | {
         "bigram_explained_variance": 1 - bigram_error / variance,
-        "untrained_explained_variance": explained_variance(untrained, store, variance)}
+        "untrained_explained_variance": explained_variance(untrained(run), store, variance)}
     return {"metrics": metrics, "variance": variance, "variance_by_position": by_position,
             "ce_by_sequence": np.nanmean(own, 1).tolist(),
             "ce_by_position": np.nanmean(own, 0).tolist()}
+
+
+def untrained(run):  # the control of several evaluations
+    torch.manual_seed(0)
+    return TopK(run.sae.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
 
 
 def explained_variance(sae, store, variance):
@@ -1312,43 +1315,27 @@ STRATEGIES = ("standard", "pattern", "hybrid")
 CONTROLS = ("random_latents", "random_directions", "projection")
 
 
-def behind(store, ids, others, n):
-    """Tokens of windows `ids`, with n tokens of windows `others` put after the first."""
-    return torch.cat([store.tokens[others, :n + 1], store.tokens[ids, 1:]], 1)
-
-
 class Unlearner:
     """Latents selected and matchers fitted on a plan's dev windows; thresholds from matchers fitted
     on every other file, for the rest."""
 
     def __init__(self, run, plan):
-        self.run, self.sae, store = run, run.sae, run.store
-        forget, keep, x = plan.dev_group == "forget", store.valid(plan.dev), store.x(plan.dev)
-        z = encode_windows(self.sae, store, plan.dev)[0].tocsr()[keep.flatten().cpu().numpy()]
-        everything = percentiles_95(z.tocsc(), np.arange(self.sae.d_sae))
-        self.q95 = torch.from_numpy(everything).to(DEVICE)
-        ranked, chosen = corpus.ranked_latents(z, forget.repeat(keep.sum(1).tolist()), SELECTION,
-                                               RETAIN_FREQUENCY, CLAMPED)
-        self.matched = ranked[:MATCHED]
-        self.clamped = {"forget": chosen, "random": corpus.alike((z > 0).mean(0), chosen)}
-        label, half = (torch.from_numpy(rows).to(DEVICE)[:, None].expand(keep.shape)
-                       for rows in (forget, plan.halves(store.windows)))
-        self.rest = x[keep & ~label].mean(0)
-        self.direction = F.normalize(x[keep & label].mean(0) - self.rest, dim=0)
-        self.matcher = corpus.Matcher(MATCHER, MATCHER_WINDOW, GATE_TOKENS)
-        self.matcher.fit(self.codes(plan.dev), keep, label, half, FALSE_POSITIVES)
-
-    def scaled(self, z):  # [batch, seq, d_sae] -> codes [batch, seq, MATCHED]
-        return torch.log1p(z[..., self.matched] / self.q95[self.matched])
-
-    def codes(self, ids):  # -> [len(ids), seq, MATCHED]
-        return torch.cat([self.scaled(self.sae.encode(self.run.store.batch(part)).dense())
-                          for part in np.array_split(ids, len(ids) // 32 + 1)])
+        self.sae, store, ids = run.sae, run.store, plan.dev
+        z, keep = encode_windows(self.sae, store, ids)[0], store.valid(ids)
+        forget = keep & torch.from_numpy(plan.dev_group == "forget").to(DEVICE)[:, None]
+        self.q95 = torch.from_numpy(percentiles_95(z)).to(DEVICE)
+        ranked, self.clamped = corpus.ranked_latents(
+            z.tocsr()[keep.flatten().cpu().numpy()], forget[keep].cpu().numpy(), SELECTION,
+            RETAIN_FREQUENCY, CLAMPED)
+        self.rest, self.direction = corpus.mean_difference(store.x(ids), keep, forget)
+        self.matcher = corpus.Matcher(
+            MATCHER, MATCHER_WINDOW, GATE_TOKENS, ranked[:MATCHED], self.q95)
+        self.matcher.fit(z, keep, forget, plan.halves(store.windows), FALSE_POSITIVES)
 
     def edit(self, strategy, strength):
         """batch -> what to add to x [batch, seq, d_in]: where the strategy says so, latents that
         fire are set to -strength times the 95th percentile of their values."""
-        latents = self.clamped["random" if strategy == "random_latents" else "forget"]
+        latents = self.clamped.get(strategy, self.clamped["forget"])
 
         def change(batch):
             if strategy == "projection":
@@ -1356,13 +1343,10 @@ class Unlearner:
                 return -strength * along[..., None] * self.direction
             whole = self.sae.encode(batch).dense()
             z, target = whole[..., latents], -strength * self.q95[latents]
-            on = z > 0
-            if strategy in self.matcher.thresholds:
-                on &= self.matcher.opens(strategy, self.scaled(whole))[..., None]
+            on = (z > 0) & self.matcher.opens(strategy, whole)[..., None]
             delta = torch.where(on, target - z, 0.0) @ self.sae.W_dec[latents]
             if strategy == "random_directions":
-                size = delta.norm(dim=-1, keepdim=True)
-                return F.normalize(torch.randn_like(delta), dim=-1) * size
+                delta = F.normalize(torch.randn_like(delta), dim=-1) * delta.norm(dim=-1)[..., None]
             return delta
         return change
 
@@ -1375,67 +1359,38 @@ def editing(run, edit, mask=None):
 
     def change(module, inputs, output):
         hidden = output[0] if isinstance(output, tuple) else output
-        past.append(hidden.float())
-        raw = torch.cat(past, 1)
-        if raw.shape[1] == 1:
-            return output
-        keep = torch.ones_like(raw[..., 0]) > 0 if mask is None else mask
-        batch = run.store.batch_of(raw, keep.long(), np.arange(len(raw)), keep[:, 1:])
-        delta = F.pad(edit(batch) * run.store.scale, (0, 0, 1, 0))[:, -hidden.shape[1]:]
-        hidden = (hidden + delta).to(hidden.dtype)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        past[:] = [torch.cat([*past, hidden.float()], 1)]  # a copy: `hidden` is changed in place
+        keep = torch.ones_like(past[0][..., 0]) > 0 if mask is None else mask
+        if keep.shape[1] > 1:
+            batch = run.store.batch_of(past[0], keep.long(), np.arange(len(keep)), keep[:, 1:])
+            delta = edit(batch)[:, -hidden.shape[1]:] * run.store.scale
+            hidden[:, -delta.shape[1]:] += delta
 
     with find_blocks(run.get_model())[run.layer].register_forward_hook(change):
         yield run.get_model()
 
 
-def right_answers(run, dataset, edit):
-    """Whether each question is answered rightly under all orders of its options (SAEBench)."""
-    right = []
-    for tokens, mask, letters, answers in corpus.encoded_questions(dataset, load_tokenizer()):
-        tokens, mask = (torch.from_numpy(a).to(DEVICE) for a in (tokens, mask))
-        with editing(run, edit, mask) as model:
-            vocabulary = model.get_input_embeddings().num_embeddings  # the preflight's is small
-            logits = model(input_ids=tokens % vocabulary, attention_mask=mask.long(),
-                           use_cache=False).logits
-        last = logits[torch.arange(len(tokens)), mask.sum(1) - 1][:, np.array(letters) % vocabulary]
-        right.append((last.argmax(1).cpu().numpy() == answers).all())
-    return np.array(right)
+def edited_windows(run, edit, ids):
+    """What `spliced` gives under an edit of x."""
+    return spliced(run, ids, lambda batch: run.store.unscaled(batch.x + edit(batch)))
 
 
-def padded_loss(run, tokens, n, edit):
-    """Mean loss of the last n of tokens [batch, seq]."""
-    with editing(run, edit) as model:
-        logits = model(input_ids=tokens, use_cache=False).logits[:, -n - 1:-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, -n:].flatten()).item()
+def edited_logits(run, edit, tokens, mask):
+    """Of tokens that count where the mask is True, [batch, seq]: [batch, seq, vocab]."""
+    tokens, mask = (torch.from_numpy(part).to(DEVICE) for part in (tokens, mask))
+    with editing(run, edit, mask) as model:
+        size = model.get_input_embeddings().num_embeddings  # the preflight's is small
+        return model(tokens % size, attention_mask=mask.long(), use_cache=False).logits
 
 
-def generations(run, prompts, edit):
-    """Of samples half as long as the prompts: share of repeated pairs, entropy in nats."""
+def sampled(run, edit, prompts):
+    """Tokens after the prompts, half as many."""
     n = prompts.shape[1] // 2
     torch.manual_seed(0)
     with editing(run, edit) as model:
-        tokens = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n,
-                                min_new_tokens=n, do_sample=True, pad_token_id=0)
-    return corpus.repetition(tokens[:, -n:].cpu().numpy())
-
-
-def unlearning_scores(run, ids, clozes=None, edit=None):
-    """Loss of each window, and whether each cloze is answered rightly, under an edit of x."""
-    losses, right = [], []
-    for part, logp, loss in spliced(run, ids, lambda batch: run.store.unscaled(
-            batch.x + edit(batch) if edit else batch.x)):
-        losses.append(np.nanmean(loss, 1))
-        right.append(clozes.answered(part, logp.cpu().numpy()) if clozes else [])
-    return np.concatenate(losses), np.concatenate(right)
-
-
-def strength_for(forgetting, low=2 ** -4, high=2.0 ** 8):
-    """The least strength, to 10 %, that forgets FORGETTING nats; `high` where none does."""
-    while high > 1.1 * low:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if forgetting(middle) >= FORGETTING else (middle, high)
-    return high
+        return model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n, min_new_tokens=n,
+            do_sample=True, pad_token_id=0)[:, -n:]
 
 
 @torch.no_grad()
@@ -1443,56 +1398,29 @@ def eval_unlearning(run):
     """What FORGET's test windows lose, and the others with them, at strengths that cost its dev
     windows FORGETTING nats."""
     torch.manual_seed(0)
-    store, windows = run.store, run.store.windows
-    plan = corpus.unlearning_plan(windows, FORGET, load_tokenizer())
+    store, windows, tokenizer = run.store, run.store.windows, load_tokenizer()
+    plan = corpus.unlearning_plan(windows, FORGET, tokenizer)
     unlearner = Unlearner(run, plan)
-    metrics, rocs = unlearner.matcher.scores(unlearner.codes(plan.test), store.valid(plan.test),
-                                             plan.group == "forget")
+    metrics, rocs = unlearner.matcher.scores(
+        encode_windows(run.sae, store, plan.test)[0], store.valid(plan.test),
+        plan.group == "forget")
     metrics["auroc_bag_of_tokens"] = corpus.bag_auroc(windows, plan, MATCHER_WINDOW)
-    own, own_right = unlearning_scores(run, plan.test, plan.clozes)
-    metrics |= plan.means(None, own_right)
-    search = plan.dev[plan.dev_group == "forget"][::5]
-    own_search = unlearning_scores(run, search)[0].mean()
-    frontier, per_sequence = {}, {}
-    edits = {"unclamped": lambda batch: torch.zeros_like(batch.x)}
-    for strategy in STRATEGIES + CONTROLS:
-        strength = strength_for(lambda s: unlearning_scores(
-            run, search, None, unlearner.edit(strategy, s))[0].mean() - own_search)
-        edits[strategy], frontier[strategy] = unlearner.edit(strategy, strength), []
-        for factor in (1, 0.25, 0.5, 2, 4) if strategy in STRATEGIES else (1,):
-            edit = unlearner.edit(strategy, strength * factor)
-            loss, right = unlearning_scores(run, plan.test, plan.clozes, edit)
-            row = {"strength": strength * factor} | plan.means(loss - own, right, own_right)
-            frontier[strategy].append(row)
-            if factor == 1:
-                lost = plan.by_document(windows, loss - own)
-                metrics |= {f"{strategy}_{name}": value for name, value in row.items()}
-                per_sequence |= {f"{strategy}_{name}": values for name, values in lost.items()}
-    (full, others), n = plan.full(windows), CONTEXT_LENGTH - 2
-    longest = getattr(run.get_model().config, "max_position_embeddings", None) or 10 ** 9
-    for pad in (pad for pad in (0, 32, 64) if CONTEXT_LENGTH + pad <= longest):
-        tokens = behind(store, full, others, pad)
-        loss = padded_loss(run, tokens, n, edits["unclamped"])
-        metrics |= {f"{strategy}_padded_{pad}": padded_loss(run, tokens, n, edits[strategy]) - loss
-                    for strategy in STRATEGIES}
-    for name, edit in edits.items():
-        metrics[f"{name}_repetition"], metrics[f"{name}_entropy"] = generations(
-            run, store.tokens[full, :CONTEXT_LENGTH // 2], edit)
-    for kind, dataset in (("forget", FORGET_QUESTIONS), ("retain", RETAIN_QUESTIONS)):
-        if dataset:
-            answers = {name: right_answers(run, dataset, edit) for name, edit in edits.items()}
-            metrics |= corpus.compared(answers, f"_{kind}_questions")
-    batch = store.batch(full)
-    z = run.sae.encode(batch).dense()
-    clamped, (match, gate) = z[..., unlearner.clamped["forget"]], unlearner.matcher.evidence(
-        unlearner.scaled(z))
+    edits, scores, frontier, per_sequence = plan.frontier(
+        windows, FORGETTING, STRATEGIES, CONTROLS, unlearner.edit,
+        functools.partial(edited_windows, run))
+    logits = functools.partial(edited_logits, run)
+    metrics |= scores | plan.padded_losses(
+        windows, STRATEGIES, edits, logits, run.get_model().config)
+    metrics |= corpus.question_scores(
+        {"forget": FORGET_QUESTIONS, "retain": RETAIN_QUESTIONS}, tokenizer, edits, logits)
+    full, _ = plan.full(windows)
+    metrics |= corpus.repetition({name: sampled(
+        run, edit, store.tokens[full, :CONTEXT_LENGTH // 2]) for name, edit in edits.items()})
+    z = run.sae.encode(batch := store.batch(full)).dense()
+    clamped = z[..., unlearner.clamped["forget"]]
     adjacent = consistency(batch, F.normalize(clamped, dim=-1))
     metrics["clamped_consistency"] = 1 - adjacent["consistency"].item()
-    i = gate[:, -1].argsort()[len(full) // 2].item()  # the median passage
-    on = (clamped[i] > 0).any(-1)
-    passage = {"tokens": load_tokenizer().batch_decode(store.tokens[full[i], 1:, None]),
-               "match": match[i], "gate": gate[i], "standard": on,
-               "hybrid": on & (gate[i] > unlearner.matcher.thresholds["hybrid"])}
+    passage = unlearner.matcher.passage(z, (clamped > 0).any(-1), batch.tokens, tokenizer)
     return Result(metrics, plain({"frontier": frontier, "roc": rocs, "passage": passage}),
                   plain(per_sequence))
 
@@ -1500,48 +1428,27 @@ def eval_unlearning(run):
 # ---- Sparse probing, in SAEBench's protocol ----
 def probing_store(run, dataset):
     """Activations of a data set's texts, one a window, scaled as in training."""
-    windows, key = corpus.probing_windows(dataset, load_tokenizer(), PROBING_SIZE, CONTEXT_LENGTH,
-                                          cache_folder() / "tokens")
+    windows, key = corpus.probing_windows(
+        dataset, load_tokenizer(), PROBING_SIZE, CONTEXT_LENGTH, cache_folder() / "tokens")
     like = run.store
-    store = Store(like.folder.parent / fingerprint(key, like.folder.name), windows, like.d_in,
-                  like.dtype)
+    store = Store(like.folder.parent / fingerprint(key, like.folder.name), windows,
+                  like.d_in, like.dtype)
     store.collect(run.get_model, run.layer)
     store.mean, store.scale = like.mean, like.scale
     return store
 
 
 @torch.no_grad()
-def pooled(store, values):
-    """values(batch) [batch, seq, d], mean over the tokens that count: [window, d]."""
-    ids, found = np.arange(len(store.windows.tokens)), []
-    for part in np.array_split(ids, len(ids) // 32 + 1):
-        keep = store.valid(part)[..., None]
-        found.append(((values(store.batch(part)) * keep).sum(1) / keep.sum(1)).cpu().numpy())
-    return np.concatenate(found)
-
-
-def probing_baselines(run, store):
-    """Those of the model's channels, an untrained SAE, and counts of tokens."""
-    torch.manual_seed(0)
-    untrained = TopK(store.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
-    features = {"channels": pooled(store, lambda batch: batch.x),
-                "untrained": pooled(store, lambda batch: untrained.encode(batch).dense()),
-                "tokens": corpus.token_shares(store.windows)}
-    return {name: corpus.sparse_accuracies(values, store.windows, PROBED).tolist()
-            for name, values in features.items()}
-
-
 def eval_sparse_probing(run):
     """Accuracies of probes on latents, mean over PROBING; baselines."""
-    found = []
-    for dataset in PROBING:
-        store = (run.probing or probing_store)(run, dataset)
-        key = fingerprint(SOURCE[SOURCE.index("# ---- Sparse probing"):], inspect.getsource(TopK),
-                          TARGET_L0, PROBED, run.sae.d_sae)
-        base = kept(store.folder / f"{key}.json", lambda: probing_baselines(run, store))
-        latents = pooled(store, lambda batch: run.sae.encode(batch).dense())
-        found.append(base | {"sae": corpus.sparse_accuracies(latents, store.windows, PROBED)})
-    metrics, curves = corpus.mean_accuracies(found, PROBED)
+    control = untrained(run)
+    sources = map(inspect.getsource, (TopK, untrained, eval_sparse_probing))
+    features = {"channels": lambda batch: batch.x,
+                "untrained": lambda batch: control.encode(batch).dense(),
+                "sae": lambda batch: run.sae.encode(batch).dense()}
+    stores = ((run.probing or probing_store)(run, dataset) for dataset in PROBING)
+    metrics, curves = corpus.sparse_probing(
+        stores, features, PROBED, fingerprint(*sources, TARGET_L0, PROBED, run.sae.d_sae))
     return Result(metrics, plain({"sparse_probing": curves}), {})
 
 

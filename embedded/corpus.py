@@ -1,5 +1,5 @@
 """Text for the runner: the embedded corpus and the loaders of named data sets. Data only: no model, no SAE, and
-of the metrics what tokens and labels decide by themselves.
+of the metrics what tokens and labels decide by themselves, or with functions of the model that they are given.
 
 The embedded corpus is the Python source of the packages pinned in requirements.txt (and of what they bring), read where
 they are installed. Each package is a labelled domain, each file a document. The same versions give the same bytes on
@@ -36,7 +36,7 @@ import zipfile
 from contextlib import contextmanager, redirect_stdout, suppress
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, compress, islice, permutations
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -925,9 +925,14 @@ def evolution(z, tokens, stable, alive, n=16):
 
 
 def repetition(texts):
-    """Of rows of tokens: mean share of their pairs of neighbours that came before in the row; mean entropy in nats."""
-    return (1 - np.mean([len(set(zip(row, row[1:]))) / (len(row) - 1) for row in texts]),
-            np.mean([entropy(row) for row in texts]))
+    """Of each of {name: tokens [n, seq]}, flat: mean share of a row's pairs of neighbours that came before in it; mean
+    entropy of a row in nats."""
+    found = {}
+    for name, rows in texts.items():
+        rows = rows.tolist()
+        found |= {f"{name}_repetition": 1 - np.mean([len(set(zip(row, row[1:]))) / (len(row) - 1) for row in rows]),
+                  f"{name}_entropy": np.mean([entropy(row) for row in rows])}
+    return found
 
 
 def firings(z, latents):
@@ -935,8 +940,9 @@ def firings(z, latents):
     return [(z.indices[a:b], z.data[a:b]) for a, b in zip(z.indptr[latents], z.indptr[latents + 1])]
 
 
-def percentiles_95(z, latents):
-    """Of each latent's values where it fires; 1 where it never does."""
+def percentiles_95(z, latents=None):
+    """Of the values where each of `latents`, or each, fires; 1 where it never does; z as in `firings`."""
+    latents = np.arange(z.shape[1]) if latents is None else latents
     return np.array([np.quantile(values, 0.95) if len(values) else 1.0 for _, values in firings(z, latents)],
                     dtype=np.float32)
 
@@ -956,16 +962,17 @@ def live_latents(z, windows, least, least_files):
 
 
 def ranked_latents(z, forget, rule, most, n):
-    """All latents in order, and the first n that may be clamped; of codes sparse [token, d_sae], the tokens forget [token] to
-    be forgotten. By "ratio", E[z^2] there over elsewhere (arXiv 2504.08192), or by "frequency" there, among those active on
-    less than a share `most` of the tokens elsewhere (SAEBench)."""
-    z = z.power(2) if rule == "ratio" else z > 0
-    there, elsewhere = (np.asarray(z[part].mean(0)).ravel() for part in (forget, ~forget))
+    """All latents in order, and which to clamp: "forget", the first n that may be, and "random_latents", those next to them
+    in firing rate; of codes sparse [token, d_sae], the tokens forget [token] to be forgotten. By "ratio", E[z^2] there over
+    elsewhere (arXiv 2504.08192), or by "frequency" there, among those active on less than a share `most` of the tokens
+    elsewhere (SAEBench)."""
+    size = z.power(2) if rule == "ratio" else z > 0
+    there, elsewhere = (np.asarray(size[part].mean(0)).ravel() for part in (forget, ~forget))
     score = there / (elsewhere + 0.01 * there.mean()) if rule == "ratio" else there * (elsewhere < most)
     ranked, n = np.argsort(-score), min(n, (score > 0).sum())
     if not 0 < n < len(score):
         raise DataError(f"CLAMPED: {n} of {len(score)} latents may be clamped, it takes one and leaves one.")
-    return ranked, ranked[:n]
+    return ranked, {"forget": ranked[:n], "random_latents": alike((z > 0).mean(0), ranked[:n])}
 
 
 def single_token_fraction(windows, firings, most=40):
@@ -1056,6 +1063,13 @@ def mean_by_decile(values, rate):
     """Mean of values [n] within each decile of rate [n]; 0 where one is empty."""
     decile = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1)))
     return np.bincount(decile, values, 10) / np.maximum(np.bincount(decile, minlength=10), 1)
+
+
+def mean_difference(x, keep, forget):
+    """Of x [n, seq, d]: the mean of tokens `keep` that are not to be forgotten [d], and the direction from it to the mean of
+    those that are [d], of length 1; keep, forget [n, seq] of bool."""
+    rest = x[keep & ~forget].mean(0)
+    return rest, F.normalize(x[keep & forget].mean(0) - rest, dim=0)
 
 
 def alike(rate, chosen):
@@ -1163,6 +1177,42 @@ class UnlearningPlan(NamedTuple):
         return {str(name): windows.by_document(losses[self.group == name], docs[self.group == name])
                 for name in np.unique(self.group)}
 
+    def frontier(self, windows, forgetting, strategies, controls, edit, results):
+        """What strategies and controls cost the test windows, at the strengths that cost every fifth dev window of "forget"
+        `forgetting` nats, and strategies at a quarter of it to four times: {name: edit}, metrics, {name: its rows}, by
+        document of the sample.
+
+        edit(strategy, strength) -> an edit; results(edit, ids) -> as Clozes.scores takes them."""
+        def scores(*of):
+            return self.clozes.scores(results(*of))
+
+        edits, rows, lost = {"unclamped": edit("projection", 0.0)}, {}, {}        # which leaves all as it is
+        own, own_right = scores(edits["unclamped"], self.test)
+        search = self.dev[self.dev_group == "forget"][::5]
+        own_search, metrics = scores(edits["unclamped"], search)[0].mean(), self.means(None, own_right)
+        for name in strategies + controls:
+            strength = strength_for(lambda s: scores(edit(name, s), search)[0].mean() - own_search, forgetting)
+            edits[name], rows[name] = edit(name, strength), []
+            for factor in (1, 0.25, 0.5, 2, 4) if name in strategies else (1,):
+                loss, right = scores(edit(name, strength * factor), self.test)
+                rows[name].append({"strength": strength * factor} | self.means(loss - own, right, own_right))
+                if factor == 1:
+                    lost |= {f"{name}_{g}": values for g, values in self.by_document(windows, loss - own).items()}
+            metrics |= {f"{name}_{key}": value for key, value in rows[name][0].items()}
+        return edits, metrics, rows, lost
+
+    def padded_losses(self, windows, strategies, edits, logits, config):
+        """What strategies add to the loss of full windows of "forget" behind 0, 32 and 64 tokens of "retain", as far as the
+        model takes so many; logits(edit, tokens [n, seq], mask [n, seq]) -> [n, seq, vocabulary]."""
+        (full, others), n = self.full(windows), windows.tokens.shape[1] - 2
+        longest, found = getattr(config, "max_position_embeddings", None) or math.inf, {}
+        for pad in (pad for pad in (0, 32, 64) if n + 2 + pad <= longest):
+            tokens = behind(windows, full, others, pad)
+            loss = {name: last_loss(logits(edits[name], tokens, np.ones(tokens.shape, bool)), tokens, n)
+                    for name in ("unclamped", *strategies)}
+            found |= {f"{name}_padded_{pad}": loss[name] - loss["unclamped"] for name in strategies}
+        return found
+
     def full(self, windows, most=32):
         """Up to `most` test windows of "forget" without padding, and as many of "retain"."""
         forget, retain = (self.test[self.group == name] for name in ("forget", "retain"))
@@ -1179,6 +1229,25 @@ class UnlearningPlan(NamedTuple):
         return half
 
 
+def strength_for(forgets, forgetting, low=2 ** -4, high=2.0 ** 8):
+    """The least strength, to 10 %, of which forgets(strength) is `forgetting` nats; `high` where none does."""
+    while high > 1.1 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if forgets(middle) >= forgetting else (middle, high)
+    return high
+
+
+def behind(windows, ids, others, n):
+    """Tokens of windows `ids`, with n tokens of windows `others` put after the first."""
+    return np.concatenate([windows.tokens[others, :n + 1], windows.tokens[ids, 1:]], 1).astype(np.int64)
+
+
+def last_loss(logits, tokens, n):
+    """Mean loss of the last n of tokens [batch, seq]; logits [batch, seq, vocabulary]."""
+    following = torch.from_numpy(tokens[:, -n:]).to(logits.device)
+    return F.cross_entropy(logits[:, -n - 1:-1].flatten(0, 1).float(), following.flatten()).item()
+
+
 def mcnemar(now, before):
     """Exact p that as many answers turned right as turned wrong; both [n] of bool."""
     gained, lost = (now & ~before).sum(), (before & ~now).sum()
@@ -1191,6 +1260,28 @@ def compared(answers, suffix):
     found = {f"{name}{suffix}": right.mean() for name, right in answers.items()}
     return found | {f"{name}{suffix}_p": mcnemar(right, answers["unclamped"])
                     for name, right in answers.items() if name != "unclamped"}
+
+
+def right_answers(dataset, tokenizer, logits):
+    """Whether each question is answered rightly under all orders of its options (SAEBench): [question] of bool;
+    logits(tokens [24, seq], mask [24, seq]) -> [24, seq, vocabulary]."""
+    right = []
+    for tokens, mask, letters, answers in encoded_questions(dataset, tokenizer):
+        said = logits(tokens, mask)
+        last = said[np.arange(len(tokens)), mask.sum(1) - 1][:, np.array(letters) % said.shape[-1]]
+        right.append((last.argmax(1).cpu().numpy() == answers).all())
+    return np.array(right)
+
+
+def question_scores(datasets, tokenizer, edits, logits):
+    """`compared` answers of the model under each of edits {name: edit} to the data sets {kind: its name or None}, flat;
+    logits(edit, tokens, mask)."""
+    found = {}
+    for kind, dataset in datasets.items():
+        if dataset:
+            found |= compared({name: right_answers(dataset, tokenizer, partial(logits, edit))
+                               for name, edit in edits.items()}, f"_{kind}_questions")
+    return found
 
 
 def sparse_accuracies(features, windows, numbers):
@@ -1213,6 +1304,32 @@ def mean_accuracies(found, numbers):
     kinds = *(f"top_{k}" for k in numbers), "all"
     metrics = {f"{name}_{kind}": value for name, values in curves.items() for kind, value in zip(kinds, values)}
     return metrics, curves | {"k": numbers, "data_sets": found}
+
+
+def pooled(store, values):
+    """values(batch) [batch, seq, d], mean over the tokens of each window that count: [window, d]."""
+    ids, found = np.arange(len(store.windows.tokens)), []
+    for part in np.array_split(ids, len(ids) // 32 + 1):
+        keep = store.valid(part)[..., None]
+        found.append(((values(store.batch(part)) * keep).sum(1) / keep.sum(1)).cpu().numpy())
+    return np.concatenate(found)
+
+
+def probing_baselines(store, features, numbers):
+    """sparse_accuracies of pooled features {name: function of a batch}, and of counts of tokens."""
+    found = {name: sparse_accuracies(pooled(store, values), store.windows, numbers).tolist()
+             for name, values in features.items()}
+    return found | {"tokens": sparse_accuracies(token_shares(store.windows), store.windows, numbers).tolist()}
+
+
+def sparse_probing(stores, features, numbers, key):
+    """mean_accuracies over stores of pooled features {name: function of a batch}; those of all but "sae", and of counts of
+    tokens, are kept beside the store's files, under the key."""
+    baselines, found = {name: values for name, values in features.items() if name != "sae"}, []
+    for store in stores:
+        base = kept(store.folder / f"{key}.json", lambda: probing_baselines(store, baselines, numbers))
+        found.append(base | {"sae": sparse_accuracies(pooled(store, features["sae"]), store.windows, numbers)})
+    return mean_accuracies(found, numbers)
 
 
 def token_shares(windows):
@@ -1300,15 +1417,30 @@ def gate(match, n):
 
 
 class Matcher:
-    """Tells by windows of `width` codes [n, seq, f] where text to forget stands: a matcher for the patterns, one that sees a
-    single position, one that sees them in random order. `gate_tokens` matches in a row open the gate."""
+    """Tells by windows of `width` codes of the given latents where text to forget stands: a matcher for the patterns, one
+    that sees a single position, one that sees them in random order. `gate_tokens` matches in a row open the gate.
+    q95 [d_sae] are the units of latents z."""
 
-    def __init__(self, kind, width, gate_tokens):
-        self.kind, self.width, self.gate_tokens = kind, width, gate_tokens
+    def __init__(self, kind, width, gate_tokens, latents, q95):
+        self.kind, self.width, self.gate_tokens, self.latents, self.q95 = kind, width, gate_tokens, latents, q95
 
-    def fit(self, codes, keep, forget, half, false_positives):
-        """On the tokens `keep`, of which `forget` are to be forgotten; thresholds with so many false positives, by matchers
-        fitted on the windows of either `half` for those of the other. All [n, seq] of bool."""
+    def codes(self, z):
+        """Of z [n, seq, d_sae], dense: [n, seq, f]."""
+        return self.scaled(z[..., self.latents])
+
+    def codes_of_sparse(self, z, seq):
+        """Of z [n * seq, d_sae]: [n, seq, f]."""
+        chosen = torch.from_numpy(z[:, self.latents].toarray()).to(self.q95.device)
+        return self.scaled(chosen.view(-1, seq, len(self.latents)))
+
+    def scaled(self, chosen):
+        return torch.log1p(chosen / self.q95[self.latents])
+
+    def fit(self, z, keep, forget, half, false_positives):
+        """On the tokens `keep`, of which `forget` are to be forgotten, both [n, seq] of bool, z sparse [n * seq, d_sae];
+        thresholds with so many false positives, by matchers fitted on the windows of either `half` [n] for those of the
+        other."""
+        codes, half = self.codes_of_sparse(z, keep.shape[1]), torch.from_numpy(half).to(keep.device)[:, None].expand(keep.shape)
         if codes.shape[1] < self.gate_tokens:
             raise DataError(f"CONTEXT_LENGTH: unlearning's gate needs more than {self.gate_tokens} tokens.")
         apart = keep & (torch.arange(keep.shape[1], device=keep.device) % self.width == 0)  # windows do not overlap
@@ -1333,17 +1465,28 @@ class Matcher:
         """The probability that text to forget stands at each position: [n, seq]."""
         return torch.cat([self.matchers[name](self.windows(part, name)) for part in codes.split(32)])
 
-    def evidence(self, codes):
+    def evidence(self, z):
         """Match and gate at each position, [n, seq]."""
-        match = self.match(codes)
+        match = self.match(self.codes(z))
         return match, gate(match, self.gate_tokens)
 
-    def opens(self, strategy, codes):
-        """Whether the evidence of "pattern" or "hybrid" is above its threshold: [n, seq]."""
-        return dict(zip(("pattern", "hybrid"), self.evidence(codes)))[strategy] > self.thresholds[strategy]
+    def opens(self, strategy, z):
+        """Whether the evidence of "pattern" or "hybrid" is above its threshold; True for other strategies: [n, seq]."""
+        if strategy not in self.thresholds:
+            return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        return dict(zip(("pattern", "hybrid"), self.evidence(z)))[strategy] > self.thresholds[strategy]
 
-    def scores(self, codes, keep, forget):
-        """detection_scores of tokens `keep` [n, seq], and of whole windows; forget [n]."""
+    def passage(self, z, on, tokens, tokenizer):
+        """Of the window whose gate is the median at its end: its text, match and gate, and where "standard" clamps, which is
+        `on` [n, seq], and "hybrid"; tokens [n, seq]."""
+        match, gate = self.evidence(z)
+        i = gate[:, -1].argsort()[len(gate) // 2].item()
+        return {"tokens": tokenizer.batch_decode(tokens[i, :, None]), "match": match[i], "gate": gate[i],
+                "standard": on[i], "hybrid": on[i] & (gate[i] > self.thresholds["hybrid"])}
+
+    def scores(self, z, keep, forget):
+        """detection_scores of tokens `keep` [n, seq], and of whole windows; forget [n]; z sparse [n * seq, d_sae]."""
+        codes = self.codes_of_sparse(z, keep.shape[1])
         matches, of_token = {name: self.match(codes, name) * keep for name in self.matchers}, forget.repeat(keep.sum(1).tolist())
         tasks = {name: (of_token, match[keep].cpu().numpy()) for name, match in matches.items()}
         tasks["hybrid"] = forget, gate(matches["pattern"], self.gate_tokens)[:, -1].cpu().numpy()
@@ -1752,7 +1895,14 @@ class Clozes(NamedTuple):
         tokens that follow positions from 1."""
         here = np.flatnonzero(np.isin(self.window, ids))
         row, at = np.searchsorted(ids, self.window[here]), self.position[here] - 1
-        return logp[row[:, None], at[:, None], self.options[here]].argmax(1) == 0
+        return logp[row[:, None], at[:, None], self.options[here]].cpu().numpy().argmax(1) == 0
+
+    def scores(self, parts):
+        """Mean loss of each window, and whether each cloze of them is answered rightly; of windows in parts (ids,
+        log-probabilities as in `answered`, losses [len(ids), seq], NaN at padding)."""
+        found = [(np.nanmean(loss, 1), self.answered(ids, logp)) for ids, logp, loss in parts]
+        losses, right = map(np.concatenate, zip(*found))
+        return losses, right
 
 
 def clozes(windows, ids, strings, seed=0):

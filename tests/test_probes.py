@@ -169,7 +169,7 @@ def test_pooled_leaves_padding_out(E, make_store):
     x = torch.randn(70, CONTEXT, 4)
     x[torch.from_numpy(np.arange(CONTEXT) >= lengths[:, None])] = 1e3
     store = make_store(x, 40, lengths=lengths)
-    found = E.pooled(store, lambda batch: batch.x.square())
+    found = E.corpus.pooled(store, lambda batch: batch.x.square())
     scaled = (x - store.mean) / store.scale
     wanted = np.array([scaled[i, 1:n].square().mean(0).tolist() for i, n in enumerate(lengths)])
     assert found == pytest.approx(wanted, rel=1e-4)
@@ -258,15 +258,15 @@ def test_sparse_probing_as_a_whole(E, make_store, monkeypatch):
     assert m["sae_top_1"] == pytest.approx((1 + 0.5) / 2, abs=0.06)
     assert m["tokens_top_1"] == pytest.approx(0.5, abs=0.1)
     assert m["channels_top_1"] < m["sae_top_1"] and json.dumps(result._asdict(), allow_nan=False)
-    baselines = E.probing_baselines
+    baselines = E.corpus.probing_baselines
     with monkeypatch.context() as patch:                                # they are kept beside the activations,
-        patch.setattr(E, "probing_baselines", lambda *of: pytest.fail("computed again"))
+        patch.setattr(E.corpus, "probing_baselines", lambda *of: pytest.fail("computed again"))
         assert E.eval_sparse_probing(run).metrics == m
     for name, value in (("PROBED", (1, 2, 8)), ("TARGET_L0", 2)):       # but not for other settings
         asked = []
         with monkeypatch.context() as patch:
             patch.setattr(E, name, value)
-            patch.setattr(E, "probing_baselines", lambda *of: asked.append(of) or baselines(*of))
+            patch.setattr(E.corpus, "probing_baselines", lambda *of: asked.append(of) or baselines(*of))
             kinds = *(f"top_{k}" for k in E.PROBED), "all"
             assert set(E.eval_sparse_probing(run).metrics) == {f"{n}_{kind}" for n in names for kind in kinds}
         assert len(asked) == 2, name

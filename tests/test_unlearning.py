@@ -366,10 +366,10 @@ def test_too_few_positions_open_no_gate(E):
 def bare(E, sae, clamped, q95, matchers={}, thresholds={}, **others):
     """An Unlearner whose selection, matchers and thresholds are a test's; the matcher sees all latents."""
     unlearner = E.Unlearner.__new__(E.Unlearner)
-    matcher = E.corpus.Matcher(E.MATCHER, E.MATCHER_WINDOW, E.GATE_TOKENS)
+    matcher = E.corpus.Matcher(E.MATCHER, E.MATCHER_WINDOW, E.GATE_TOKENS, np.arange(sae.d_sae), torch.tensor(q95))
     matcher.matchers, matcher.thresholds = matchers, thresholds
-    everything = {"sae": sae, "clamped": {"forget": np.array(clamped), "random": np.array([1])}, "matcher": matcher,
-                  "matched": np.arange(sae.d_sae), "q95": torch.tensor(q95)}
+    everything = {"sae": sae, "clamped": {"forget": np.array(clamped), "random_latents": np.array([1])},
+                  "matcher": matcher, "q95": torch.tensor(q95)}
     for name, value in (everything | others).items():
         setattr(unlearner, name, value)
     return unlearner
@@ -466,6 +466,7 @@ def test_projection_by_hand(E, three):
         moved = POINTS + unlearner.edit("projection", strength)(batch_of(E, POINTS))
         assert torch.allclose((moved - rest) @ direction, (1 - strength) * before, atol=1e-5)
         close(moved @ torch.tensor([0.8, -0.6]), POINTS @ torch.tensor([0.8, -0.6]), 1e-5)
+    assert not unlearner.edit("projection", 0.0)(batch_of(E, POINTS)).any()         # "unclamped"
 
 
 # ---- A tiny model whose text has two kinds of documents ----
@@ -700,9 +701,24 @@ def test_behind_puts_other_text_after_the_first_token(E, store):
     ids, others = np.array([3, 5]), np.array([10, 20])
     tokens = store.windows.tokens
     for n in (0, 2, 4):
-        got = E.behind(store, ids, others, n)
+        got = E.corpus.behind(store.windows, ids, others, n)
         for row, (i, j) in enumerate(zip(ids, others)):
             assert got[row].tolist() == [tokens[j, 0], *tokens[j, 1:n + 1], *tokens[i, 1:]]
+
+
+def padded_loss(E, run, tokens, n, edit):
+    """Mean loss of the last n of tokens under an edit."""
+    tokens = tokens.numpy()
+    return E.corpus.last_loss(E.edited_logits(run, edit, tokens, np.ones(tokens.shape, bool)), tokens, n)
+
+
+def scores(E, run, ids, clozes, edit=lambda batch: torch.zeros_like(batch.x)):
+    """Loss of each window, and whether each cloze is answered rightly, under an edit."""
+    return clozes.scores(E.edited_windows(run, edit, ids))
+
+
+def no_clozes(E):
+    return E.corpus.Clozes(*np.zeros((2, 0), int), np.zeros((0, 4), int))
 
 
 def test_padded_loss_without_an_edit_is_the_models_own(E, blocks):
@@ -711,9 +727,9 @@ def test_padded_loss_without_an_edit_is_the_models_own(E, blocks):
     for n in (1, 5, 12):
         wanted = -np.mean([own[row, t - 1, tokens[row, t]].item() for row in range(3) for t in range(14 - n, 14)])
         with torch.no_grad():
-            assert E.padded_loss(blocks.run, tokens, n, nothing) == pytest.approx(wanted, rel=1e-4)
+            assert padded_loss(E, blocks.run, tokens, n, nothing) == pytest.approx(wanted, rel=1e-4)
     with torch.no_grad():
-        assert abs(E.padded_loss(blocks.run, tokens, 12, blocks.edit) - wanted) > 1e-3
+        assert abs(padded_loss(E, blocks.run, tokens, 12, blocks.edit) - wanted) > 1e-3
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
@@ -728,7 +744,7 @@ def test_scores_without_an_edit_are_the_models_own(E, spoken, models, family):
     position = np.array([rng.integers(1, lengths[w] - 1) for w in window])
     options = np.array([rng.permutation(np.arange(1, VOCABULARY))[:4] for _ in window])
     options[:, 0] = tokens[window, position + 1]
-    loss, right = E.unlearning_scores(run, ids, E.corpus.Clozes(window, position, options))
+    loss, right = scores(E, run, ids, E.corpus.Clozes(window, position, options))
     wanted = [plain_losses(models[family], tokens[i], lengths[i]).mean().item() for i in ids]
     assert loss.tolist() == pytest.approx(wanted, rel=1e-4)
     answers = []
@@ -736,16 +752,16 @@ def test_scores_without_an_edit_are_the_models_own(E, spoken, models, family):
         logits = models[family](input_ids=torch.tensor(tokens[w:w + 1, :p + 1])).logits[0, -1]
         answers.append(logits[choice].argmax().item() == 0)
     assert right.tolist() == answers and 0 < sum(answers) < 60
-    assert len(E.unlearning_scores(run, ids)[1]) == 0           # nothing was asked
+    assert len(scores(E, run, ids, no_clozes(E))[1]) == 0       # nothing was asked
 
 
 def test_scores_under_an_edit_are_those_of_the_edited_model(E, spoken):
     run, _, _, ids, _ = separable(spoken, layer=1)
     edit = lambda batch: 0.5 * run.sae.decode(run.sae.encode(batch))
-    loss, own = E.unlearning_scores(run, ids, None, edit)[0], E.unlearning_scores(run, ids)[0]
+    loss, own = scores(E, run, ids, no_clozes(E), edit)[0], scores(E, run, ids, no_clozes(E))[0]
     for i, got in zip(ids, loss):
         with torch.no_grad():
-            assert E.padded_loss(run, run.store.tokens[i:i + 1], CONTEXT - 2, edit) == pytest.approx(got, rel=1e-4)
+            assert padded_loss(E, run, run.store.tokens[i:i + 1], CONTEXT - 2, edit) == pytest.approx(got, rel=1e-4)
     assert (np.abs(loss - own) > 1e-4).all()
 
 
@@ -753,6 +769,7 @@ def test_generations(E, blocks):
     """A model made to say one thing repeats itself; one that says anything does not; the draws are always the same."""
     head, prompts = blocks.model.get_output_embeddings(), some_tokens(rows=6, seq=64)      # of 64, 32 follow
     nothing = lambda batch: torch.zeros_like(batch.x)
+    measured = lambda: tuple(E.corpus.repetition({"a": E.sampled(blocks.run, nothing, prompts)}).values())
     weight = head.weight.data.clone()
     bias = None if head.bias is None else head.bias.data.clone()
     try:
@@ -761,13 +778,13 @@ def test_generations(E, blocks):
         if bias is not None:
             head.bias.data.zero_()
         torch.manual_seed(9)
-        repetition, spread = E.generations(blocks.run, prompts, nothing)
+        repetition, spread = measured()
         assert repetition < 0.1 and 2.5 < spread
         torch.manual_seed(10)
-        assert E.generations(blocks.run, prompts, nothing) == (repetition, spread)
+        assert measured() == (repetition, spread)
         if bias is not None:
             head.bias.data[7] = 1e3
-            repetition, spread = E.generations(blocks.run, prompts, nothing)
+            repetition, spread = measured()
             assert repetition == pytest.approx(30 / 31) and spread == pytest.approx(0, abs=0.05)
     finally:
         head.weight.data = weight
@@ -789,7 +806,8 @@ def unlearner_of(E, run, ids, forget):
 
 
 def detection(unlearner, store, ids, forget):
-    return unlearner.matcher.scores(unlearner.codes(ids), store.valid(ids), forget)
+    z = csr_array(unlearner.sae.encode(store.batch(ids)).dense().flatten(0, 1).numpy())
+    return unlearner.matcher.scores(z, store.valid(ids), forget)
 
 
 def test_what_an_unlearner_selects(E, spoken, small):
@@ -799,7 +817,7 @@ def test_what_an_unlearner_selects(E, spoken, small):
     of_token = np.repeat(forget, CONTEXT - 1)
     ranked = E.corpus.ranked_latents(csr_array(z.numpy()), of_token, E.SELECTION, E.RETAIN_FREQUENCY, 6)[0]
     assert unlearner.clamped["forget"].tolist() == ranked[:6].tolist()
-    assert not set(unlearner.clamped["random"]) & set(ranked[:6].tolist())
+    assert not set(unlearner.clamped["random_latents"]) & set(ranked[:6].tolist())
     for latent in range(64):
         values = z[:, latent][z[:, latent] > 0]
         assert not len(values) or unlearner.q95[latent].item() == pytest.approx(np.quantile(values, 0.95), rel=1e-4)
@@ -936,10 +954,14 @@ def test_a_question_counts_when_all_orders_are_right(E, make_store, asked, monke
     store = make_store(torch.randn(6, 9, 8), 4)
     model = Answers(E.load_tokenizer(), 8)
     run = E.Run(None, store, lambda: model, 0, (1, 1), {})
+
+    def right_answers(edit):
+        return E.corpus.right_answers(asked, E.load_tokenizer(), lambda *of: E.edited_logits(run, edit, *of))
+
     with torch.no_grad():
-        assert E.right_answers(run, asked, lambda batch: torch.zeros_like(batch.x)).mean() == 0.5
+        assert right_answers(lambda batch: torch.zeros_like(batch.x)).mean() == 0.5
         assert model.asked == 4 * 24
-        assert not E.right_answers(run, asked, lambda batch: torch.ones_like(batch.x)).any()
+        assert not right_answers(lambda batch: torch.ones_like(batch.x)).any()
 
 
 def test_encoded_questions(E, asked):
@@ -982,14 +1004,15 @@ def test_prompts_of_different_lengths_are_padded_at_the_end(E, asked):
 
 def test_the_strength_that_forgets_enough(E):
     assert E.FORGETTING == 0.4
+    strength_for = lambda forgets, **others: E.corpus.strength_for(forgets, E.FORGETTING, **others)
     for slope in (0.0025, 0.04, 0.1, 3.0):
         calls = []
-        found = E.strength_for(lambda s: calls.append(s) or slope * s)
+        found = strength_for(lambda s: calls.append(s) or slope * s)
         assert 0.4 / slope <= found <= 1.1 * 0.4 / slope and len(calls) <= 10
-    assert 7 <= E.strength_for(lambda s: float(s >= 7)) <= 7.7
-    assert E.strength_for(lambda s: 0.39) == 256 == E.strength_for(lambda s: math.nan)
-    assert E.strength_for(lambda s: 1.0) <= 1.1 / 16
-    assert E.strength_for(lambda s: s, low=0.01, high=0.3) == 0.3
+    assert 7 <= strength_for(lambda s: float(s >= 7)) <= 7.7
+    assert strength_for(lambda s: 0.39) == 256 == strength_for(lambda s: math.nan)
+    assert strength_for(lambda s: 1.0) <= 1.1 / 16
+    assert strength_for(lambda s: s, low=0.01, high=0.3) == 0.3
 
 
 # ---- The plan: which windows ----
@@ -1170,9 +1193,10 @@ def test_the_evaluation_end_to_end(E, spoken, settings):  # noqa: F811
     assert again == m                                   # nothing is left to chance
 
 
-def test_the_bag_follows_the_matchers_window(E, spoken, settings):  # noqa: F811
+def test_the_bag_follows_the_matchers_window(E, spoken, settings, monkeypatch):  # noqa: F811
     run, bags = whole(E, spoken, settings), {}
-    settings(FORGETTING=1e9, strength_for=lambda forgetting: 1.0)
+    settings(FORGETTING=1e9)
+    monkeypatch.setattr(E.corpus, "strength_for", lambda *of: 1.0)
     plan = E.corpus.unlearning_plan(run.store.windows, "0", PARTS)
     for window in (4, 1):
         settings(MATCHER_WINDOW=window)
@@ -1187,10 +1211,10 @@ def test_files_that_alternate_are_on_both_sides_of_the_split(E, spoken, small):
     unlearner_of(E, run, np.arange(96), forget)
 
 
-def test_more_windows_of_forget_than_elsewhere(E, spoken, settings):  # noqa: F811
+def test_more_windows_of_forget_than_elsewhere(E, spoken, settings, monkeypatch):  # noqa: F811
     run = whole(E, spoken, settings)
     run.store.windows = run.store.windows._replace(domains=["0" if i % 5 < 4 else "1" for i in range(64)])
-    settings(strength_for=lambda forgetting: 1.0)
+    monkeypatch.setattr(E.corpus, "strength_for", lambda *of: 1.0)
     assert math.isfinite(E.eval_unlearning(run).metrics["standard_padded_32"])
 
 
