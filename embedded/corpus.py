@@ -1648,7 +1648,8 @@ def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
     common = texts[0].common[texts[0].common < logits.shape[1]]
     for latent, (at, values), logit, relation in zip(latents, firings, logits, related):
         entry, found = latent_entry(*texts, latent, at, values, np.random.default_rng([0, int(latent)]))
-        order, logit = common[np.argsort(logit[common], kind="stable")], logit - logit[common].mean()
+        order = common[np.argsort(logit[common], kind="stable")]
+        logit = logit - logit[common].sum() / max(1, len(common))
         entry |= {"promoted": [[int(i), _short(logit[i])] for i in order[::-1][:10]],
                   "suppressed": [[int(i), _short(logit[i])] for i in order[:10]]}
         if relation:
