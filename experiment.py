@@ -47,7 +47,7 @@ from corpus import (batch_ids, cache_folder, fingerprint, kept, make_folder, pla
 
 # ---- CONFIG: edit here; there is no command line for these ----
 # standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, temporal, temporal_adaptation,
-# temporal_context
+# temporal_context, compositional
 SAE_VARIANT = "standard"
 ABLATE = ()  # losses or components to switch off, e.g. ("auxk",)
 MODEL_NAME = "embedded/model"  # a local folder or a hub id, e.g. "google/gemma-2-2b"
@@ -59,7 +59,7 @@ EXPANSION = 8  # d_sae / d_in
 TARGET_L0 = 48  # active latents per token
 SEEDS = (0,)  # one SAE a seed
 TIME_BUDGET_MINUTES = 90  # the whole run's; training shrinks to it
-EVALS = ("core", "temporal", "probes")  # and "unlearning", "sparse_probing"
+EVALS = ("core", "temporal", "probes")  # "unlearning", "sparse_probing", "recovery", "composition"
 EPOCHS_SCALE = 1.0  # multiplies the epochs of every stage
 BATCH_TOKENS = 1024  # tokens per training step
 LEARNING_RATE = None  # Adam; None: 3e-3 * sqrt(1536 / d_sae)
@@ -81,6 +81,9 @@ REGULARISATION = 1e-3  # towards where its parameters start
 # temporal_context
 BUFFER = 4  # positions
 BUFFER_POSITIONS = "learned"  # or "sinusoidal"
+# compositional
+COMPOSITIONS = 1 / 3  # of the latents; EXPANSION = 384 / d_in: 256 features, 128 compositions
+COMPOSITION_HEADS, COMPOSITION_WIDTH = 8, 128  # its attention
 # unlearning
 FORGET = "sympy"  # a domain of DATASET, or another data set
 TRAIN_ON = "both"  # or "forget", "retain"
@@ -113,6 +116,10 @@ FORGETTING = 0.4  # nats, where strategies are compared
 RETAIN_FREQUENCY = 0.01  # at most, for "frequency"
 GATE_TOKENS = 32  # whose mean match opens the gate
 FALSE_POSITIVES = 0.01  # outside FORGET
+SYNTHETIC = (("boolean", 1.0), ("boolean", 0.5), ("boolean", 0.0), ("arithmetic", 1.0),
+             ("grammar", 1.0))  # task, rho: how strong compositions are
+SYNTHETIC_TOKENS, SYNTHETIC_SAE = 2 ** 16, (384, 8)  # width and L0 there
+COMPOSED_TOKENS = 512  # whose features are ablated one by one
 EVALUATION_RESERVE = 0.15  # of the time
 LOG_EVERY = 20
 CHECKPOINT_SECONDS = 60
@@ -609,6 +616,89 @@ class TemporalContext(Temporal):
         self.register_buffer("P", waves * (2 / self.d_in) ** 0.5)
 
 
+class Compositional(TopK):
+    """f = TopK_k(ReLU((x - b_dec) W_enc + b_enc)); of a token's active features u_i = f_i e_i;
+    U' = U + tanh(g) MHA(U), g = 0 at first; c = ReLU(W_c sum_i U'_i + b_c); z = TopK_k([f; c]),
+    L = |x - z W_dec - b_dec|^2 + 1/32 auxk. e and W_c begin so that c reads its rows of W_dec.
+
+    In the first half k falls from 4 TARGET_L0, and attention combines a token's 2, 3, then 4
+    largest features, later all. ABLATE "attention": U' = U; "gate": U' = U + MHA(U);
+    "bottleneck": z = [f; c]. The idea's batch and rate: BATCH_TOKENS 512, LEARNING_RATE 3e-4."""
+    curriculum = (Stage("combinations", 10, PLAIN, anneals={
+        "widening": lambda done: 4 ** (1 - done), "combined": lambda done: 2 + int(3 * done)}),
+        Stage("all", 10, PLAIN, anneals={"widening": 1.0, "combined": None}))
+    if "curriculum" in ABLATE:
+        curriculum = (Stage("all", 20, PLAIN),)
+    components = ("attention", "gate", "curriculum", "bottleneck")
+    architecture, widening, combined = "compositional", 1.0, None
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.d_f, width = round(self.d_sae * (1 - COMPOSITIONS)), COMPOSITION_WIDTH
+        self.W_enc = nn.Parameter(self.W_enc.data[:, :self.d_f])
+        places = torch.randn(max(width, self.d_in), min(width, self.d_in))
+        places = torch.linalg.qr(places)[0]
+        places = places.t() if width > self.d_in else places  # [d_in, width]
+        features, compositions = self.W_dec.data.split([self.d_f, self.d_sae - self.d_f])
+        self.E = nn.Parameter(features @ places)  # [d_f, width]
+        self.W_c = nn.Parameter(places.t() @ compositions.t())  # [width, d_c]
+        if "attention" not in ABLATE:
+            self.W_q, self.W_k, self.W_v, self.W_o = (
+                nn.Parameter(torch.randn(width, width) * width ** -0.5) for _ in range(4))
+            if "gate" not in ABLATE:
+                self.gate = nn.Parameter(torch.zeros(()))
+
+    def encoder(self, batch):  # of compositions, for auxk, what they read of x
+        return batch.x, self.b_dec, torch.cat([self.W_enc, self.W_enc @ self.E @ self.W_c], 1)
+
+    def width(self):  # latents kept now
+        return min(round(self.k * self.widening), self.d_f)
+
+    def select(self, x, W_enc, batch):
+        return top_k_pairs(x, W_enc[:, :self.d_f], self.b_enc[:self.d_f], self.width())
+
+    def attention(self, ids, f):
+        """Weights [n, heads, k, k] of each active feature over those of its token."""
+        q, k = (F.embedding(ids, self.E @ W).unflatten(2, (COMPOSITION_HEADS, -1)) * f[..., None,
+                None] for W in (self.W_q, self.W_k))
+        scores = torch.einsum("nihw,njhw->nhij", q, k) / math.sqrt(q.shape[-1])
+        return scores.masked_fill((f <= 0)[:, None, None], NEVER).softmax(-1)
+
+    def compose(self, ids, f):
+        """c [n, d_c] of features ids [n, k] with values f [n, k]."""
+        total = F.embedding_bag(ids, self.E, per_sample_weights=f, mode="sum")
+        if "attention" not in ABLATE:
+            if self.combined and self.combined < f.shape[1]:
+                f, places = f.topk(self.combined)
+                ids = ids.gather(1, places)
+            seen = (self.attention(ids, f) * (f > 0)[:, None, :, None]).sum(2) * f[:, None]
+            values = F.embedding(ids, self.E @ self.W_v).unflatten(2, (COMPOSITION_HEADS, -1))
+            mixed = torch.einsum("nhj,njhw->nhw", seen, values).flatten(1) @ self.W_o
+            total = total + (1.0 if "gate" in ABLATE else self.gate.tanh()) * mixed
+        return F.relu(total @ self.W_c + self.b_enc[self.d_f:])
+
+    def features(self, batch):  # of each token: ids [n, k], values [n, k]
+        found = super().encode(batch)
+        n = len(found.pairs.starts)
+        return found.pairs.ids.view(n, -1), found.values.view(n, -1)
+
+    def encode(self, batch):
+        ids, f = self.features(batch)
+        c = self.compose(ids, f)
+        if batch.mask is not None:
+            c = c * batch.mask.reshape(-1, 1)
+        values, own = torch.cat([f, c], 1), torch.arange(self.d_f, self.d_sae, device=c.device)
+        ids = torch.cat([ids, own.expand(len(c), -1)], 1)
+        if "bottleneck" not in ABLATE:
+            values, places = values.topk(self.width(), sorted=False)
+            ids = ids.gather(1, places)
+        values = values.flatten()
+        return Latents(values, values, Pairs.from_ids(ids), (*batch.x.shape[:2], self.d_sae))
+
+    def parameters_of_interest(self):
+        return {"gate": self.gate.tanh().item()} if hasattr(self, "gate") else {}
+
+
 def consistency(batch, z):
     """Of unit or zero codes z [batch, seq, n]: mean of 1 - cos(z_t, z_{t-1}), both non-zero; and
     how far that cosine lies above the one between documents."""
@@ -763,7 +853,8 @@ class TemporalAdaptation(SAE):
 
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
                 "gated": Gated, "matryoshka": Matryoshka, "temporal": Temporal, "tsae": TSAE,
-                "temporal_adaptation": TemporalAdaptation, "temporal_context": TemporalContext}
+                "temporal_adaptation": TemporalAdaptation, "temporal_context": TemporalContext,
+                "compositional": Compositional}
 
 
 # ---- Model ----
@@ -1107,7 +1198,8 @@ class Run:
     layer: int
     live: tuple  # (firings, files) that a live latent needs
     log: dict  # of the training
-    probing: Callable | None = None  # (run, data set) -> Store of its texts
+    probing: Callable | None = None  # (run, data set) -> Store of its texts; in the preflight
+    seed: int = 0
 
     @functools.cached_property
     def heldout(self):
@@ -1745,15 +1837,116 @@ def eval_sparse_probing(run):
     return Result(metrics, plain({"sparse_probing": curves}), {})
 
 
+# ---- Compositions: recovery of known ones, and what features do in those that were found ----
+def recovered(run, task, rho):
+    """An SAE of this variant on synthetic activations -> its scores, those of baselines."""
+    n_tokens, (width, k) = 2 ** 13 if run.probing else SYNTHETIC_TOKENS, SYNTHETIC_SAE
+    made = task, rho, CONTEXT_LENGTH, n_tokens, FORGET
+    truth, folder = corpus.synthetic(*made), cache_folder() / "synthetic"
+    store = Store(folder, truth.windows, corpus.DIMENSIONS, torch.float32)
+    store.maps = torch.from_numpy(truth.x).to(DEVICE).split(SHARD_WINDOWS)
+    store.normalise()
+    sae = make_sae(store.d_in, width, run.seed, k)
+    stages = [stage._replace(epochs=1) if run.probing else stage
+              for stage in planned_stages(type(sae))]
+    size = min(BATCH_TOKENS // CONTEXT_LENGTH, store.windows.n_train)
+    with tempfile.TemporaryDirectory() as state, torch.enable_grad():
+        train(sae, store, stages, run.seed, size, math.inf, Path(state) / "checkpoint.pt")
+    z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
+    dev, test = np.split(z.toarray(), 2)
+    scores = corpus.recovery(truth, dev, test, sae.W_dec.detach().cpu().numpy())
+    variance = variance_by_position(store)[1]
+    scores |= {"explained_variance": 1 - np.nanmean(rows["error"]) / variance,
+               "l0": np.nanmean(rows["l0"])}
+    key = fingerprint(made, SYNTHETIC_SAE, Path(corpus.__file__).read_text())
+    return scores, kept(folder / f"{key}.json",
+                        lambda: corpus.recovery_baselines(truth, k, width))
+
+
+def eval_recovery(run):
+    """Matched cosine with true directions and AUROC of true features, by task and rho."""
+    metrics, rows = {}, []
+    for task, rho in SYNTHETIC[:1] if run.probing else SYNTHETIC:
+        with doing(f"recovery, {task} at rho {rho:g}"):
+            scores, baselines = recovered(run, task, rho)
+        rows.append({"task": task, "rho": rho, "sae": scores} | baselines)
+        for who, found in (("", scores), *((f"{name}_", b) for name, b in baselines.items())):
+            metrics |= {f"{who}{task}_{rho:g}_{name}": value for name, value in found.items()}
+    if tasks := [row["sae"] for row in rows if row["rho"] == 1]:
+        metrics |= {name: np.mean([scores[name] for scores in tasks]) for name in tasks[0]
+                    if name.startswith(("cosine", "auroc", "minimum"))}
+    return Result(metrics, plain({"recovery": rows}), {})
+
+
+@torch.no_grad()
+def ablations(run):
+    """Features dropped alone and in pairs, on held-out tokens -> arrays of instances: effects
+    (token, feature, composition, its change), pairs (token, feature, feature, composition that
+    changes most, interaction, attention); tokens' places, compositions [token, d_c]."""
+    sae, store, rng = run.sae, run.store, np.random.default_rng(0)
+    places = rng.permutation(store.windows.heldout_tokens())[:COMPOSED_TOKENS]
+    effects, pairs, codes, seq = [], [], [], CONTEXT_LENGTH - 1
+    for part in np.array_split(places, len(places) // 64 + 1):
+        batch = store.batch(store.windows.n_train + part // seq)
+        at = torch.from_numpy(np.arange(len(part)) * seq + part % seq).to(DEVICE)
+        ids, f = (a[at] for a in sae.features(batch))
+        fires = sae.encode(batch).dense().flatten(0, 1)[at, sae.d_f:] > 0
+        c, row = sae.compose(ids, f), torch.arange(len(ids), device=DEVICE)
+        alone = []
+        for slot in range(f.shape[1]):
+            alone.append(sae.compose(ids, f.index_fill(1, row.new_tensor([slot]), 0.0)))
+        alone = torch.stack(alone, 1)  # [n, k, d_c] without each
+        n, slot, of = ((f > 0)[..., None] & fires[:, None]).nonzero(as_tuple=True)
+        first = sum(map(len, codes))
+        change = (c[n, of] - alone[n, slot, of]).double()
+        effects.append(torch.stack([n + first, ids[n, slot], of, change]))
+        codes.append((c * fires).cpu().numpy())
+        weights = sae.attention(ids, f).mean(1) if "attention" not in ABLATE else None
+        for _ in range(8):
+            a, b = torch.rand_like(f).masked_fill(f <= 0, -1).topk(2).indices.t()
+            without = f.clone()
+            without[row, a] = without[row, b] = 0.0
+            joint = c - alone[row, a] - alone[row, b] + sae.compose(ids, without)
+            most, of = (joint.abs() * fires).max(1)
+            seen = weights[row, a, b] + weights[row, b, a] if weights is not None else 0 * most
+            both = (f[row, a] > 0) & (f[row, b] > 0)
+            pairs.append(torch.stack([ids[row, a], ids[row, b], of, most, seen])[:, both].double())
+    return *(torch.cat(found, 1).cpu().numpy() for found in (effects, pairs)), places, \
+        np.concatenate(codes)
+
+
+def eval_composition(run):
+    """Whether attention tells which features act together; features' reuse; patterns."""
+    (token, feature, of, effect), pairs, places, codes = ablations(run)
+    token, feature, of = (a.astype(int) for a in (token, feature, of))
+    first, second, composition = pairs[:3].astype(int)
+    metrics, took, random = corpus.reuse(token * codes.shape[1] + of, feature, of, effect,
+                                         np.random.default_rng(0), least=min(5, run.live[0]))
+    if "attention" not in ABLATE:
+        metrics |= corpus.interaction_scores(first, second, pairs[4], pairs[3])
+    z = run.heldout[0]
+    energy = np.asarray(z.power(2).sum(0)).ravel()
+    metrics["composition_energy"] = energy[run.sae.d_f:].sum() / energy.sum()
+    metrics["compositions_per_token"] = (codes > 0).sum(1).mean()
+    tokens = run.store.windows.tokens[run.store.windows.n_train:, 1:].ravel()[places]
+    text = load_tokenizer().batch_decode(tokens[:, None])
+    curves = {"patterns": corpus.patterns(codes, feature, of, effect, first, second, composition,
+                                          pairs[3], text),
+              "reuse": np.bincount(took), "reuse_null": [np.bincount(row) for row in random]}
+    return Result(metrics, plain(curves), {})
+
+
 EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes,
-               "unlearning": eval_unlearning, "sparse_probing": eval_sparse_probing}
+               "unlearning": eval_unlearning, "sparse_probing": eval_sparse_probing,
+               "recovery": eval_recovery, "composition": eval_composition}
 # The means that go into every agent's prompt: 16 at most
 HEADLINES = {"core": ("final_train_loss", "best_val_loss", "total_train_time",
                       "avg_inference_tokens_per_second", "explained_variance", "l0",
                       "dead_fraction", "loss_increase_nats", "ce_recovered"),
              "temporal": ("stability", "smoothness", "coherence"),
              "probes": ("probe_token_type", "probe_context"),
-             "unlearning": ("auroc_hybrid",), "sparse_probing": ("sae_top_1",)}
+             "unlearning": ("auroc_hybrid",), "sparse_probing": ("sae_top_1",),
+             "recovery": (), "composition": ()}
 
 
 # ---- Results ----
@@ -1834,7 +2027,10 @@ def check_config():
     for name, options in choices.items():
         check(name, f"one of {options}", lambda v: v in options.split(", "))
     whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
-          "MATCHER_WINDOW")
+          "MATCHER_WINDOW COMPOSITION_HEADS")
+    check("COMPOSITION_WIDTH", "a multiple of COMPOSITION_HEADS",
+          lambda v: type(v) is int and v > 0 and v % COMPOSITION_HEADS == 0)
+    check("COMPOSITIONS", "above 0, below 1", lambda v: type(v) is float and 0 < v < 1)
     whole("CONTEXT_LENGTH", 8)
     whole("EVAL_FILES", 2)
     whole("BATCH_TOKENS", CONTEXT_LENGTH)
@@ -1853,6 +2049,9 @@ def check_config():
     several("SEEDS", range(2 ** 31), "a tuple of different whole numbers", kind=int)
     several("EVALS", EVALUATIONS, f"a tuple of names out of {[*EVALUATIONS]}")
     variant = SAE_VARIANTS[SAE_VARIANT]
+    if "composition" in EVALS and not hasattr(variant, "compose"):
+        raise RunnerError(f"EVALS has 'composition', and {SAE_VARIANT} composes nothing: take it "
+                          "out, or SAE_VARIANT = 'compositional'.")
     losses = {name for stage in variant.curriculum for name in stage.weights} - {"reconstruction"}
     parts = sorted(losses | set(variant.components))
     several("ABLATE", parts, f"a tuple of names out of {parts} for {SAE_VARIANT}", 0)
@@ -1919,11 +2118,11 @@ def doing(what):
         raise
 
 
-def make_sae(d_in, d_sae, seed):
+def make_sae(d_in, d_sae, seed, target_l0=None):
     if TARGET_L0 > d_sae:
         raise RunnerError(f"TARGET_L0 = {TARGET_L0} of {d_sae} latents: raise EXPANSION.")
     torch.manual_seed(seed)
-    return SAE_VARIANTS[SAE_VARIANT](d_in, d_sae, TARGET_L0).to(DEVICE)
+    return SAE_VARIANTS[SAE_VARIANT](d_in, d_sae, target_l0 or TARGET_L0).to(DEVICE)
 
 
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
@@ -1935,7 +2134,7 @@ def run_seed(seed, store, layer, get_model, state, deadline, timing):
         log, *steps = train(sae, store, stages, seed, size, deadline, state / f"seed_{seed}.pt")
     trained = time.time()
     with doing(f"evaluation, seed {seed}"):
-        run = Run(sae, store, get_model, layer, LIVE, log)
+        run = Run(sae, store, get_model, layer, LIVE, log, seed=seed)
         result = kept(state / f"seed_{seed}.json", lambda: evaluate(run, trained - began))
     timing |= {f"train_seconds, seed {seed}": trained - began,
                f"evaluation_seconds, seed {seed}": time.time() - trained}
