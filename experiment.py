@@ -116,10 +116,11 @@ FORGETTING = 0.4  # nats, where strategies are compared
 RETAIN_FREQUENCY = 0.01  # at most, for "frequency"
 GATE_TOKENS = 32  # whose mean match opens the gate
 FALSE_POSITIVES = 0.01  # outside FORGET
-SYNTHETIC = (("boolean", 1.0), ("boolean", 0.5), ("boolean", 0.0), ("arithmetic", 1.0),
-             ("grammar", 1.0))  # task, rho: how strong compositions are
-SYNTHETIC_TOKENS, SYNTHETIC_SAE = 2 ** 16, (384, 8)  # width and L0 there
-COMPOSED_TOKENS = 512  # whose features are ablated one by one
+SYNTHETIC_TASKS = ("boolean", "arithmetic", "grammar")
+SYNTHETIC_RHOS = (1.0, 0.5, 0.0)  # of compositions in the first task; 1 in the others
+SYNTHETIC_TOKENS = 65_536
+SYNTHETIC_SAE = (384, 8)  # width, L0
+COMPOSED_TOKENS = 512  # whose features are dropped one by one
 EVALUATION_RESERVE = 0.15  # of the time
 LOG_EVERY = 20
 CHECKPOINT_SECONDS = 60
@@ -631,6 +632,7 @@ class Compositional(TopK):
         curriculum = (Stage("all", 20, PLAIN),)
     components = ("attention", "gate", "curriculum", "bottleneck")
     architecture, widening, combined = "compositional", 1.0, None
+    reads = 1
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -648,6 +650,14 @@ class Compositional(TopK):
             if "gate" not in ABLATE:
                 self.gate = nn.Parameter(torch.zeros(()))
 
+    @torch.no_grad()
+    def initialise(self, batch):
+        """Compositions begin as large as features."""
+        usual = ((counted(batch, batch.x) - self.b_dec) @ self.W_enc).std()
+        ids, f = self.features(batch)
+        read = F.embedding_bag(ids, self.E, per_sample_weights=f, mode="sum") @ self.W_c
+        self.W_c.mul_(usual / read.std())
+
     def encoder(self, batch):  # of compositions, for auxk, what they read of x
         return batch.x, self.b_dec, torch.cat([self.W_enc, self.W_enc @ self.E @ self.W_c], 1)
 
@@ -655,7 +665,8 @@ class Compositional(TopK):
         return min(round(self.k * self.widening), self.d_f)
 
     def select(self, x, W_enc, batch):
-        return top_k_pairs(x, W_enc[:, :self.d_f], self.b_enc[:self.d_f], self.width())
+        k = min(round(self.reads * self.width()), self.d_f)
+        return top_k_pairs(x, W_enc[:, :self.d_f], self.b_enc[:self.d_f], k)
 
     def attention(self, ids, f):
         """Weights [n, heads, k, k] of each active feature over those of its token."""
@@ -687,12 +698,13 @@ class Compositional(TopK):
         c = self.compose(ids, f)
         if batch.mask is not None:
             c = c * batch.mask.reshape(-1, 1)
-        values, own = torch.cat([f, c], 1), torch.arange(self.d_f, self.d_sae, device=c.device)
-        ids = torch.cat([ids, own.expand(len(c), -1)], 1)
+        own = torch.arange(self.d_f, self.d_sae, device=c.device).expand_as(c)
         if "bottleneck" not in ABLATE:
-            values, places = values.topk(self.width(), sorted=False)
-            ids = ids.gather(1, places)
-        values = values.flatten()
+            n_c = max(1, round(COMPOSITIONS * self.width()))
+            f, places = f.topk(max(1, self.width() - n_c), sorted=False)
+            c, chosen = c.topk(min(n_c, c.shape[1]), sorted=False)
+            ids, own = ids.gather(1, places), own.gather(1, chosen)
+        values, ids = torch.cat([f, c], 1).flatten(), torch.cat([ids, own], 1)
         return Latents(values, values, Pairs.from_ids(ids), (*batch.x.shape[:2], self.d_sae))
 
     def parameters_of_interest(self):
@@ -1865,74 +1877,29 @@ def recovered(run, task, rho):
 
 def eval_recovery(run):
     """Matched cosine with true directions and AUROC of true features, by task and rho."""
-    metrics, rows = {}, []
-    for task, rho in SYNTHETIC[:1] if run.probing else SYNTHETIC:
-        with doing(f"recovery, {task} at rho {rho:g}"):
-            scores, baselines = recovered(run, task, rho)
+    metrics, rows, (first, *others) = {}, [], SYNTHETIC_TASKS
+    wanted = [(first, rho) for rho in SYNTHETIC_RHOS] + [(task, 1.0) for task in others]
+    for task, rho in wanted[:1] if run.probing else wanted:
+        scores, baselines = recovered(run, task, rho)
         rows.append({"task": task, "rho": rho, "sae": scores} | baselines)
-        for who, found in (("", scores), *((f"{name}_", b) for name, b in baselines.items())):
-            metrics |= {f"{who}{task}_{rho:g}_{name}": value for name, value in found.items()}
-    if tasks := [row["sae"] for row in rows if row["rho"] == 1]:
-        metrics |= {name: np.mean([scores[name] for scores in tasks]) for name in tasks[0]
-                    if name.startswith(("cosine", "auroc", "minimum"))}
+        metrics |= {f"{task}_{rho:g}_{name}": value for name, value in scores.items()}
     return Result(metrics, plain({"recovery": rows}), {})
 
 
 @torch.no_grad()
-def ablations(run):
-    """Features dropped alone and in pairs, on held-out tokens -> arrays of instances: effects
-    (token, feature, composition, its change), pairs (token, feature, feature, composition that
-    changes most, interaction, attention); tokens' places, compositions [token, d_c]."""
-    sae, store, rng = run.sae, run.store, np.random.default_rng(0)
-    places = rng.permutation(store.windows.heldout_tokens())[:COMPOSED_TOKENS]
-    effects, pairs, codes, seq = [], [], [], CONTEXT_LENGTH - 1
-    for part in np.array_split(places, len(places) // 64 + 1):
-        batch = store.batch(store.windows.n_train + part // seq)
-        at = torch.from_numpy(np.arange(len(part)) * seq + part % seq).to(DEVICE)
-        ids, f = (a[at] for a in sae.features(batch))
-        fires = sae.encode(batch).dense().flatten(0, 1)[at, sae.d_f:] > 0
-        c, row = sae.compose(ids, f), torch.arange(len(ids), device=DEVICE)
-        alone = []
-        for slot in range(f.shape[1]):
-            alone.append(sae.compose(ids, f.index_fill(1, row.new_tensor([slot]), 0.0)))
-        alone = torch.stack(alone, 1)  # [n, k, d_c] without each
-        n, slot, of = ((f > 0)[..., None] & fires[:, None]).nonzero(as_tuple=True)
-        first = sum(map(len, codes))
-        change = (c[n, of] - alone[n, slot, of]).double()
-        effects.append(torch.stack([n + first, ids[n, slot], of, change]))
-        codes.append((c * fires).cpu().numpy())
-        weights = sae.attention(ids, f).mean(1) if "attention" not in ABLATE else None
-        for _ in range(8):
-            a, b = torch.rand_like(f).masked_fill(f <= 0, -1).topk(2).indices.t()
-            without = f.clone()
-            without[row, a] = without[row, b] = 0.0
-            joint = c - alone[row, a] - alone[row, b] + sae.compose(ids, without)
-            most, of = (joint.abs() * fires).max(1)
-            seen = weights[row, a, b] + weights[row, b, a] if weights is not None else 0 * most
-            both = (f[row, a] > 0) & (f[row, b] > 0)
-            pairs.append(torch.stack([ids[row, a], ids[row, b], of, most, seen])[:, both].double())
-    return *(torch.cat(found, 1).cpu().numpy() for found in (effects, pairs)), places, \
-        np.concatenate(codes)
-
-
 def eval_composition(run):
-    """Whether attention tells which features act together; features' reuse; patterns."""
-    (token, feature, of, effect), pairs, places, codes = ablations(run)
-    token, feature, of = (a.astype(int) for a in (token, feature, of))
-    first, second, composition = pairs[:3].astype(int)
-    metrics, took, random = corpus.reuse(token * codes.shape[1] + of, feature, of, effect,
-                                         np.random.default_rng(0), least=min(5, run.live[0]))
-    if "attention" not in ABLATE:
-        metrics |= corpus.interaction_scores(first, second, pairs[4], pairs[3])
-    z = run.heldout[0]
-    energy = np.asarray(z.power(2).sum(0)).ravel()
-    metrics["composition_energy"] = energy[run.sae.d_f:].sum() / energy.sum()
-    metrics["compositions_per_token"] = (codes > 0).sum(1).mean()
-    tokens = run.store.windows.tokens[run.store.windows.n_train:, 1:].ravel()[places]
-    text = load_tokenizer().batch_decode(tokens[:, None])
-    curves = {"patterns": corpus.patterns(codes, feature, of, effect, first, second, composition,
-                                          pairs[3], text),
-              "reuse": np.bincount(took), "reuse_null": [np.bincount(row) for row in random]}
+    """Whether attention tells which features act together; their reuse; patterns."""
+    sae, windows, rng = run.sae, run.store.windows, np.random.default_rng(0)
+    places = rng.permutation(windows.heldout_tokens())[:32 if run.probing else COMPOSED_TOKENS]
+    row, at = np.divmod(places, CONTEXT_LENGTH - 1)
+    batch = run.store.batch(windows.n_train + row)
+    batch = batch._replace(x=batch.x[torch.arange(len(at)), at][:, None], mask=None)
+    (ids, f), z = sae.features(batch), sae.encode(batch).dense()[:, 0, sae.d_f:].cpu().numpy()
+    attention = sae.attention(ids, f).mean(1).cpu().numpy() if "attention" not in ABLATE else None
+    text = load_tokenizer().batch_decode(windows.tokens[windows.n_train + row, 1 + at][:, None])
+    metrics, curves = corpus.composition_scores(
+        lambda f: sae.compose(ids, torch.from_numpy(f).to(DEVICE)).cpu().numpy(),
+        ids.cpu().numpy(), f.cpu().numpy(), z, attention, text, rng, min(5, run.live[0]))
     return Result(metrics, plain(curves), {})
 
 

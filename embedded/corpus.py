@@ -1668,6 +1668,51 @@ def task_text(task, tokenizer, context_length, n_windows, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # What parts of a composition do
 # ---------------------------------------------------------------------------------------------------------------------
+def dropped(compose, f, fires, rng, draws=8):
+    """What each composition of a token loses where one of its features is dropped, or two.
+
+    compose(f) gives compositions [n, d_c] of features f [n, k] >= 0; fires [n, d_c] are those that count. -> singles:
+    (token, slot, composition, c(f) - c(f without slot)); pairs, `draws` at random of each token's active features:
+    (token, slot, slot, the composition that interacts most, |c(f) - c(f\\i) - c(f\\j) + c(f\\ij)| of it)."""
+    def without(*slots):
+        left = f.copy()
+        for slot in slots:
+            left[row, slot] = 0
+        return compose(left)
+
+    whole, row, (n, k) = compose(f), np.arange(len(f)), f.shape
+    alone = np.stack([without(slot) for slot in range(k)], 1)
+    token, slot, of = np.nonzero((f > 0)[:, :, None] & fires[:, None])
+    singles = token, slot, of, (whole[token, of] - alone[token, slot, of]).astype(float)
+    pairs = []
+    for _ in range(draws):
+        first, second = np.where(f > 0, rng.random(f.shape), -1).argsort(1)[:, -2:].T
+        joint = np.abs(whole - alone[row, first] - alone[row, second] + without(first, second)) * fires
+        most = joint.argmax(1)
+        use = (f[row, first] > 0) & (f[row, second] > 0) & fires.any(1)
+        pairs.append([part[use] for part in (row, first, second, most, joint[row, most].astype(float))])
+    return singles, [np.concatenate(part) for part in zip(*pairs)]
+
+
+def composition_scores(compose, ids, f, codes, attention, text, rng, least):
+    """Metrics and curves of compositions: features ids [n, k] with values f [n, k] of n tokens, text [n]; codes [n, d_c]
+    after the bottleneck; attention [n, k, k] between features, or None; `least`: see reuse."""
+    (token, slot, of, effect), pairs = dropped(compose, f, codes > 0, rng)
+    if not len(token):
+        raise DataError(f"none of {codes.shape[1]} compositions fires on {len(codes)} held-out tokens: the features take "
+                        "all of TARGET_L0. Lower it, or raise COMPOSITIONS.")
+    row, a, b, composition, interaction = pairs
+    feature, first, second = ids[token, slot], ids[row, a], ids[row, b]
+    metrics, took, random = reuse(token * codes.shape[1] + of, feature, of, effect, rng, least=least)
+    if attention is not None:
+        seen = attention[row, a, b] + attention[row, b, a]
+        metrics |= interaction_scores(first, second, seen, interaction)
+    metrics |= {"compositions_per_token": (codes > 0).sum(1).mean(), "live_compositions": (codes > 0).any(0).mean()}
+    return metrics, {
+        "patterns": patterns(codes, feature, of, effect, first, second, composition, interaction, text),
+        "reuse": np.bincount(took), "reuse_null": np.mean([np.bincount(r, minlength=len(took)) for r in random], 0)[:40]}
+
+
 def interaction_scores(first, second, attention, effect):
     """Whether attention tells which features act together. Of each instance [n] two features, the attention between them
     and the size of their interaction; by pair of features the means: Spearman's correlation of the two, and the AUROC
