@@ -84,6 +84,7 @@ BUFFER_POSITIONS = "learned"  # or "sinusoidal"
 # compositional
 COMPOSITIONS = 1 / 3  # of the latents; EXPANSION = 384 / d_in: 256 features, 128 compositions
 COMPOSITION_HEADS, COMPOSITION_WIDTH = 8, 128  # its attention
+BOTTLENECK = "joint"  # or "split": COMPOSITIONS is their share of TARGET_L0 too
 # unlearning
 FORGET = "sympy"  # a domain of DATASET, or another data set
 TRAIN_ON = "both"  # or "forget", "retain"
@@ -632,8 +633,6 @@ class Compositional(TopK):
         curriculum = (Stage("all", 20, PLAIN),)
     components = ("attention", "gate", "curriculum", "bottleneck")
     architecture, widening, combined = "compositional", 1.0, None
-    reads = 1
-
     def __init__(self, *sizes):
         super().__init__(*sizes)
         self.d_f, width = round(self.d_sae * (1 - COMPOSITIONS)), COMPOSITION_WIDTH
@@ -662,11 +661,10 @@ class Compositional(TopK):
         return batch.x, self.b_dec, torch.cat([self.W_enc, self.W_enc @ self.E @ self.W_c], 1)
 
     def width(self):  # latents kept now
-        return min(round(self.k * self.widening), self.d_f)
+        return min(round(self.k * self.widening), self.d_f, self.d_sae - self.d_f)
 
     def select(self, x, W_enc, batch):
-        k = min(round(self.reads * self.width()), self.d_f)
-        return top_k_pairs(x, W_enc[:, :self.d_f], self.b_enc[:self.d_f], k)
+        return top_k_pairs(x, W_enc[:, :self.d_f], self.b_enc[:self.d_f], self.width())
 
     def attention(self, ids, f):
         """Weights [n, heads, k, k] of each active feature over those of its token."""
@@ -699,12 +697,13 @@ class Compositional(TopK):
         if batch.mask is not None:
             c = c * batch.mask.reshape(-1, 1)
         own = torch.arange(self.d_f, self.d_sae, device=c.device).expand_as(c)
+        values, ids, k = torch.cat([f, c], 1), torch.cat([ids, own], 1), self.width()
         if "bottleneck" not in ABLATE:
-            n_c = max(1, round(COMPOSITIONS * self.width()))
-            f, places = f.topk(max(1, self.width() - n_c), sorted=False)
-            c, chosen = c.topk(min(n_c, c.shape[1]), sorted=False)
-            ids, own = ids.gather(1, places), own.gather(1, chosen)
-        values, ids = torch.cat([f, c], 1).flatten(), torch.cat([ids, own], 1)
+            n_c = round(COMPOSITIONS * k)
+            places = values.topk(k).indices if BOTTLENECK == "joint" else torch.cat([
+                f.topk(k - n_c).indices, c.topk(n_c).indices + f.shape[1]], 1)
+            values, ids = values.gather(1, places), ids.gather(1, places)
+        values = values.flatten()
         return Latents(values, values, Pairs.from_ids(ids), (*batch.x.shape[:2], self.d_sae))
 
     def parameters_of_interest(self):
@@ -1990,7 +1989,7 @@ def check_config():
     choices = {"SAE_VARIANT": ", ".join(SAE_VARIANTS), "ATTENTION": "causal, centred",
                "TSAE_READING": "paper, code", "DRIVE": "u, z", "TRAIN_ON": "both, forget, retain",
                "BUFFER_POSITIONS": "learned, sinusoidal", "SELECTION": "ratio, frequency",
-               "MATCHER": "logistic, attention"}
+               "MATCHER": "logistic, attention", "BOTTLENECK": "joint, split"}
     for name, options in choices.items():
         check(name, f"one of {options}", lambda v: v in options.split(", "))
     whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "

@@ -727,7 +727,8 @@ def fig_recovery(runs):
     figure, axes = panels(len(RECOVERY), 2, 2.0, sharex=True)
     first = runs[0].curves[0]["recovery"]
     rhos = sorted({row["rho"] for row in first if row["task"] == first[0]["task"]})
-    bars = [(name, None, shade) for name, shade in zip(BASELINES, ("#dddddd", "#c4c4c4", "#aaaaaa"))]
+    shades = zip(BASELINES, ("#dddddd", "#c4c4c4", "#aaaaaa"))
+    bars = [(name, None, shade) for name, shade in shades]
     bars += [("sae", run, run.color) for run in runs]
     width = 0.84 / len(bars)
     for axis, (metric, text) in zip(axes.flat, RECOVERY.items()):

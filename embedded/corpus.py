@@ -1504,7 +1504,7 @@ def combinations(wired, n, rng, training):
         order[planted[:, None], wired.pairs[rng.choice(pool, len(planted))]] = -1
         rank = order.argsort(1).argsort(1)
         active[todo] = rank < rng.choice(ACTIVE, len(todo))[:, None]
-        todo = todo[np.einsum("ni,ij,nj->n", active[todo] * 1.0, wrong * 1.0, active[todo] * 1.0) > 0]
+        todo = todo[((active[todo] @ wrong.astype(np.float32)) * active[todo]).sum(1) > 0]
     return np.where(active, rng.uniform(*AMOUNTS, active.shape), 0.0).astype(np.float32)
 
 

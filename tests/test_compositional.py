@@ -53,14 +53,17 @@ def naive(E, sae, x):
         total = total + sae.gate.tanh() * torch.cat(parts) @ sae.W_o
     c = F.relu(total @ sae.W_c + sae.b_enc[sae.d_f:])
     z, n_c = torch.zeros(D_SAE), round(E.COMPOSITIONS * K)
-    for values, first, n in ((f, 0, K - n_c), (c, sae.d_f, n_c)):
+    parts = [(torch.cat([f, c]), 0, K)] if E.BOTTLENECK == "joint" else [(f, 0, K - n_c), (c, sae.d_f, n_c)]
+    for values, first, n in parts:
         at = values.topk(n).indices
         z[first + at] = values[at]
     return z
 
 
+@pytest.mark.parametrize("bottleneck", ["joint", "split"])
 @torch.no_grad()
-def test_latents_equal_the_naive_form(E):
+def test_latents_equal_the_naive_form(E, monkeypatch, bottleneck):
+    monkeypatch.setattr(E, "BOTTLENECK", bottleneck)
     sae, batch = make(E), make_batch(E)
     z = sae.encode(batch).dense()
     for row in range(2):
@@ -122,7 +125,7 @@ def test_k_anneals_and_combinations_grow(E):
         E.anneal(sae, stage, done)
         z = sae.encode(batch)
         seen.append((sae.width(), len(z.values) // 20, sae.combined))
-    assert [row[0] for row in seen] == [24, 14, 9, 6, 6] and [row[2] for row in seen] == [2, 3, 4, 4, None]
+    assert [row[0] for row in seen] == [16, 14, 9, 6, 6] and [row[2] for row in seen] == [2, 3, 4, 4, None]
     assert all(kept == width for width, kept, _ in seen)
     E.anneal(sae, first, 0.999)                              # k is as later: what differs is who attends
     ids, f = sae.features(batch)
@@ -143,7 +146,7 @@ def test_padding_is_silent(E):
 # ---- Known truth ----
 @pytest.fixture(scope="module")
 def truth(E):
-    return E.corpus.synthetic("boolean", 1.0, 33, 2 ** 14)
+    return E.corpus.synthetic("boolean", 1.0, 33, 2 ** 13)
 
 
 def codes(truth, values):
@@ -199,7 +202,7 @@ def test_a_perfect_dictionary_scores_1_and_a_random_one_its_null(corpus, truth):
 
 
 def test_without_compositions_nobody_finds_them(corpus):
-    truth = corpus.synthetic("boolean", 0.0, 33, 2 ** 14)
+    truth = corpus.synthetic("boolean", 0.0, 33, 2 ** 13)
     rng = np.random.default_rng(5)
     random = rng.standard_normal((320, 96))
     dictionary = np.concatenate([truth.directions[:64], random])
