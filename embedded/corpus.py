@@ -1575,9 +1575,14 @@ def recovery(truth, dev, test, dictionary):
     in training and pairs that never were ("unseen"); and the smaller of the two latents of its primitives instead
     ("minimum"). One latent that is one of the two primitives has .75 there."""
     cosine = truth.directions @ normalize(dictionary).T
-    found = cosine[linear_sum_assignment(-cosine)]
+    rows, columns = linear_sum_assignment(-cosine)
+    found = np.zeros(len(cosine))                           # 0 for what no row is left for
+    found[rows] = cosine[rows, columns]
     scores = {"cosine_primitives": found[:PRIMITIVES].mean(), "cosine_compositions": found[PRIMITIVES:].mean()}
     on = [truth.amounts[part] > 0 for part in truth.parts()[1:]]
+    few = DataError("too few synthetic tokens: no pair of primitives is there often enough.")
+    if not all(part.any(0).all() for part in on):
+        raise few
     best = [aurocs(dev, on[0][:, i]).argmax() for i in range(PRIMITIVES)]
     scores["auroc_primitives"] = np.mean([auroc(test[:, b], on[1][:, i]) for i, b in enumerate(best)])
     rows = []
@@ -1593,7 +1598,7 @@ def recovery(truth, dev, test, dictionary):
     rows = np.array(rows)
     for name, part in (("seen", truth.wired.seen), ("unseen", ~truth.wired.seen)):
         if np.isnan(rows[part, 0]).all():
-            raise DataError("too few synthetic tokens: no pair of primitives is there often enough.")
+            raise few
         scores[f"auroc_{name}"], scores[f"minimum_{name}"] = np.nanmean(rows[part, :2], 0)
     return scores
 
