@@ -311,8 +311,8 @@ def test_only_what_composes_is_evaluated_so(E, monkeypatch):
 def test_a_whole_run(tmp_path):
     data = str(write_text_data(tmp_path / "library.jsonl"))
     folder = copy_template(tmp_path / "copy", SAE_VARIANT="compositional", DATASET=data, EXPANSION=4, TARGET_L0=12,
-                           EVALS=("core", "recovery", "composition"), SYNTHETIC_TASKS=("grammar",),
-                           SYNTHETIC_RHOS=(1.0,), SYNTHETIC_TOKENS=16_384)
+                           BOTTLENECK="split", EVALS=("core", "recovery", "composition"),
+                           SYNTHETIC_TASKS=("grammar",), SYNTHETIC_RHOS=(1.0,), SYNTHETIC_TOKENS=16_384)
     finished = run(folder, tmp_path / "cache")
     assert finished.code == 0 and finished.stderr == "", finished.stderr
     info = results(folder)
