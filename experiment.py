@@ -44,7 +44,7 @@ from corpus import DataError as RunnerError  # settings, data, environment: one 
 
 # ---- CONFIG: edit here; there is no command line for these ----
 # standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, temporal, temporal_adaptation,
-# temporal_context
+# temporal_context, compositional
 SAE_VARIANT = "standard"
 ABLATE = ()  # losses or components to switch off, e.g. ("auxk",)
 MODEL_NAME = "embedded/model"  # a local folder or a hub id, e.g. "google/gemma-2-2b"
@@ -56,7 +56,7 @@ EXPANSION = 8  # d_sae / d_in
 TARGET_L0 = 48  # active latents per token
 SEEDS = (0,)  # one SAE a seed
 TIME_BUDGET_MINUTES = 90  # the whole run's; training shrinks to it
-EVALS = ("core", "temporal", "probes")  # and "unlearning", "sparse_probing"
+EVALS = ("core", "temporal", "probes")  # "unlearning", "sparse_probing", "recovery", "composition"
 EPOCHS_SCALE = 1.0  # multiplies the epochs of every stage
 BATCH_TOKENS = 1024  # tokens per training step
 LEARNING_RATE = None  # Adam; None: 3e-3 * sqrt(1536 / d_sae)
@@ -78,6 +78,10 @@ REGULARISATION = 1e-3  # towards where its parameters start
 # temporal_context
 BUFFER = 4  # positions
 BUFFER_POSITIONS = "learned"  # or "sinusoidal"
+# compositional
+COMPOSITIONS = 1 / 3  # of the latents; EXPANSION = 384 / d_in: 256 features, 128 compositions
+COMPOSITION_HEADS, COMPOSITION_WIDTH = 8, 128  # its attention
+BOTTLENECK = "joint"  # or "split": COMPOSITIONS is their share of TARGET_L0 too
 # unlearning
 FORGET = "sympy"  # a domain of DATASET, or another data set
 TRAIN_ON = "both"  # or "forget", "retain"
@@ -110,6 +114,11 @@ FORGETTING = 0.4  # nats, where strategies are compared
 RETAIN_FREQUENCY = 0.01  # at most, for "frequency"
 GATE_TOKENS = 32  # whose mean match opens the gate
 FALSE_POSITIVES = 0.01  # outside FORGET
+SYNTHETIC_TASKS = ("boolean", "arithmetic", "grammar")
+SYNTHETIC_RHOS = (1.0, 0.5, 0.0)  # of compositions in the first task; 1 in the others
+SYNTHETIC_TOKENS = 65_536
+SYNTHETIC_SAE = (384, 8)  # width, L0
+COMPOSED_TOKENS = 512  # whose features are dropped one by one
 EVALUATION_RESERVE = 0.15  # of the time
 LOG_EVERY = 20
 CHECKPOINT_SECONDS = 60
@@ -613,6 +622,98 @@ class TemporalContext(Temporal):
         self.register_buffer("P", waves * (2 / self.d_in) ** 0.5)
 
 
+class Compositional(TopK):
+    """f = TopK_k(ReLU((x - b_dec) W_enc + b_enc)); of a token's active features u_i = f_i e_i;
+    U' = U + tanh(g) MHA(U), g = 0 at first; c = ReLU(W_c sum_i U'_i + b_c); z = TopK_k([f; c]),
+    L = |x - z W_dec - b_dec|^2 + 1/32 auxk. e and W_c begin so that c reads its rows of W_dec.
+
+    In the first half k falls from 4 TARGET_L0, and attention combines a token's 2, 3, then 4
+    largest features, later all. ABLATE "attention": U' = U; "gate": U' = U + MHA(U);
+    "bottleneck": z = [f; c]. The idea's batch and rate: BATCH_TOKENS 512, LEARNING_RATE 3e-4."""
+    curriculum = (Stage("combinations", 10, PLAIN, anneals={
+        "widening": lambda done: 4 ** (1 - done), "combined": lambda done: 2 + int(3 * done)}),
+        Stage("all", 10, PLAIN, anneals={"widening": 1.0, "combined": None}))
+    if "curriculum" in ABLATE:
+        curriculum = (Stage("all", 20, PLAIN),)
+    components = ("attention", "gate", "curriculum", "bottleneck")
+    architecture, widening, combined = "compositional", 1.0, None
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.d_f, width = round(self.d_sae * (1 - COMPOSITIONS)), COMPOSITION_WIDTH
+        self.W_enc = nn.Parameter(self.W_enc.data[:, :self.d_f])
+        places = torch.randn(max(width, self.d_in), min(width, self.d_in))
+        places = torch.linalg.qr(places)[0]
+        places = places.t() if width > self.d_in else places  # [d_in, width]
+        features, compositions = self.W_dec.data.split([self.d_f, self.d_sae - self.d_f])
+        self.E = nn.Parameter(features @ places)  # [d_f, width]
+        self.W_c = nn.Parameter(places.t() @ compositions.t())  # [width, d_c]
+        if "attention" not in ABLATE:
+            self.W_q, self.W_k, self.W_v, self.W_o = (
+                nn.Parameter(torch.randn(width, width) * width ** -0.5) for _ in range(4))
+            if "gate" not in ABLATE:
+                self.gate = nn.Parameter(torch.zeros(()))
+
+    @torch.no_grad()
+    def initialise(self, batch):
+        """Compositions begin as large as features."""
+        usual = ((counted(batch, batch.x) - self.b_dec) @ self.W_enc).std()
+        ids, f = self.features(batch)
+        read = F.embedding_bag(ids, self.E, per_sample_weights=f, mode="sum") @ self.W_c
+        self.W_c.mul_(usual / read.std())
+
+    def encoder(self, batch):  # of compositions, for auxk, what they read of x
+        return batch.x, self.b_dec, torch.cat([self.W_enc, self.W_enc @ self.E @ self.W_c], 1)
+
+    def width(self):  # latents kept now
+        return min(round(self.k * self.widening), self.d_f, self.d_sae - self.d_f)
+
+    def select(self, x, W_enc, batch):
+        return top_k_pairs(x, W_enc[:, :self.d_f], self.b_enc[:self.d_f], self.width())
+
+    def attention(self, ids, f):
+        """Weights [n, heads, k, k] of each active feature over those of its token."""
+        q, k = (F.embedding(ids, self.E @ W).unflatten(2, (COMPOSITION_HEADS, -1)) * f[..., None,
+                None] for W in (self.W_q, self.W_k))
+        scores = torch.einsum("nihw,njhw->nhij", q, k) / math.sqrt(q.shape[-1])
+        return scores.masked_fill((f <= 0)[:, None, None], NEVER).softmax(-1)
+
+    def compose(self, ids, f):
+        """c [n, d_c] of features ids [n, k] with values f [n, k]."""
+        total = F.embedding_bag(ids, self.E, per_sample_weights=f, mode="sum")
+        if "attention" not in ABLATE:
+            if self.combined and self.combined < f.shape[1]:
+                f, places = f.topk(self.combined)
+                ids = ids.gather(1, places)
+            seen = (self.attention(ids, f) * (f > 0)[:, None, :, None]).sum(2) * f[:, None]
+            values = F.embedding(ids, self.E @ self.W_v).unflatten(2, (COMPOSITION_HEADS, -1))
+            mixed = torch.einsum("nhj,njhw->nhw", seen, values).flatten(1) @ self.W_o
+            total = total + (1.0 if "gate" in ABLATE else self.gate.tanh()) * mixed
+        return F.relu(total @ self.W_c + self.b_enc[self.d_f:])
+
+    def features(self, batch):  # of each token: ids [n, k], values [n, k]
+        found = super().encode(batch)
+        n = len(found.pairs.starts)
+        return found.pairs.ids.view(n, -1), found.values.view(n, -1)
+
+    def encode(self, batch):
+        ids, f = self.features(batch)
+        c = self.compose(ids, f)
+        if batch.mask is not None:
+            c = c * batch.mask.reshape(-1, 1)
+        own = torch.arange(self.d_f, self.d_sae, device=c.device).expand_as(c)
+        values, ids, k = torch.cat([f, c], 1), torch.cat([ids, own], 1), self.width()
+        if "bottleneck" not in ABLATE:
+            n_c = round(COMPOSITIONS * k)
+            places = values.topk(k).indices if BOTTLENECK == "joint" else torch.cat([
+                f.topk(k - n_c).indices, c.topk(n_c).indices + f.shape[1]], 1)
+            values, ids = values.gather(1, places), ids.gather(1, places)
+        values = values.flatten()
+        return Latents(values, values, Pairs.from_ids(ids), (*batch.x.shape[:2], self.d_sae))
+
+    def parameters_of_interest(self):
+        return {"gate": self.gate.tanh().item()} if hasattr(self, "gate") else {}
+
+
 def consistency(batch, z):
     """Of unit or zero codes z [batch, seq, n]: mean of 1 - cos(z_t, z_{t-1}), both non-zero; and
     how far that cosine lies above the one between documents."""
@@ -767,7 +868,8 @@ class TemporalAdaptation(SAE):
 
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
                 "gated": Gated, "matryoshka": Matryoshka, "temporal": Temporal, "tsae": TSAE,
-                "temporal_adaptation": TemporalAdaptation, "temporal_context": TemporalContext}
+                "temporal_adaptation": TemporalAdaptation, "temporal_context": TemporalContext,
+                "compositional": Compositional}
 
 
 # ---- Model ----
@@ -1042,7 +1144,8 @@ class Run:
     layer: int
     live: tuple  # (firings, files) that a live latent needs
     log: dict  # of the training
-    probing: Callable | None = None  # (run, data set) -> Store of its texts
+    probing: Callable | None = None  # (run, data set) -> Store of its texts; in the preflight
+    seed: int = 0
 
     @functools.cached_property
     def heldout(self):
@@ -1452,6 +1555,60 @@ def eval_sparse_probing(run):
     return Result(metrics, plain({"sparse_probing": curves}), {})
 
 
+# ---- Compositions: recovery of known ones, and what features do in those that were found ----
+def recovered(run, task, rho):
+    """An SAE of this variant on synthetic activations -> its scores, those of baselines."""
+    n_tokens, (width, k) = 2 ** 13 if run.probing else SYNTHETIC_TOKENS, SYNTHETIC_SAE
+    made = task, rho, CONTEXT_LENGTH, n_tokens, FORGET
+    truth, folder = corpus.synthetic(*made), cache_folder() / "synthetic"
+    store = Store(folder, truth.windows, corpus.DIMENSIONS, torch.float32)
+    store.maps = torch.from_numpy(truth.x).to(DEVICE).split(SHARD_WINDOWS)
+    store.normalise()
+    sae = make_sae(store.d_in, width, run.seed, k)
+    stages = [stage._replace(epochs=1) if run.probing else stage
+              for stage in planned_stages(type(sae))]
+    size = min(BATCH_TOKENS // CONTEXT_LENGTH, store.windows.n_train)
+    with tempfile.TemporaryDirectory() as state, torch.enable_grad():
+        train(sae, store, stages, run.seed, size, math.inf, Path(state) / "checkpoint.pt")
+    z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
+    dev, test = np.split(z.toarray(), 2)
+    scores = corpus.recovery(truth, dev, test, sae.W_dec.detach().cpu().numpy())
+    variance = variance_by_position(store)[1]
+    scores |= {"explained_variance": 1 - np.nanmean(rows["error"]) / variance,
+               "l0": np.nanmean(rows["l0"])}
+    key = fingerprint(made, SYNTHETIC_SAE, Path(corpus.__file__).read_text())
+    return scores, kept(folder / f"{key}.json",
+                        lambda: corpus.recovery_baselines(truth, k, width))
+
+
+def eval_recovery(run):
+    """Matched cosine with true directions and AUROC of true features, by task and rho."""
+    metrics, rows, (first, *others) = {}, [], SYNTHETIC_TASKS
+    wanted = [(first, rho) for rho in SYNTHETIC_RHOS] + [(task, 1.0) for task in others]
+    for task, rho in wanted[:1] if run.probing else wanted:
+        scores, baselines = recovered(run, task, rho)
+        rows.append({"task": task, "rho": rho, "sae": scores} | baselines)
+        metrics |= {f"{task}_{rho:g}_{name}": value for name, value in scores.items()}
+    return Result(metrics, plain({"recovery": rows}), {})
+
+
+@torch.no_grad()
+def eval_composition(run):
+    """Whether attention tells which features act together; their reuse; patterns."""
+    sae, windows, rng = run.sae, run.store.windows, np.random.default_rng(0)
+    places = rng.permutation(windows.heldout_tokens())[:32 if run.probing else COMPOSED_TOKENS]
+    row, at = np.divmod(places, CONTEXT_LENGTH - 1)
+    batch = run.store.batch(windows.n_train + row)
+    batch = batch._replace(x=batch.x[torch.arange(len(at)), at][:, None], mask=None)
+    (ids, f), z = sae.features(batch), sae.encode(batch).dense()[:, 0, sae.d_f:].cpu().numpy()
+    attention = sae.attention(ids, f).mean(1).cpu().numpy() if "attention" not in ABLATE else None
+    text = load_tokenizer().batch_decode(windows.tokens[windows.n_train + row, 1 + at][:, None])
+    metrics, curves = corpus.composition_scores(
+        lambda f: sae.compose(ids, torch.from_numpy(f).to(DEVICE)).cpu().numpy(),
+        ids.cpu().numpy(), f.cpu().numpy(), z, attention, text, rng, min(5, run.live[0]))
+    return Result(metrics, plain(curves), {})
+
+
 # ---- What features.html shows ----
 @torch.no_grad()
 def features(run):
@@ -1469,14 +1626,16 @@ def features(run):
 
 
 EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes,
-               "unlearning": eval_unlearning, "sparse_probing": eval_sparse_probing}
+               "unlearning": eval_unlearning, "sparse_probing": eval_sparse_probing,
+               "recovery": eval_recovery, "composition": eval_composition}
 # The means that go into every agent's prompt: 16 at most
 HEADLINES = {"core": ("final_train_loss", "best_val_loss", "total_train_time",
                       "avg_inference_tokens_per_second", "explained_variance", "l0",
                       "dead_fraction", "loss_increase_nats", "ce_recovered"),
              "temporal": ("stability", "smoothness", "coherence"),
              "probes": ("probe_token_type", "probe_context"),
-             "unlearning": ("auroc_hybrid",), "sparse_probing": ("sae_top_1",)}
+             "unlearning": ("auroc_hybrid",), "sparse_probing": ("sae_top_1",),
+             "recovery": (), "composition": ()}
 
 
 # ---- Results ----
@@ -1519,12 +1678,16 @@ def write_results(folder, seeds, store, layer, timing):
 # ---- Checks at the door ----
 def check_config():
     """Every constant: what would be right."""
-    choice, whole, positive, text, several, span = corpus.checks(globals())
+    check, choice, whole, positive, text, several, span = corpus.checks(globals())
     choice(SAE_VARIANT=" ".join(SAE_VARIANTS), ATTENTION="causal centred", DRIVE="u z",
            TSAE_READING="paper code", TRAIN_ON="both forget retain", SELECTION="ratio frequency",
-           BUFFER_POSITIONS="learned sinusoidal", MATCHER="logistic attention")
+           BUFFER_POSITIONS="learned sinusoidal", MATCHER="logistic attention",
+           BOTTLENECK="joint split")
     whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
-          "MATCHER_WINDOW")
+          "MATCHER_WINDOW COMPOSITION_HEADS")
+    check("COMPOSITION_WIDTH", "a multiple of COMPOSITION_HEADS",
+          lambda v: type(v) is int and v > 0 and v % COMPOSITION_HEADS == 0)
+    positive("COMPOSITIONS", 0.9)
     whole("CONTEXT_LENGTH", 8)
     whole("EVAL_FILES", 2)
     whole("BATCH_TOKENS", CONTEXT_LENGTH)
@@ -1540,6 +1703,9 @@ def check_config():
     several("SEEDS", range(2 ** 31))
     several("EVALS", EVALUATIONS)
     variant = SAE_VARIANTS[SAE_VARIANT]
+    if "composition" in EVALS and not hasattr(variant, "compose"):
+        raise RunnerError(f"EVALS has 'composition', and {SAE_VARIANT} composes nothing: take it "
+                          "out, or SAE_VARIANT = 'compositional'.")
     names = set(variant.components).union(*(stage.weights for stage in variant.curriculum))
     several("ABLATE", sorted(names - {"reconstruction"}), f" for {SAE_VARIANT}", 0)
 
@@ -1596,11 +1762,11 @@ def preflight(config, cache):
 
 
 # ---- main: preflight -> tokens -> activations -> train -> evaluate -> write ----
-def make_sae(d_in, d_sae, seed):
+def make_sae(d_in, d_sae, seed, target_l0=None):
     if TARGET_L0 > d_sae:
         raise RunnerError(f"TARGET_L0 = {TARGET_L0} of {d_sae} latents: raise EXPANSION.")
     torch.manual_seed(seed)
-    return SAE_VARIANTS[SAE_VARIANT](d_in, d_sae, TARGET_L0).to(DEVICE)
+    return SAE_VARIANTS[SAE_VARIANT](d_in, d_sae, target_l0 or TARGET_L0).to(DEVICE)
 
 
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
@@ -1610,7 +1776,7 @@ def run_seed(seed, store, layer, get_model, state, deadline, timing):
         stages, size = planned_stages(type(sae)), BATCH_TOKENS // CONTEXT_LENGTH
         log, *steps = train(sae, store, stages, seed, size, deadline, state / f"seed_{seed}.pt")
     with doing(f"evaluation, seed {seed}", timing):
-        run = Run(sae, store, get_model, layer, LIVE, log)
+        run = Run(sae, store, get_model, layer, LIVE, log, seed=seed)
         result = kept(state / f"seed_{seed}.json", lambda: evaluate(run, timing[training]))
     return sae, result, *steps
 

@@ -932,6 +932,101 @@ def fig_latents(runs):
     return figure
 
 
+RECOVERY = {"cosine_primitives": "primitives: cosine ↑",
+            "cosine_compositions": "compositions: cosine ↑",
+            "auroc_seen": "pairs seen together: AUROC ↑",
+            "auroc_unseen": "pairs never together: AUROC ↑"}
+BASELINES = {"pca": "PCA", "nmf": "NMF", "random": "random dictionary"}
+
+
+def fig_recovery(runs):
+    """How much of a known truth is found again, by how strong its compositions are."""
+    runs = [run for run in runs if run.curves and run.curves[0].get("recovery")]
+    if not runs:
+        return None
+    figure, axes = panels(len(RECOVERY), 2, 2.0, sharex=True)
+    first = runs[0].curves[0]["recovery"]
+    rhos = sorted({row["rho"] for row in first if row["task"] == first[0]["task"]})
+    shades = zip(BASELINES, ("#dddddd", "#c4c4c4", "#aaaaaa"))
+    bars = [(name, None, shade) for name, shade in shades]
+    bars += [("sae", run, run.color) for run in runs]
+    width = 0.84 / len(bars)
+    for axis, (metric, text) in zip(axes.flat, RECOVERY.items()):
+        for i, (name, run, color) in enumerate(bars):
+            for at, rho in enumerate(rhos):
+                rows = [row[name][metric] for seed in (run or runs[0]).curves
+                        for row in seed["recovery"]
+                        if (row["task"], row["rho"]) == (first[0]["task"], rho)]
+                if rows:
+                    x = at + (i - (len(bars) - 1) / 2) * width
+                    axis.bar(x, np.mean(rows), 0.92 * width, color=color)
+                    axis.plot([x, x], [min(rows), max(rows)], color="black", linewidth=0.7)
+        axis.set_title(text, loc="left")
+        axis.set_ylim(0.5 if "auroc" in metric else 0, 1.02)
+        axis.set_xticks(range(len(rhos)), [f"{rho:g}" for rho in rhos])
+        axis.grid(axis="x", visible=False)
+    for axis in axes[-1]:
+        axis.axhline(0.75, color=NOTE["color"], linewidth=0.8, linestyle=":")
+        axis.annotate("one primitive alone", (1, 0.75), (0, 1), ha="right", va="bottom", **NOTE,
+                      xycoords=("axes fraction", "data"), textcoords="offset points")
+        axis.set_xlabel(f"rho: strength of compositions (task: {first[0]['task']})")
+    known = [plt.Rectangle((0, 0), 1, 1, color=color) for _, run, color in bars if run is None]
+    axes[0, 0].legend(known, BASELINES.values(), fontsize=6, loc="lower right", frameon=True)
+    legend(figure, runs, "lines: range of the seeds", line="")
+    return figure
+
+
+def fig_compositions(runs):
+    """What each composition loses where a feature is dropped, and the tokens that it is for."""
+    runs = [run for run in runs if run.curves and run.curves[0].get("patterns")][-2:]
+    if not runs:
+        return None
+    figure, axes = panels(len(runs), 1, 3.2)
+    for axis, run in zip(axes.flat, runs):
+        found = run.curves[0]["patterns"]
+        effects = np.array(found["effects"], dtype=float)
+        limit = max(np.abs(effects).max(), 1e-9)
+        image = axis.imshow(effects, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit)
+        names = [f"{c}: {' '.join(visible(t) for t in tokens[:4])}"
+                 for c, tokens in zip(found["compositions"], found["tokens"])]
+        axis.set_yticks(range(len(names)), names, fontsize=6, parse_math=False)
+        axis.set_xticks(range(len(found["features"])), found["features"], rotation=90, fontsize=6)
+        axis.set_title(run.label, loc="left")
+        axis.set_xlabel("feature that is dropped")
+        axis.set_ylabel("composition: its largest tokens")
+        axis.grid(False)
+        axis.tick_params(length=0, pad=1)
+        figure.colorbar(image, ax=axis, label="lost, share of its mean", pad=0.01)
+    return figure
+
+
+def fig_reuse(runs):
+    """In how many compositions each feature takes part, beside random graphs."""
+    runs = [run for run in runs if run.curves and run.curves[0].get("reuse_null")]
+    if not runs:
+        return None
+    figure, axes = panels(len(runs), 2, 2.2)
+    for axis, run in zip(axes.flat, runs):
+        counts, null = (np.array(run.curves[0][name], dtype=float)
+                        for name in ("reuse", "reuse_null"))
+        n = max(len(counts), int(np.flatnonzero(null > 0.5).max(initial=0)) + 1)
+        axis.bar(range(len(counts)), counts, color=run.color, label="found")
+        axis.plot(range(n), np.pad(null, (0, n))[:n], "k_", markersize=6,
+                  label="random graph, as many edges")
+        axis.set_yscale("symlog", linthresh=1)
+        axis.yaxis.set_major_formatter(FuncFormatter(short))
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("compositions that it acts on")
+        axis.set_ylabel("features")
+        axis.set_title(run.label, loc="left")
+        if {"reuse_gini", "reuse_gini_null_95"} <= run.metrics.keys():
+            axis.set_title(f"Gini {short(run.metrics['reuse_gini'])}, random at most "
+                           f"{short(run.metrics['reuse_gini_null_95'])}", loc="right", **NOTE)
+        axis.legend(fontsize=6)
+    return figure
+
+
 def ablations(runs):
     """(run, the unablated run from which its constants differ in ABLATE alone) of every such."""
     def rest(run):
@@ -976,7 +1071,8 @@ FIGURES = {"training_curves": fig_training, "headline_metrics": fig_headlines,
            "feature_evolution": fig_evolution, "similarity": fig_similarity,
            "parameters": fig_parameters, "variance_scaling": fig_variance_scaling,
            "unlearning": fig_unlearning, "clamped_passage": fig_clamped_passage,
-           "sparse_probing": fig_sparse_probing, "ablations": fig_ablations,
+           "sparse_probing": fig_sparse_probing, "recovery": fig_recovery,
+           "compositions": fig_compositions, "reuse": fig_reuse, "ablations": fig_ablations,
            "latents": fig_latents}
 
 

@@ -46,9 +46,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.spatial.distance import cdist
-from scipy.stats import binomtest, false_discovery_control, linregress, norm, sem
+from scipy.stats import binomtest, false_discovery_control, linregress, norm, rankdata, sem, spearmanr
+from sklearn.decomposition import MiniBatchNMF, PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 from sklearn.preprocessing import MaxAbsScaler, normalize
@@ -1512,7 +1514,7 @@ def detection_scores(tasks, thresholds):
 # ---------------------------------------------------------------------------------------------------------------------
 EXCERPT, QUESTION = 32, 16  # tokens of a passage; of those to choose from
 TOP, BANDS, A_BAND, NULL = 8, 5, 2, 5       # passages: strongest, quantile bands of the values and those of each, random
-TASKS, OPTIONS = 10, 5      # detection tasks of a latent at most; passages to choose from
+DETECTION_TASKS, OPTIONS = 10, 5      # detection tasks of a latent at most; passages to choose from
 COMMON = 10                 # times that a token stands in the training text, to be named as promoted or suppressed
 PROFILE, REACH = 128, 5     # firings that make a profile, and its tokens: the one at the place and those just before
 
@@ -1616,7 +1618,7 @@ def latent_entry(text, short_text, latent, at, values, rng):
     active = np.zeros(len(text.flat), dtype=np.float32)
     active[at] = values
     files = rng.permutation(np.unique(text.file(at)))
-    held = files[:min(TASKS, len(files) // 4)]
+    held = files[:min(DETECTION_TASKS, len(files) // 4)]
     tasks = detection_tasks(short_text, at, active, held, rng)
     passages, strongest = latent_passages(text, at, active, held, rng)
     known = text.places[~np.isin(text.file(text.places), held)]
@@ -1942,6 +1944,377 @@ def clozes(windows, ids, strings, seed=0):
             found += sorted(asked)
     table = np.array(sorted(found), dtype=np.int64).reshape(-1, 6)
     return Clozes(table[:, 0], table[:, 1], table[:, 2:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synthetic activations with known features
+# ---------------------------------------------------------------------------------------------------------------------
+TASKS = ("arithmetic", "boolean", "grammar")
+PRIMITIVES, COMPOSED, DIMENSIONS, NOISE = 64, 128, 96, 0.1
+AMOUNTS = (0.5, 1.5)         # of an active primitive, uniform
+ACTIVE = (2, 3, 4)           # primitives of a token
+PLANTED = 0.5                # of the tokens hold a pair that makes something; others may by chance
+NEVER_TOGETHER = 0.2         # of the pairs in training
+
+
+class Wiring(NamedTuple):
+    """Which primitives make what: 256 pairs make 128 compositions, two pairs each."""
+    pairs: np.ndarray       # [256, 2] primitives
+    made: np.ndarray        # [256] composition of each pair
+    seen: np.ndarray        # [256] False: never together in training; the other pair of that composition is
+    apart: np.ndarray       # [64, 64] True: exclude each other
+    words: list             # [64] text of each primitive
+    joint: list             # [256] text of each pair
+
+    def table(self):
+        """[64, 64] pair of two primitives, -1 where they make nothing."""
+        found = np.full((PRIMITIVES, PRIMITIVES), -1)
+        found[tuple(self.pairs.T)] = found[tuple(self.pairs.T[::-1])] = np.arange(len(self.pairs))
+        return found
+
+
+def wiring(task, seed=0):
+    """arithmetic: a and 4 b, a and b below 32, make their sum modulo 128, of eight such pairs two. boolean: literals of
+    32 variables, each variable with four others, make the exclusive or of the two variables, by name and value.
+    grammar: one of 16 nouns and of 16 verbs, each with eight others, make the clause they say where both are singular
+    or both plural, and nothing where they disagree."""
+    rng, found, apart = np.random.default_rng(seed), [], np.zeros((PRIMITIVES, PRIMITIVES), bool)
+    first, second, half = rng.permutation(32), rng.permutation(16), PRIMITIVES // 2
+    if task == "arithmetic":
+        for total in range(COMPOSED):
+            for m in rng.permutation(8)[:2]:                # a = total % 4 + 4 m
+                found.append((total % 4 + 4 * m, half + (total // 4 - m) % 32, total))
+        words = [f"{n}" for n in range(half)] + [f"{4 * n}" for n in range(half)]
+        joint = [f"{words[i]} + {words[j]} = {made}" for i, j, made in found]
+    elif task == "boolean":
+        steps = [(first[v], first[(v + step) % 32]) for v in range(32) for step in (1, 5)]
+        for n, (p, q) in enumerate(steps):
+            found += [(2 * p + x, 2 * q + y, 2 * n + (x ^ y)) for x in (0, 1) for y in (0, 1)]
+        for v in range(32):
+            apart[2 * v, 2 * v + 1] = apart[2 * v + 1, 2 * v] = True
+        words = [f"v{n // 2} is {bool(n % 2)}" for n in range(PRIMITIVES)]
+        joint = [f"{words[i]} and {words[j]}" for i, j, _ in found]
+    elif task == "grammar":
+        for n, v in enumerate((n, second[(n + step) % 16]) for n in range(16) for step in range(8)):
+            found += [(2 * v[0] + number, half + 2 * v[1] + number, n) for number in (0, 1)]
+        words = [noun + end for noun in NOUNS for end in ("", "s")] + [verb + end for verb in VERBS for end in ("s", "")]
+        joint = [f"the {words[i]} {words[j]}" for i, j, _ in found]
+    else:
+        raise DataError(f"no task {task!r}: {', '.join(TASKS)}.")
+    *pairs, made = np.array(found).T
+    lost = np.array([rng.choice(np.flatnonzero(made == c)) for c in range(COMPOSED)])
+    seen = np.ones(len(made), bool)
+    seen[rng.permutation(lost)[:round(NEVER_TOGETHER * len(made))]] = False
+    return Wiring(np.stack(pairs, 1), made, seen, apart, words, joint)
+
+
+NOUNS = ("cat dog bird horse child river train star king writer garden clock ship lamp friend song").split()
+VERBS = ("run sleep turn stop shine break move fall wait change grow stand speak return start end").split()
+
+
+def combinations(wired, n, rng, training):
+    """Amounts of the primitives in n tokens, [n, 64]; in training without the pairs that are never together."""
+    table, pool = wired.table(), np.flatnonzero(wired.seen | (not training))
+    wrong = wired.apart | (training & (table >= 0) & ~wired.seen[table])
+    active, todo = np.zeros((n, PRIMITIVES), bool), np.arange(n)
+    while len(todo):
+        order = rng.random((len(todo), PRIMITIVES))
+        planted = np.flatnonzero(rng.random(len(todo)) < PLANTED)
+        order[planted[:, None], wired.pairs[rng.choice(pool, len(planted))]] = -1
+        rank = order.argsort(1).argsort(1)
+        active[todo] = rank < rng.choice(ACTIVE, len(todo))[:, None]
+        todo = todo[((active[todo] @ wrong.astype(np.float32)) * active[todo]).sum(1) > 0]
+    return np.where(active, rng.uniform(*AMOUNTS, active.shape), 0.0).astype(np.float32)
+
+
+class Synthetic(NamedTuple):
+    """x = sum_i a_i d_i + rho sum_ij sqrt(a_i a_j) d_c(i, j) + noise, windows of it, and what made it."""
+    x: np.ndarray           # [window, context_length, 96] float32; the first position, BOS, is 0
+    windows: Windows        # the training ones, then DEV, then as many of TEST
+    amounts: np.ndarray     # [window * (context_length - 1), 64] primitives
+    directions: np.ndarray  # [64 + 128, 96] of primitives, then compositions; unit norm
+    wired: Wiring
+    rho: float
+
+    def composed(self):
+        """Amounts of the compositions, [token, 128]."""
+        (first, second), found = self.wired.pairs.T, np.zeros((len(self.amounts), COMPOSED), np.float32)
+        np.add.at(found.T, self.wired.made, np.sqrt(self.amounts[:, first] * self.amounts[:, second]).T)
+        return found
+
+    def parts(self):
+        """Tokens of training, DEV, TEST: three slices."""
+        seq = self.windows.tokens.shape[1] - 1
+        a, end = self.windows.n_train * seq, len(self.amounts)
+        middle = a + (end - a) // seq // 2 * seq
+        return slice(0, a), slice(a, middle), slice(middle, end)
+
+    def flat_x(self):
+        return self.x[:, 1:].reshape(-1, DIMENSIONS)
+
+
+def synthetic(task, rho, context_length, n_tokens, forget="", seed=0):
+    """Synthetic of about n_tokens training tokens and half as many for each of DEV and TEST. Every token is drawn by
+    itself; its id is 1 + its largest primitive; every second document is of the domain `forget`."""
+    rng, wired, seq = np.random.default_rng(seed), wiring(task, seed), context_length - 1
+    n_train = max(8, n_tokens // seq)
+    n_held = 2 * max(4, n_tokens // seq // 2)
+    directions = normalize(rng.standard_normal((PRIMITIVES + COMPOSED, DIMENSIONS)))
+    amounts = np.concatenate([combinations(wired, n_train * seq, rng, True),
+                              combinations(wired, n_held * seq, rng, False)])
+    n, tokens = n_train + n_held, np.zeros((n_train + n_held, context_length), np.int32)
+    tokens[:, 1:] = 1 + amounts.argmax(1).reshape(n, seq)
+    windows = Windows(tokens, np.full(n, context_length), np.arange(n), n_train, [f"{task}#{i}" for i in range(n)],
+                      [forget if i % 2 else "other" for i in range(n)])
+    made = Synthetic(np.zeros((n, context_length, DIMENSIONS), np.float32), windows, amounts, directions, wired, rho)
+    x = amounts @ directions[:PRIMITIVES] + rho * made.composed() @ directions[PRIMITIVES:]
+    made.x[:, 1:] = (x + NOISE * rng.standard_normal(x.shape)).reshape(n, seq, -1)
+    return made
+
+
+def aurocs(values, positive):
+    """AUROC of each column of non-negative values [n, d], sparse in n, for positive [n]. A column that fires on less
+    than a fifth of the positives, for which it is at most .6, counts as .5."""
+    found, n = np.full(values.shape[1], 0.5), positive.sum()
+    often = np.flatnonzero((values[positive] > 0).mean(0) >= 0.2)
+    ranks = rankdata(values[:, often], axis=0)[positive].sum(0)
+    found[often] = (ranks - n * (n + 1) / 2) / (n * (len(positive) - n))
+    return found
+
+
+def auroc(values, positive):
+    n = positive.sum()
+    return (rankdata(values)[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n))
+
+
+def recovery(truth, dev, test, dictionary):
+    """How well latents dev and test [token, d_sae] >= 0 of truth's DEV and TEST, and a dictionary [d_sae, 96], match the
+    truth: mean cosine with the true directions under the best assignment (Hungarian); mean AUROC, on TEST, of the latent
+    that is best on DEV: of primitives, and of pairs against tokens with exactly one of the two, for pairs seen together
+    in training and pairs that never were ("unseen"); and the smaller of the two latents of its primitives instead
+    ("minimum"). One latent that is one of the two primitives has .75 there."""
+    cosine = truth.directions @ normalize(dictionary).T
+    rows, columns = linear_sum_assignment(-cosine)
+    found = np.zeros(len(cosine))                           # 0 for what no row is left for
+    found[rows] = cosine[rows, columns]
+    scores = {"cosine_primitives": found[:PRIMITIVES].mean(), "cosine_compositions": found[PRIMITIVES:].mean()}
+    on = [truth.amounts[part] > 0 for part in truth.parts()[1:]]
+    few = DataError("too few synthetic tokens: no pair of primitives is there often enough.")
+    if not all(part.any(0).all() for part in on):
+        raise few
+    best = [aurocs(dev, on[0][:, i]).argmax() for i in range(PRIMITIVES)]
+    scores["auroc_primitives"] = np.mean([auroc(test[:, b], on[1][:, i]) for i, b in enumerate(best)])
+    rows = []
+    for i, j in truth.wired.pairs:
+        one = [part[:, i] | part[:, j] for part in on]
+        both = [(part[:, i] & part[:, j])[rows_] for part, rows_ in zip(on, one)]
+        if min(part.sum() for part in both) < 3:
+            rows.append((np.nan, np.nan, -1))
+            continue
+        chosen = aurocs(dev[one[0]], both[0]).argmax()
+        least = np.minimum(test[one[1], best[i]], test[one[1], best[j]])
+        rows.append((auroc(test[one[1], chosen], both[1]), auroc(least, both[1]), chosen))
+    rows = np.array(rows)
+    for name, part in (("seen", truth.wired.seen), ("unseen", ~truth.wired.seen)):
+        if np.isnan(rows[part, 0]).all():
+            raise few
+        scores[f"auroc_{name}"], scores[f"minimum_{name}"] = np.nanmean(rows[part, :2], 0)
+    return scores
+
+
+def strongest(values, k):
+    """Values [n, d] >= 0 with all but the k largest of each row set to 0."""
+    least = np.partition(values, -k, axis=1)[:, -k, None]
+    return np.where(values >= least, values, 0.0)
+
+
+def signed(values):  # [n, d] -> [n, 2 d] >= 0
+    return np.concatenate([np.maximum(values, 0), np.maximum(-values, 0)], 1)
+
+
+def recovery_baselines(truth, k, d_sae, seed=0):
+    """`recovery` of PCA (the k largest signed components of a token), of NMF of [x+, x-] with as many components as
+    there are true features (the k largest), and of a random dictionary of d_sae rows, as TopK reads it."""
+    train, *parts = (truth.flat_x()[part] for part in truth.parts())
+    pca = PCA(DIMENSIONS, random_state=seed).fit(train)
+    nmf = MiniBatchNMF(PRIMITIVES + COMPOSED, init="nndsvda", batch_size=1024, max_iter=20, random_state=seed)
+    nmf.fit(signed(train[:8192]))
+    random = normalize(np.random.default_rng((seed, 1)).standard_normal((d_sae, DIMENSIONS)))
+    codes = {"pca": (lambda x: signed(pca.transform(x)), np.concatenate([pca.components_, -pca.components_])),
+             "nmf": (lambda x: nmf.transform(signed(x)), nmf.components_[:, :DIMENSIONS] - nmf.components_[:, DIMENSIONS:]),
+             "random": (lambda x: np.maximum((x - train.mean(0)) @ random.T, 0), random)}
+    return {name: recovery(truth, *(strongest(code(part), k) for part in parts), dictionary)
+            for name, (code, dictionary) in codes.items()}
+
+
+class TaskText(NamedTuple):
+    """Sentences of a task as windows of tokens, and what is in them."""
+    windows: Windows
+    primitives: np.ndarray  # [window, context_length] primitive that a token ends, or -1
+    pairs: np.ndarray       # [window, context_length] pair that a token ends, or -1
+
+
+def task_text(task, tokenizer, context_length, n_windows, seed=0):
+    """TaskText: each window a run of sentences, half of them of a random pair of the task, each after the other."""
+    rng, wired, bos = np.random.default_rng(seed), wiring(task, seed), beginning(tokenizer)
+    tokens, table = np.full((n_windows, context_length), bos, np.int32), wired.table()
+    primitives, made = np.full((2, n_windows, context_length), -1)
+    lengths = np.empty(n_windows, int)
+    for row in range(n_windows):
+        text, ends = "", []                                 # (character, primitive or -1, pair or -1)
+        while len(text) < 5 * context_length:
+            if rng.random() < 0.5:
+                pair = rng.integers(len(wired.pairs))
+                i, j = wired.pairs[pair]
+            else:
+                i, j = rng.integers(0, PRIMITIVES // 2), rng.integers(PRIMITIVES // 2, PRIMITIVES)
+                pair = table[i, j]
+            form = {"arithmetic": "{} + {} ", "boolean": "{} and {} ", "grammar": "the {} {} "}[task]
+            before, between, _ = form.split("{}")
+            text += before + wired.words[i]
+            ends.append((len(text), i, -1))
+            text += between + wired.words[j]
+            ends.append((len(text), j, pair))
+            text += " . "
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"][:context_length - 1], encoded["offset_mapping"][:context_length - 1]
+        tokens[row, 1:1 + len(ids)], lengths[row] = ids, 1 + len(ids)
+        last = [end for _, end in spans]
+        for end, primitive, pair in ends:
+            at = bisect_left(last, end)                     # the first token that reaches the word's end
+            if at < len(last):
+                primitives[row, 1 + at], made[row, 1 + at] = primitive, pair
+    windows = Windows(tokens, lengths, np.arange(n_windows), n_windows // 2,
+                      [f"{task}#{i}" for i in range(n_windows)], [task] * n_windows)
+    return TaskText(windows, primitives, made)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What parts of a composition do
+# ---------------------------------------------------------------------------------------------------------------------
+def dropped(compose, f, fires, rng, draws=8):
+    """What each composition of a token loses where one of its features is dropped, or two.
+
+    compose(f) gives compositions [n, d_c] of features f [n, k] >= 0; fires [n, d_c] are those that count. -> singles:
+    (token, slot, composition, c(f) - c(f without slot)); pairs, `draws` at random of each token's active features:
+    (token, slot, slot, the composition that interacts most, |c(f) - c(f\\i) - c(f\\j) + c(f\\ij)| of it)."""
+    def without(*slots):
+        left = f.copy()
+        for slot in slots:
+            left[row, slot] = 0
+        return compose(left)
+
+    whole, row, k = compose(f), np.arange(len(f)), f.shape[1]
+    alone = np.stack([without(slot) for slot in range(k)], 1)
+    token, slot, of = np.nonzero((f > 0)[:, :, None] & fires[:, None])
+    singles = token, slot, of, (whole[token, of] - alone[token, slot, of]).astype(float)
+    pairs = []
+    for _ in range(draws):
+        first, second = np.where(f > 0, rng.random(f.shape), -1).argsort(1)[:, -2:].T
+        joint = np.abs(whole - alone[row, first] - alone[row, second] + without(first, second)) * fires
+        most = joint.argmax(1)
+        use = (f[row, first] > 0) & (f[row, second] > 0) & fires.any(1)
+        pairs.append([part[use] for part in (row, first, second, most, joint[row, most].astype(float))])
+    return singles, [np.concatenate(part) for part in zip(*pairs)]
+
+
+def composition_scores(compose, ids, f, codes, attention, text, rng, least):
+    """Metrics and curves of compositions: features ids [n, k] with values f [n, k] of n tokens, text [n]; codes [n, d_c]
+    after the bottleneck; attention [n, k, k] between features, or None; `least`: see reuse."""
+    (token, slot, of, effect), pairs = dropped(compose, f, codes > 0, rng)
+    if not len(token):
+        raise DataError(f"none of {codes.shape[1]} compositions fires on {len(codes)} held-out tokens: the features take "
+                        "all of TARGET_L0. Lower it, or raise COMPOSITIONS.")
+    row, a, b, composition, interaction = pairs
+    feature, first, second = ids[token, slot], ids[row, a], ids[row, b]
+    metrics, took, random = reuse(token * codes.shape[1] + of, feature, of, effect, rng, least=least)
+    if attention is not None:
+        seen = attention[row, a, b] + attention[row, b, a]
+        metrics |= interaction_scores(first, second, seen, interaction)
+    metrics |= {"compositions_per_token": (codes > 0).sum(1).mean(), "live_compositions": (codes > 0).any(0).mean()}
+    return metrics, {
+        "patterns": patterns(codes, feature, of, effect, first, second, composition, interaction, text),
+        "reuse": np.bincount(took), "reuse_null": np.mean([np.bincount(r, minlength=len(took)) for r in random], 0)[:40]}
+
+
+def interaction_scores(first, second, attention, effect):
+    """Whether attention tells which features act together. Of each instance [n] two features, the attention between them
+    and the size of their interaction; by pair of features the means: Spearman's correlation of the two, and the AUROC
+    of attention for the tenth of the pairs that interact most against as many pairs with like numbers of instances."""
+    low, high = np.minimum(first, second), np.maximum(first, second)
+    _, index, counts = np.unique(low * (high.max() + 1) + high, return_inverse=True, return_counts=True)
+    attention, effect = (np.bincount(index, values) / counts for values in (attention, effect))
+    if len(counts) < 20 or effect.max() == effect.min():
+        raise DataError(f"{len(counts)} pairs of features, with interactions from {effect.min():.3g} to "
+                        f"{effect.max():.3g}: none acts together with another.")
+    chosen = np.argsort(-effect, kind="stable")[:len(effect) // 10]
+    others = alike(counts, chosen)
+    truth = np.arange(len(chosen) + len(others)) < len(chosen)
+    return {"attention_spearman": spearmanr(attention, effect).statistic,
+            "attention_auroc": auroc(attention[np.concatenate([chosen, others])], truth), "feature_pairs": len(counts)}
+
+
+def gini(values):
+    """Gini coefficient of values [n] >= 0."""
+    order = np.sort(values)
+    n = len(order)
+    return (2 * np.arange(1, n + 1) - n - 1) @ order / max(n * order.sum(), 1e-12)
+
+
+def reuse(group, feature, composition, effect, rng, draws=50, least=5):
+    """In how many compositions each feature takes part: in how many its ablation acts above the 95th percentile of what
+    it is when effects are shuffled among the features of a token.
+
+    Of each instance [n] its group (token and composition), feature, composition, effect; pairs of feature and
+    composition with fewer than `least` instances are left out. -> metrics; the counts of features with any such pair;
+    and of `draws` random bipartite graphs with as many edges the counts [draws, feature]."""
+    edges, index, counts = np.unique(np.stack([feature, composition]), axis=1, return_inverse=True, return_counts=True)
+    index, known = index.ravel(), counts >= least
+    total, null = np.bincount(index, effect), []
+    by_group = np.argsort(group, kind="stable")
+    for _ in range(draws):
+        order = np.lexsort((rng.random(len(group)), group))
+        shuffled = np.empty_like(effect)
+        shuffled[by_group] = effect[order]
+        null.append(np.bincount(index, shuffled, len(counts)))
+    acts = known & (total > np.quantile(null, 0.95, axis=0) + 1e-9 * np.abs(total).max())
+    features, of = np.unique(edges[0, known], return_inverse=True)
+    if not acts.any():
+        raise DataError("no feature acts on a composition more than shuffled effects do.")
+    took = np.bincount(of, acts[known], len(features)).astype(int)
+    random = np.array([np.bincount(rng.choice(of, took.sum(), replace=False), minlength=len(features))
+                       for _ in range(draws)])
+    ginis = [gini(row) for row in random]
+    return {"reuse_mean": took.mean(), "reuse_gini": gini(took), "reuse_gini_null": np.mean(ginis),
+            "reuse_gini_null_95": np.quantile(ginis, 0.95), "reused_fraction": (took > 1).mean(),
+            "reuse_edges": acts.sum() / known.sum()}, took, random
+
+
+def patterns(codes, feature, composition, effect, first, second, of, interaction, text, most=16):
+    """What the `most` compositions of the largest total value are made of: {"compositions": ids; "features": the features
+    that act most on them; "effects" [composition, feature]: mean change of it where the feature is dropped, over its mean
+    value; "pairs": of each the three pairs of features with the largest mean interaction; "tokens": of each the tokens
+    [str] where it is largest}. codes [token, d_c]; instances as of `reuse`, and of pairs."""
+    top = np.argsort(-codes.sum(0), kind="stable")[:most]
+    top = top[codes[:, top].sum(0) > 0]
+    mean = codes.sum(0) / np.maximum((codes > 0).sum(0), 1)
+    chosen = []
+    for c in top:
+        here = composition == c
+        names, index = np.unique(feature[here], return_inverse=True)
+        chosen += list(names[np.argsort(-np.bincount(index, effect[here]), kind="stable")[:2]])
+    features = np.array(list(dict.fromkeys(chosen)))
+    table, found = np.zeros((len(top), len(features))), []
+    for row, c in zip(table, top):
+        for column, name in enumerate(features):
+            here = (composition == c) & (feature == name)
+            row[column] = effect[here].mean() / mean[c] if here.any() else 0.0
+        low, high = np.minimum(first, second)[of == c], np.maximum(first, second)[of == c]
+        pairs, index = np.unique(np.stack([low, high]), axis=1, return_inverse=True)
+        means = np.bincount(index.ravel(), interaction[of == c]) / np.maximum(np.bincount(index.ravel()), 1)
+        found.append([(*pairs[:, i].tolist(), float(means[i])) for i in np.argsort(-means, kind="stable")[:3]])
+    return {"compositions": top, "features": features, "effects": table.round(4), "pairs": found,
+            "tokens": [[text[i] for i in np.argsort(-codes[:, c], kind="stable")[:5] if codes[i, c] > 0] for c in top]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2398,7 +2771,7 @@ def check_room(folder, need):
 # What went wrong
 # ---------------------------------------------------------------------------------------------------------------------
 def checks(constants):
-    """Functions (choice, whole, positive, text, several, span) of the names of constants, space between: each raises where
+    """Functions (check, choice, whole, positive, text, several, span) of the names of constants, space between: each raises where
     one is neither what it must be nor among `others`."""
     def check(names, wanted, right, others=()):
         for name in names.split():
@@ -2432,7 +2805,7 @@ def checks(constants):
         check(name, "(low, high) within the window", lambda v: type(v) is tuple and [type(x) for x in v] == [int, int]
               and 0 < v[0] < v[1] < end, [None])
 
-    return choice, whole, positive, text, several, span
+    return check, choice, whole, positive, text, several, span
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from copies import PROJECT, TAIL, copy_template, edit, results, run, run_in_turn
 from safetensors.torch import load_file
 
 IN_SAELENS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae")
-VARIANTS = (*IN_SAELENS, "temporal", "temporal_adaptation", "temporal_context")
+VARIANTS = (*IN_SAELENS, "temporal", "temporal_adaptation", "temporal_context", "compositional")
 TIMES = ("total_train_time", "avg_inference_tokens_per_second")         # results that speak of time
 
 
@@ -471,6 +471,10 @@ RULES = {                                 # constant -> good values, bad ones, w
     "CLAMPED": (WHOLE, NOT_WHOLE, ("whole number from 1",)), "MATCHED": (WHOLE, NOT_WHOLE, ("whole number from 1",)),
     "MATCHER": (("logistic", "attention"), ("linear", None), ("logistic, attention",)),
     "MATCHER_WINDOW": (WHOLE, NOT_WHOLE, ("whole number from 1",)),
+    "COMPOSITIONS": ((0.1, 1 / 3), (0, 1, 1.0, -0.1, NAN, "1", None), ("above 0, below 1",)),
+    "COMPOSITION_HEADS": ((1, 8, 64), NOT_WHOLE, ("whole number from 1",)),
+    "COMPOSITION_WIDTH": ((8, 128), (0, 12, -8, 8.0, "8", None), ("multiple of COMPOSITION_HEADS",)),
+    "BOTTLENECK": (("joint", "split"), ("both", None), ("joint, split",)),
     "EVAL_FILES": ((2, 300), (1, 0, 2.5, None), ("whole number from 2",)),
 }
 
