@@ -715,7 +715,7 @@ def fig_sparse_probing(runs):
 RECOVERY = {"cosine_primitives": "primitives: cosine ↑",
             "cosine_compositions": "compositions: cosine ↑",
             "auroc_seen": "pairs seen: AUROC ↑",
-            "auroc_unseen": "pairs never together: AUROC ↑"}
+            "auroc_unseen": "unseen pairs: AUROC ↑"}
 BASELINES = {"pca": "PCA", "nmf": "NMF", "random": "random dictionary"}
 
 
