@@ -1600,12 +1600,14 @@ def eval_composition(run):
     row, at = np.divmod(places, CONTEXT_LENGTH - 1)
     batch = run.store.batch(windows.n_train + row)
     batch = batch._replace(x=batch.x[torch.arange(len(at)), at][:, None], mask=None)
-    (ids, f), z = sae.features(batch), sae.encode(batch).dense()[:, 0, sae.d_f:].cpu().numpy()
+    ids, f = sae.features(batch)
+    z = sae.encode(batch).dense()[:, 0, sae.d_f:] if not run.probing else sae.compose(ids, f)
     attention = sae.attention(ids, f).mean(1).cpu().numpy() if "attention" not in ABLATE else None
     text = load_tokenizer().batch_decode(windows.tokens[windows.n_train + row, 1 + at][:, None])
     metrics, curves = corpus.composition_scores(
         lambda f: sae.compose(ids, torch.from_numpy(f).to(DEVICE)).cpu().numpy(),
-        ids.cpu().numpy(), f.cpu().numpy(), z, attention, text, rng, min(5, run.live[0]))
+        ids.cpu().numpy(), f.cpu().numpy(), z.cpu().numpy(), attention, text, rng,
+        min(5, run.live[0]))
     return Result(metrics, plain(curves), {})
 
 

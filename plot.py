@@ -934,8 +934,8 @@ def fig_latents(runs):
 
 RECOVERY = {"cosine_primitives": "primitives: cosine ↑",
             "cosine_compositions": "compositions: cosine ↑",
-            "auroc_seen": "pairs seen together: AUROC ↑",
-            "auroc_unseen": "pairs never together: AUROC ↑"}
+            "auroc_seen": "pairs seen: AUROC ↑",
+            "auroc_unseen": "unseen pairs: AUROC ↑"}
 BASELINES = {"pca": "PCA", "nmf": "NMF", "random": "random dictionary"}
 
 
@@ -947,8 +947,8 @@ def fig_recovery(runs):
     figure, axes = panels(len(RECOVERY), 2, 2.0, sharex=True)
     first = runs[0].curves[0]["recovery"]
     rhos = sorted({row["rho"] for row in first if row["task"] == first[0]["task"]})
-    shades = zip(BASELINES, ("#dddddd", "#c4c4c4", "#aaaaaa"))
-    bars = [(name, None, shade) for name, shade in shades]
+    hatches = dict(zip(BASELINES, ("////", "....", "")))
+    bars = [(name, None, "white") for name in BASELINES]
     bars += [("sae", run, run.color) for run in runs]
     width = 0.84 / len(bars)
     for axis, (metric, text) in zip(axes.flat, RECOVERY.items()):
@@ -959,7 +959,8 @@ def fig_recovery(runs):
                         if (row["task"], row["rho"]) == (first[0]["task"], rho)]
                 if rows:
                     x = at + (i - (len(bars) - 1) / 2) * width
-                    axis.bar(x, np.mean(rows), 0.92 * width, color=color)
+                    axis.bar(x, np.mean(rows), 0.92 * width, color=color, linewidth=0.6,
+                             hatch=hatches.get(name), edgecolor=color if run else "#888888")
                     axis.plot([x, x], [min(rows), max(rows)], color="black", linewidth=0.7)
         axis.set_title(text, loc="left")
         axis.set_ylim(0.5 if "auroc" in metric else 0, 1.02)
@@ -967,11 +968,11 @@ def fig_recovery(runs):
         axis.grid(axis="x", visible=False)
     for axis in axes[-1]:
         axis.axhline(0.75, color=NOTE["color"], linewidth=0.8, linestyle=":")
-        axis.annotate("one primitive alone", (1, 0.75), (0, 1), ha="right", va="bottom", **NOTE,
-                      xycoords=("axes fraction", "data"), textcoords="offset points")
+        axis.set_title("dotted: one primitive alone (0.75)", loc="right", **NOTE)
         axis.set_xlabel(f"rho: strength of compositions (task: {first[0]['task']})")
-    known = [plt.Rectangle((0, 0), 1, 1, color=color) for _, run, color in bars if run is None]
-    axes[0, 0].legend(known, BASELINES.values(), fontsize=6, loc="lower right", frameon=True)
+    known = [plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="#888888", hatch=hatch)
+             for hatch in hatches.values()]
+    axes[0, 1].legend(known, BASELINES.values(), fontsize=6, loc="upper left", ncols=3)
     legend(figure, runs, "lines: range of the seeds", line="")
     return figure
 
