@@ -47,7 +47,7 @@ from corpus import (batch_ids, cache_folder, fingerprint, kept, make_folder, pla
 
 # ---- CONFIG: edit here; there is no command line for these ----
 # standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, temporal, temporal_adaptation,
-# temporal_context
+# temporal_context, hierarchical
 SAE_VARIANT = "standard"
 ABLATE = ()  # losses or components to switch off, e.g. ("auxk",)
 MODEL_NAME = "embedded/model"  # a local folder or a hub id, e.g. "google/gemma-2-2b"
@@ -59,7 +59,7 @@ EXPANSION = 8  # d_sae / d_in
 TARGET_L0 = 48  # active latents per token
 SEEDS = (0,)  # one SAE a seed
 TIME_BUDGET_MINUTES = 90  # the whole run's; training shrinks to it
-EVALS = ("core", "temporal", "probes")  # and "unlearning", "sparse_probing"
+EVALS = ("core", "temporal", "probes")  # and "unlearning", "sparse_probing", "hierarchy"
 EPOCHS_SCALE = 1.0  # multiplies the epochs of every stage
 BATCH_TOKENS = 1024  # tokens per training step
 LEARNING_RATE = None  # Adam; None: 3e-3 * sqrt(1536 / d_sae)
@@ -81,6 +81,12 @@ REGULARISATION = 1e-3  # towards where its parameters start
 # temporal_context
 BUFFER = 4  # positions
 BUFFER_POSITIONS = "learned"  # or "sinusoidal"
+# hierarchical
+LEVEL_WIDTHS = None  # of level 1 and 2, e.g. (144, 96), 3/4 and 1/2 of d_in; None: overcomplete
+LEVEL_SPARSITY = "topk"  # of level 2; or "l1", its weight steered to TARGET_L0
+BETA_1 = 0.05  # L1 of level 1, below that of level 2
+FEATURES_WEIGHT = 0.5  # level 2 gives back level 1's features
+COSINE_WEIGHT, GROUP_WEIGHT = 0.1, 0.005
 # unlearning
 FORGET = "sympy"  # a domain of DATASET, or another data set
 TRAIN_ON = "both"  # or "forget", "retain"
@@ -108,6 +114,7 @@ PROBE_EVERY = 8  # held-out tokens
 PROBING = ("embedded",)  # data sets, e.g. (*corpus.PROBING_DATASETS,)
 PROBING_SIZE = (1000, 250)  # texts of a class to train, test; SAEBench: (4000, 1000)
 PROBED = (1, 2, 5, 10, 20, 50)  # latents
+TRACED = 32  # parents, through the model
 LIVE = (50, 10)  # firings, and files with one, of a live latent
 FORGETTING = 0.4  # nats, where strategies are compared
 RETAIN_FREQUENCY = 0.01  # at most, for "frequency"
@@ -358,6 +365,9 @@ class SAE(nn.Module):
         """Latents -> x_hat [batch, seq, d_in]."""
         return latents.decode(self.W_dec) + self.b_dec
 
+    def directions(self):  # in x, of the latents: [d_sae, d_in]
+        return self.W_dec
+
     def losses(self, batch, latents):
         """Named loss terms without their weights, each a scalar."""
         x_hat = self.decode(latents)
@@ -374,7 +384,7 @@ class SAE(nn.Module):
         z = F.leaky_relu((x - centre) @ W_enc[:, dead] + self.b_enc[dead], 0.1)  # never flat
         values, ids = z.topk(min(self.d_in // 2, len(dead)), dim=-1)
         z = torch.zeros_like(z).scatter(-1, ids, values)
-        error = squared_error(residual, z @ self.W_dec[dead])
+        error = squared_error(residual, z @ self.directions()[dead])
         mean = residual.x.sum((0, 1)) / n_tokens(batch)
         variance = squared_error(residual, mean.expand_as(x_hat))
         return error / variance if variance > 1e-12 else 0.0 * error
@@ -761,9 +771,114 @@ class TemporalAdaptation(SAE):
                 "temperature": float(self.temperature())}
 
 
+class Hierarchical(TopK):
+    """h_1 = ReLU((x - b) W_enc1 + b_enc1), x_hat1 = h_1 W_dec1 + b: level 1, `lower`;
+    z_2 = TopK_k(ReLU((h_1 - c) W_enc + b_enc)), h_hat = ReLU(z_2 W_dec + c), W_dec >= 0,
+    x_hat2 = h_hat W_dec1 + b: level 2, the latents.
+
+    The parent of i is argmax_p W_dec[p, i], G_p its children. cosine = mean over children of
+    max(0, .5 - cos(d_i, mean of its siblings)); group = E_t sum_p sqrt|G_p| |h_1[G_p]|_2. The
+    first stage trains level 1, the second level 2 on the frozen first, the third both."""
+    upper = PLAIN | {"features": FEATURES_WEIGHT} | (
+        {"sparsity": 1.0} if LEVEL_SPARSITY == "l1" else {})
+    curriculum = (
+        Stage("level_1", 8, {"reconstruction": 1.0, "sparsity_1": BETA_1}, ("lower",)),
+        Stage("level_2", 8, upper, ("W_", "b_"), 1 / 3, {"level": 2}),
+        Stage("both", 4, upper | {"level_1": 1.0, "sparsity_1": BETA_1, "cosine": COSINE_WEIGHT,
+                                  "group": GROUP_WEIGHT}, lr=1 / 6, anneals={"level": 2}))
+    architecture, level = "hierarchical", 1
+    select = SAE.select if LEVEL_SPARSITY == "l1" else TopK.select
+
+    def __init__(self, d_in, d_sae, target_l0):
+        d_1, d_2 = LEVEL_WIDTHS or (3 * d_sae // 2, d_sae)
+        super().__init__(d_1, d_2, target_l0)
+        self.d_in, self.lower = d_in, SAE(d_in, d_1, target_l0)
+        self.register_buffer("begun", torch.tensor(False))
+
+    def initialise(self, batch):
+        self.lower.initialise(batch)
+
+    @torch.no_grad()
+    def begin(self, batch, grouped=True):
+        """Level 2 as it starts: a parent for each of the d_2 strongest features of level 1; the
+        others join the one that they fire with most. Not grouped: at random."""
+        h = self.levels(batch).dense()
+        W, flat = torch.rand_like(self.W_dec), counted(batch, h)
+        if grouped:
+            strongest = flat.square().sum(0).topk(self.d_sae).indices
+            unit = F.normalize(flat, dim=0)
+            together, parent = (unit.t() @ unit[:, strongest]).max(1)
+            parent[strongest] = torch.arange(self.d_sae, device=h.device)
+            W = torch.zeros_like(W)
+            W[parent, torch.arange(len(parent), device=h.device)] = together + 1e-3
+        self.W_dec.copy_(F.normalize(W, dim=1))
+        self.W_enc.copy_(self.W_dec.t())
+        for bias in (self.b_enc, self.b_dec):
+            bias.zero_()
+        if LEVEL_SPARSITY == "l1":
+            SAE.initialise(self, batch._replace(x=h))
+        self.begun.fill_(True)
+
+    def levels(self, batch):
+        """h_1 as Latents [batch, seq, d_1]."""
+        return self.lower.encode(batch)
+
+    def parents(self):  # of each feature of level 1: [d_1]
+        return self.W_dec.detach().argmax(0)
+
+    def encoder(self, batch):
+        return self.levels(batch).dense(), self.b_dec, self.W_enc
+
+    def encode(self, batch):
+        if self.level == 1:  # none yet
+            self.tokens_since_fired.zero_()
+            return Latents.from_dense(batch.x.new_zeros(*batch.x.shape[:2], self.d_sae))
+        if not self.begun:
+            self.begin(batch)
+        return super().encode(batch)
+
+    def features(self, latents):
+        """Latents -> h_hat [batch, seq, d_1]."""
+        self.W_dec.data.clamp_(min=0)
+        return F.relu(latents.decode(self.W_dec) + self.b_dec)
+
+    def decode(self, latents):
+        return self.features(latents) @ self.lower.W_dec + self.lower.b_dec
+
+    def directions(self):
+        return self.W_dec @ self.lower.W_dec
+
+    def losses(self, batch, latents):
+        h = self.levels(batch)
+        x_hat, found = self.lower.decode(h), {"sparsity_1": l1(batch, h)}
+        if self.level == 1:
+            return found | {"reconstruction": squared_error(batch, x_hat)}
+        found["level_1"], h = squared_error(batch, x_hat), h.dense()
+        h_hat = self.features(latents)
+        x_hat = h_hat @ self.lower.W_dec + self.lower.b_dec
+        return found | self.grouping(batch, h) | {
+            "reconstruction": squared_error(batch, x_hat), "sparsity": l1(batch, latents),
+            "features": squared_error(batch._replace(x=h), h_hat),
+            "auxk": self.auxk_loss(batch, x_hat)}
+
+    def grouping(self, batch, h):  # h_1 [batch, seq, d_1]
+        parent, d = self.parents(), self.lower.W_dec
+        size = torch.bincount(parent, minlength=self.d_sae)
+        siblings = d.new_zeros(self.d_sae, self.d_in).index_add(0, parent, d)[parent] - d
+        cosine = F.cosine_similarity(d, siblings, dim=1)[size[parent] > 1]
+        energy = h.new_zeros(*h.shape[:2], self.d_sae).index_add(2, parent, h.square())
+        norms = (energy + 1e-12).sqrt() * (energy > 0)
+        group = (norms * size.sqrt()).sum() / n_tokens(batch)
+        return {"cosine": F.relu(0.5 - cosine).sum() / max(1, len(cosine)), "group": group}
+
+    def parameters_of_interest(self):
+        return {"beta_2": self.sparsity_weight.item()} if LEVEL_SPARSITY == "l1" else {}
+
+
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
                 "gated": Gated, "matryoshka": Matryoshka, "temporal": Temporal, "tsae": TSAE,
-                "temporal_adaptation": TemporalAdaptation, "temporal_context": TemporalContext}
+                "temporal_adaptation": TemporalAdaptation, "temporal_context": TemporalContext,
+                "hierarchical": Hierarchical}
 
 
 # ---- Model ----
@@ -956,13 +1071,14 @@ def train_step(sae, optimizer, batch, stage, done):
         total = total + scheduled(weight, done) * steered * losses[name]
     total.backward()
     with torch.no_grad():
-        W, learns = sae.W_dec, sae.W_dec.grad is not None
-        if learns:  # without what the renormalisation would undo
+        learning = [part.W_dec for part in sae.modules()
+                    if isinstance(part, SAE) and part.W_dec.grad is not None]
+        for W in learning:  # without what the renormalisation would undo
             W.grad.addcmul_((W.grad * W).sum(1, keepdim=True), W, value=-1)
         nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if learns:
+        for W in learning:
             W.div_(W.norm(dim=1, keepdim=True))
         fired = latents.active()[1]
         sae.tokens_since_fired += n_tokens(batch)
@@ -1548,7 +1664,7 @@ class Unlearner:
                 match = self.match(self.scaled(whole))
                 match = gate(match) if strategy == "hybrid" else match
                 on &= (match > self.thresholds[strategy])[..., None]
-            delta = torch.where(on, target - z, 0.0) @ self.sae.W_dec[latents]
+            delta = torch.where(on, target - z, 0.0) @ self.sae.directions()[latents]
             if strategy == "random_directions":
                 size = delta.norm(dim=-1, keepdim=True)
                 return F.normalize(torch.randn_like(delta), dim=-1) * size
@@ -1745,15 +1861,118 @@ def eval_sparse_probing(run):
     return Result(metrics, plain({"sparse_probing": curves}), {})
 
 
+# ---- Hierarchy: level 2 against level 1, and through the model ----
+@torch.enable_grad()
+def flat_peer(run):
+    """A TopK SAE as wide, as sparse and as long trained, kept beside the activations."""
+    store, size = run.store, min(BATCH_TOKENS // CONTEXT_LENGTH, run.store.windows.n_train)
+    torch.manual_seed(0)
+    flat, steps = TopK(store.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE), run.log["step"][-1]
+    key = fingerprint(inspect.getsource(TopK), steps, flat.d_sae, TARGET_L0, BATCH_TOKENS,
+                      LEARNING_RATE, TRAIN_ON, TRAIN_POSITIONS)
+    stage = Stage("flat", steps / (store.windows.n_train // size), PLAIN)
+    train(flat, store, [stage], 0, size, math.inf, store.folder / f"flat-{key}.pt")
+    return flat.eval()
+
+
+def logit_changes(run, ids, deltas, at):
+    """What adding each of deltas [windows, seq, d_in] to x changes in the logits at the tokens `at`
+    [windows, seq]: [deltas, n, vocab]."""
+    store, found = run.store, []
+    x, first, tokens = store.batch(ids).x, store.raw(ids)[:, :1], store.tokens[ids]
+    for delta in (torch.zeros_like(x), *deltas):
+        hidden = torch.cat([first, store.unscaled(x + delta)], 1)
+        found.append(logits_from(run.get_model(), run.layer, hidden, tokens)[:, 1:][at])
+    return torch.stack(found[1:]) - found[0]
+
+
+def trace(run, parent, children, rate, ids, absent):
+    """On windows `ids` ablates a parent, its children singly, and the active parent that is nearest
+    to it in rate [d_sae] and size; puts it, and one of like rate, into windows `absent`."""
+    sae, rate = run.sae, rate.clamp_min(1e-9).log()
+    near, norm = (rate - rate[parent]).abs(), sae.directions().norm(dim=1)
+    near[parent] = math.inf
+
+    def edited(z, latents, values, where):  # change of x_hat2
+        new = torch.where(where[..., None], z.scatter(2, latents[..., None], values), z)
+        return sae.decode(Latents.from_dense(new)) - sae.decode(Latents.from_dense(z))
+
+    batch = run.store.batch(ids)
+    z, h = sae.encode(batch).dense(), sae.levels(batch).dense()
+    on, size = z[..., parent] > 0, (z * norm).log()
+    apart = (size - size[..., parent, None]).abs() + near
+    rival = apart.nan_to_num(math.inf).argmin(2)
+    deltas = [edited(z, latent, 0.0, on) for latent in (torch.full_like(rival, parent), rival)]
+    deltas += [-(h[..., i] * on)[..., None] * sae.lower.W_dec[i] for i in children]
+    own, other, *single = logit_changes(run, ids, deltas, on)
+    summed, value = sum(single), z[..., parent][on].mean()
+    top = (summed.mean(-1, keepdim=True) - summed).mean(0).topk(10).indices
+    batch = run.store.batch(absent)
+    z, like = sae.encode(batch).dense(), near.argmin()
+    where = run.store.valid(absent) & (batch.positions % 8 == 1) & (z[..., parent] == 0)
+    deltas = [edited(z, torch.full_like(z[..., :1], i, dtype=torch.long)[..., 0],
+                     (value * norm[parent] / norm[i]).expand(*z.shape[:2], 1), where)
+              for i in (parent, like)]
+    rises = logit_changes(run, absent, deltas, where)
+    fires = [(sae.levels(batch._replace(x=batch.x + delta)).dense()[where][:, children] > 0)
+             .float().mean().item() for delta in deltas]
+    rises = ((rises - rises.mean(-1, keepdim=True))[..., top]).mean((1, 2)).tolist()
+    files = run.store.windows.doc_ids[ids][on.nonzero()[:, 0].cpu().numpy()]
+    cosine = [corpus.cosines(part.cpu().numpy(), summed.cpu().numpy()) for part in (own, other)]
+    return dict(zip(("files", "own", "rival", "patched_rise", "rival_rise", "patched_children",
+                     "rival_children"), (files, *cosine, *rises, *fires)))
+
+
+@torch.no_grad()
+def eval_hierarchy(run):
+    """Mutual information of the levels, clustering by parents, causal tracing of parents."""
+    sae, store, windows = run.sae, run.store, run.store.windows
+    ids, keep, flat = windows.heldout(), windows.heldout_tokens(), flat_peer(run)
+    (lower, rows, _), (peer, flat_rows, _) = (encode_windows(s, store, ids) for s in (sae.lower, flat))
+    lower, files = corpus.Activity.of(lower, keep), windows.doc_ids[ids[keep // (CONTEXT_LENGTH - 1)]]
+
+    def levels(sae, z):
+        parents, upper = sae.parents().cpu().numpy(), corpus.Activity.of(z, keep)
+        return corpus.Levels.of(lower, upper, parents, files, run.live)
+
+    both, starts = levels(sae, run.heldout[0]), {}
+    for name in ("untrained", "start"):
+        start = copy.deepcopy(sae)
+        torch.manual_seed(0)
+        start.begin(store.batch(ids[:32]), grouped=name == "start")
+        starts[name] = levels(start, encode_windows(start, store, ids)[0])
+    metrics, curves, families = corpus.hierarchy_scores(
+        windows, both, starts, corpus.Activity.of(peer, keep), *(
+            s.W_dec.cpu().numpy() for s in (sae.lower, flat)), run.live)
+    rates, variance = both.upper.rates(), controls(run)["variance"]
+    parents, rate = corpus.evenly(families, rates, TRACED), torch.tensor(rates, device=DEVICE)
+    traces = [trace(run, p, families[p], rate, *corpus.windows_with(windows, both.upper, p))
+              for p in parents]
+    strings = load_tokenizer().batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
+    curves["tree"] = corpus.family_tree(windows, strings, both, families, parents,
+                                        sae.W_dec.cpu().numpy(), traces)
+    metrics |= corpus.causal_scores(traces) | {
+        "level_1_l0": np.nanmean(rows["l0"])} | {
+        f"{name}_explained_variance": 1 - np.nanmean(r["error"]) / variance
+        for name, r in (("level_1", rows), ("flat", flat_rows))}
+    files, own, rival = (np.concatenate([t[name] for t in traces]) for name in ("files", "own", "rival"))
+    per_sequence = {f"causal_{name}": windows.by_document(values, files)
+                    for name, values in (("cosine", own), ("rival", rival))}
+    return Result(metrics, plain(curves), plain(per_sequence))
+
+
 EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes,
-               "unlearning": eval_unlearning, "sparse_probing": eval_sparse_probing}
+               "unlearning": eval_unlearning, "sparse_probing": eval_sparse_probing,
+               "hierarchy": eval_hierarchy}
+NEEDS = {"hierarchy": "levels"}  # evaluation -> what a variant must expose
 # The means that go into every agent's prompt: 16 at most
 HEADLINES = {"core": ("final_train_loss", "best_val_loss", "total_train_time",
                       "avg_inference_tokens_per_second", "explained_variance", "l0",
                       "dead_fraction", "loss_increase_nats", "ce_recovered"),
-             "temporal": ("stability", "smoothness", "coherence"),
+             "temporal": ("stability", "smoothness"),
              "probes": ("probe_token_type", "probe_context"),
-             "unlearning": ("auroc_hybrid",), "sparse_probing": ("sae_top_1",)}
+             "unlearning": ("auroc_hybrid",), "sparse_probing": ("sae_top_1",),
+             "hierarchy": ("causal_specificity",)}
 
 
 # ---- Results ----
@@ -1778,9 +1997,11 @@ def export(sae, store, layer, folder):
     """SAELens's two files, the inputs' centring and scaling folded in."""
     folder.mkdir(parents=True, exist_ok=True)
     added, dropped = sae.exported()
+    lower = getattr(sae, "lower", sae)  # what touches x
+    scaled = {"W_enc": lower.W_enc / store.scale, "W_dec": lower.W_dec * store.scale,
+              "b_dec": lower.b_dec * store.scale + store.mean}
     weights = dict(sae.named_parameters()) | added | {
-        "W_enc": sae.W_enc / store.scale, "W_dec": sae.W_dec * store.scale,
-        "b_dec": sae.b_dec * store.scale + store.mean}
+        "lower." * (lower is not sae) + name: value for name, value in scaled.items()}
     save_file({name: value.detach().float().cpu().contiguous() for name, value in weights.items()
                if name not in dropped}, folder / "sae_weights.safetensors")
     metadata = {"sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
@@ -1801,6 +2022,9 @@ def write_results(folder, seeds, store, layer, timing):
     per_seed = [result for _, result, *_ in seeds]
     info = corpus.summarised(per_seed, HEADLINES)
     info[EVALS[0]]["config"] = resolved_config(store, layer, seeds)
+    if "hierarchy" in EVALS:
+        tree = per_seed[0]["hierarchy"]["curves"]["tree"]
+        (folder / "case_studies.md").write_text(corpus.case_studies(tree))
     np.save(folder / "all_results.npy", {f"seed_{s}": r for s, r in zip(SEEDS, per_seed)})
     (folder / "experiment.py").write_text(SOURCE)
     (folder / "timing.json").write_text(json.dumps(timing, indent=1))
@@ -1851,8 +2075,9 @@ def check_config():
     check("TRAIN_POSITIONS", "(low, high) within the window", lambda v: type(v) is tuple and [
         type(x) for x in v] == [int, int] and 0 < v[0] < v[1] < CONTEXT_LENGTH, [None])
     several("SEEDS", range(2 ** 31), "a tuple of different whole numbers", kind=int)
-    several("EVALS", EVALUATIONS, f"a tuple of names out of {[*EVALUATIONS]}")
     variant = SAE_VARIANTS[SAE_VARIANT]
+    evals = [name for name in EVALUATIONS if hasattr(variant, NEEDS.get(name, "encode"))]
+    several("EVALS", evals, f"a tuple of names out of {evals} for {SAE_VARIANT}")
     losses = {name for stage in variant.curriculum for name in stage.weights} - {"reconstruction"}
     parts = sorted(losses | set(variant.components))
     several("ABLATE", parts, f"a tuple of names out of {parts} for {SAE_VARIANT}", 0)
