@@ -84,9 +84,8 @@ BUFFER_POSITIONS = "learned"  # or "sinusoidal"
 # hierarchical
 LEVEL_WIDTHS = None  # of level 1 and 2, e.g. (144, 96), 3/4 and 1/2 of d_in; None: overcomplete
 LEVEL_SPARSITY = "topk"  # of level 2; or "l1", its weight steered to TARGET_L0
-BETA_1 = 0.05  # L1 of level 1, below that of level 2
-FEATURES_WEIGHT = 0.5  # level 2 gives back level 1's features
-COSINE_WEIGHT, GROUP_WEIGHT = 0.1, 0.005
+DENSITY = 1.5  # level 1 has that many times TARGET_L0 active features
+COSINE_WEIGHT, GROUP_WEIGHT = 0.1, 0.1
 # unlearning
 FORGET = "sympy"  # a domain of DATASET, or another data set
 TRAIN_ON = "both"  # or "forget", "retain"
@@ -388,6 +387,11 @@ class SAE(nn.Module):
         mean = residual.x.sum((0, 1)) / n_tokens(batch)
         variance = squared_error(residual, mean.expand_as(x_hat))
         return error / variance if variance > 1e-12 else 0.0 * error
+
+    def steer(self, l0):
+        """Too many active latents raise the weight of L1."""
+        error = (l0.clamp_min(1e-2) / self.k).log().clamp(-1, 1)
+        self.sparsity_weight.mul_((0.05 * error).exp())
 
     def dead_mask(self):  # [d_sae]
         return self.tokens_since_fired > self.dead_after
@@ -779,20 +783,19 @@ class Hierarchical(TopK):
     The parent of i is argmax_p W_dec[p, i], G_p its children. cosine = mean over children of
     max(0, .5 - cos(d_i, mean of its siblings)); group = E_t sum_p sqrt|G_p| |h_1[G_p]|_2. The
     first stage trains level 1, the second level 2 on the frozen first, the third both."""
-    upper = PLAIN | {"features": FEATURES_WEIGHT} | (
-        {"sparsity": 1.0} if LEVEL_SPARSITY == "l1" else {})
+    upper = PLAIN | ({"sparsity": 1.0} if LEVEL_SPARSITY == "l1" else {})
     curriculum = (
-        Stage("level_1", 8, {"reconstruction": 1.0, "sparsity_1": BETA_1}, ("lower",)),
+        Stage("level_1", 8, {"reconstruction": 1.0, "sparsity_1": 1.0}, ("lower",)),
         Stage("level_2", 8, upper, ("W_", "b_"), 1 / 3, {"level": 2}),
-        Stage("both", 4, upper | {"level_1": 1.0, "sparsity_1": BETA_1, "cosine": COSINE_WEIGHT,
-                                  "group": GROUP_WEIGHT}, lr=1 / 6, anneals={"level": 2}))
+        Stage("both", 4, upper | {"level_1": 1.0, "sparsity_1": 1.0, "cosine": COSINE_WEIGHT,
+                                  "group": GROUP_WEIGHT}, ("",), 0.3, {"level": 2}))
     architecture, level = "hierarchical", 1
     select = SAE.select if LEVEL_SPARSITY == "l1" else TopK.select
 
     def __init__(self, d_in, d_sae, target_l0):
         d_1, d_2 = LEVEL_WIDTHS or (3 * d_sae // 2, d_sae)
         super().__init__(d_1, d_2, target_l0)
-        self.d_in, self.lower = d_in, SAE(d_in, d_1, target_l0)
+        self.d_in, self.lower = d_in, SAE(d_in, d_1, round(DENSITY * target_l0))
         self.register_buffer("begun", torch.tensor(False))
 
     def initialise(self, batch):
@@ -800,23 +803,18 @@ class Hierarchical(TopK):
 
     @torch.no_grad()
     def begin(self, batch, grouped=True):
-        """Level 2 as it starts: a parent for each of the d_2 strongest features of level 1; the
-        others join the one that they fire with most. Not grouped: at random."""
-        h = self.levels(batch).dense()
-        W, flat = torch.rand_like(self.W_dec), counted(batch, h)
+        """Level 2 as it starts: a latent for each Ward cluster of level 1's directions; not
+        grouped: random."""
+        W = torch.rand_like(self.W_dec)
         if grouped:
-            strongest = flat.square().sum(0).topk(self.d_sae).indices
-            unit = F.normalize(flat, dim=0)
-            together, parent = (unit.t() @ unit[:, strongest]).max(1)
-            parent[strongest] = torch.arange(self.d_sae, device=h.device)
-            W = torch.zeros_like(W)
-            W[parent, torch.arange(len(parent), device=h.device)] = together + 1e-3
+            parent = corpus.ward(self.lower.W_dec.cpu().numpy(), self.d_sae)
+            W = F.one_hot(torch.from_numpy(parent), self.d_sae).t().to(W)
         self.W_dec.copy_(F.normalize(W, dim=1))
         self.W_enc.copy_(self.W_dec.t())
         for bias in (self.b_enc, self.b_dec):
             bias.zero_()
         if LEVEL_SPARSITY == "l1":
-            SAE.initialise(self, batch._replace(x=h))
+            SAE.initialise(self, batch._replace(x=self.levels(batch).dense()))
         self.begun.fill_(True)
 
     def levels(self, batch):
@@ -837,42 +835,41 @@ class Hierarchical(TopK):
             self.begin(batch)
         return super().encode(batch)
 
-    def features(self, latents):
-        """Latents -> h_hat [batch, seq, d_1]."""
-        self.W_dec.data.clamp_(min=0)
-        return F.relu(latents.decode(self.W_dec) + self.b_dec)
-
     def decode(self, latents):
-        return self.features(latents) @ self.lower.W_dec + self.lower.b_dec
+        self.W_dec.data.clamp_(min=0)
+        h_hat = F.relu(latents.decode(self.W_dec) + self.b_dec)
+        return h_hat @ self.lower.W_dec + self.lower.b_dec
 
     def directions(self):
         return self.W_dec @ self.lower.W_dec
 
     def losses(self, batch, latents):
-        h = self.levels(batch)
-        x_hat, found = self.lower.decode(h), {"sparsity_1": l1(batch, h)}
+        if not self.lower.W_enc.requires_grad:  # frozen
+            return super().losses(batch, latents)
+        h, beta_1 = self.levels(batch), self.lower.sparsity_weight.clone()
+        found = {"sparsity_1": beta_1 * l1(batch, h)}
+        error = squared_error(batch, self.lower.decode(h))
+        if self.training:
+            self.lower.steer((h.values.detach() > 0).sum() / n_tokens(batch))
         if self.level == 1:
-            return found | {"reconstruction": squared_error(batch, x_hat)}
-        found["level_1"], h = squared_error(batch, x_hat), h.dense()
-        h_hat = self.features(latents)
-        x_hat = h_hat @ self.lower.W_dec + self.lower.b_dec
-        return found | self.grouping(batch, h) | {
-            "reconstruction": squared_error(batch, x_hat), "sparsity": l1(batch, latents),
-            "features": squared_error(batch._replace(x=h), h_hat),
-            "auxk": self.auxk_loss(batch, x_hat)}
+            return found | {"reconstruction": error}
+        return super().losses(batch, latents) | found | {"level_1": error} | self.grouping(batch, h)
 
-    def grouping(self, batch, h):  # h_1 [batch, seq, d_1]
+    def grouping(self, batch, h):
         parent, d = self.parents(), self.lower.W_dec
         size = torch.bincount(parent, minlength=self.d_sae)
         siblings = d.new_zeros(self.d_sae, self.d_in).index_add(0, parent, d)[parent] - d
         cosine = F.cosine_similarity(d, siblings, dim=1)[size[parent] > 1]
-        energy = h.new_zeros(*h.shape[:2], self.d_sae).index_add(2, parent, h.square())
-        norms = (energy + 1e-12).sqrt() * (energy > 0)
-        group = (norms * size.sqrt()).sum() / n_tokens(batch)
-        return {"cosine": F.relu(0.5 - cosine).sum() / max(1, len(cosine)), "group": group}
+        at = h.pairs.rows * self.d_sae + h.at(parent)
+        energy = h.values.new_zeros(h.shape[0] * h.shape[1], self.d_sae).flatten().index_add(
+            0, at, h.values.square()).view(-1, self.d_sae)
+        norms = (energy + 1e-12).sqrt() * (energy > 0) * size.sqrt()
+        return {"cosine": F.relu(0.5 - cosine).sum() / max(1, len(cosine)),
+                "group": norms.sum() / n_tokens(batch)}
 
     def parameters_of_interest(self):
-        return {"beta_2": self.sparsity_weight.item()} if LEVEL_SPARSITY == "l1" else {}
+        beta_1, beta_2 = self.lower.sparsity_weight.item(), self.sparsity_weight.item()
+        return {"beta_1": beta_1} | ({"beta_2": beta_2} if LEVEL_SPARSITY == "l1" else {})
 
 
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
@@ -1084,9 +1081,8 @@ def train_step(sae, optimizer, batch, stage, done):
         sae.tokens_since_fired += n_tokens(batch)
         sae.tokens_since_fired[fired] = 0
         l0 = torch.as_tensor(len(fired) / n_tokens(batch))
-        if "sparsity" in stage.weights:  # too many active raise it
-            error = (l0.clamp_min(1e-2) / sae.k).log().clamp(-1, 1)
-            sae.sparsity_weight.mul_((0.05 * error).exp())
+        if "sparsity" in stage.weights:
+            sae.steer(l0)
     return {name: loss.detach() for name, loss in losses.items()} | {"l0": l0}
 
 

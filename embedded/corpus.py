@@ -1215,7 +1215,7 @@ def binary_information(both, first, second, n):
     for joint, a, b in ((both, first, second), (first - both, first, n - second), (second - both, n - first, second),
                         (n - first - second + both, n - first, n - second)):
         with np.errstate(divide="ignore", invalid="ignore"):
-            total = total + np.where(joint > 0, joint / n * np.log(joint * n / (a * b)), 0.0)
+            total = total + np.where(joint > 0, joint / n * np.log(joint * n / np.asarray(a * b, dtype=float)), 0.0)
     return total
 
 
@@ -1308,12 +1308,15 @@ def modal_labels(places, classes):
     return np.array([np.bincount(classes[at]).argmax() for at in places])
 
 
-def clustered(directions, n_groups):
-    """{method: group [unit]} of directions [unit, d] by Ward and k-means."""
-    from sklearn.cluster import AgglomerativeClustering, KMeans
-    n_groups = int(np.clip(n_groups, 1, len(directions)))
-    return {"ward": AgglomerativeClustering(n_groups).fit_predict(directions),
-            "kmeans": KMeans(n_groups, n_init=1, random_state=0).fit_predict(directions)}
+def ward(directions, n_groups):
+    """Group [unit] of directions [unit, d] by Ward's method."""
+    from sklearn.cluster import AgglomerativeClustering
+    return AgglomerativeClustering(int(np.clip(n_groups, 1, len(directions)))).fit_predict(directions)
+
+
+def kmeans(directions, n_groups):
+    from sklearn.cluster import KMeans
+    return KMeans(int(np.clip(n_groups, 1, len(directions))), n_init=1, random_state=0).fit_predict(directions)
 
 
 def clustering_scores(groups, places, kinds, directions):
@@ -1359,9 +1362,8 @@ class Levels(NamedTuple):
         return edge_information(self.upper, self.lower, self.edges() if edges is None else edges, files)
 
 
-def grouped(activity, directions, n_groups, method):
-    """A flat dictionary's live units [unit, d] in n_groups clusters, as Levels: a cluster fires where a unit does."""
-    groups = clustered(directions, n_groups)[method]
+def grouped(activity, groups):
+    """Units in groups [unit], as Levels: a group fires where one of its units does."""
     return Levels(activity, activity.union(groups), groups, np.arange(len(groups)))
 
 
@@ -1381,14 +1383,13 @@ def hierarchy_scores(windows, levels, starts, flat, directions, flat_directions,
     metrics = {"groups": groups.max() + 1, "group_size": len(units) / (groups.max() + 1),
                "singletons": (np.bincount(groups) == 1).mean(), "duplicates": duplicates(families, directions)}
     tables = {"": (groups, own, directions[units])}
-    for name, found in clustered(flat_directions, n_groups).items():
-        tables[f"_{name}"] = found, flat.places, flat_directions
-    for name, found in clustered(directions[units], groups.max() + 1).items():
-        tables[f"_{name}_level_1"] = found, own, directions[units]
+    for method in (ward, kmeans):
+        tables[f"_{method.__name__}"] = method(flat_directions, n_groups), flat.places, flat_directions
+        tables[f"_{method.__name__}_level_1"] = method(directions[units], groups.max() + 1), own, directions[units]
     for name, (found, places, d) in tables.items():
         metrics |= {f"{key}{name}": value for key, value in clustering_scores(found, places, kinds, d).items()}
     controls = {"non_edges": levels.information(files, alike_parents(levels.upper.rates(), edges, rng)),
-                "ward": grouped(flat, flat_directions, n_groups, "ward").information(files)}
+                "ward": grouped(flat, tables["_ward"][0]).information(files)}
     controls |= {name: start.information(files) for name, start in starts.items()}
     metrics |= information_scores(levels.information(files), controls)
     shown = sorted(families, key=lambda p: -len(families[p]))[:12]
