@@ -789,7 +789,7 @@ class Hierarchical(TopK):
         Stage("level_2", 8, upper, ("W_", "b_"), 1 / 3, {"level": 2}),
         Stage("both", 4, upper | {"level_1": 1.0, "sparsity_1": 1.0, "cosine": COSINE_WEIGHT,
                                   "group": GROUP_WEIGHT}, ("",), 0.3, {"level": 2}))
-    architecture, level = "hierarchical", 1
+    components, architecture, level = ("start",), "hierarchical", 1
     select = SAE.select if LEVEL_SPARSITY == "l1" else TopK.select
 
     def __init__(self, d_in, d_sae, target_l0):
@@ -832,7 +832,7 @@ class Hierarchical(TopK):
             self.tokens_since_fired.zero_()
             return Latents.from_dense(batch.x.new_zeros(*batch.x.shape[:2], self.d_sae))
         if not self.begun:
-            self.begin(batch)
+            self.begin(batch, "start" not in ABLATE)
         return super().encode(batch)
 
     def decode(self, latents):
@@ -1895,9 +1895,9 @@ def trace(run, parent, children, rate, ids, absent):
 
     batch = run.store.batch(ids)
     z, h = sae.encode(batch).dense(), sae.levels(batch).dense()
-    on, size = z[..., parent] > 0, (z * norm).log()
-    apart = (size - size[..., parent, None]).abs() + near
-    rival = apart.nan_to_num(math.inf).argmin(2)
+    size = (z * norm).log()
+    apart, rival = ((size - size[..., parent, None]).abs() + near).nan_to_num(math.inf).min(2)
+    on = (z[..., parent] > 0) & apart.isfinite()
     deltas = [edited(z, latent, 0.0, on) for latent in (torch.full_like(rival, parent), rival)]
     deltas += [-(h[..., i] * on)[..., None] * sae.lower.W_dec[i] for i in children]
     own, other, *single = logit_changes(run, ids, deltas, on)
@@ -1924,8 +1924,10 @@ def eval_hierarchy(run):
     """Mutual information of the levels, clustering by parents, causal tracing of parents."""
     sae, store, windows = run.sae, run.store, run.store.windows
     ids, keep, flat = windows.heldout(), windows.heldout_tokens(), flat_peer(run)
-    (lower, rows, _), (peer, flat_rows, _) = (encode_windows(s, store, ids) for s in (sae.lower, flat))
-    lower, files = corpus.Activity.of(lower, keep), windows.doc_ids[ids[keep // (CONTEXT_LENGTH - 1)]]
+    (lower, rows, _), (peer, flat_rows, _) = (encode_windows(s, store, ids)
+                                              for s in (sae.lower, flat))
+    lower = corpus.Activity.of(lower, keep)
+    files = windows.doc_ids[ids[keep // (CONTEXT_LENGTH - 1)]]
 
     def levels(sae, z):
         parents, upper = sae.parents().cpu().numpy(), corpus.Activity.of(z, keep)
@@ -1951,9 +1953,10 @@ def eval_hierarchy(run):
         "level_1_l0": np.nanmean(rows["l0"])} | {
         f"{name}_explained_variance": 1 - np.nanmean(r["error"]) / variance
         for name, r in (("level_1", rows), ("flat", flat_rows))}
-    files, own, rival = (np.concatenate([t[name] for t in traces]) for name in ("files", "own", "rival"))
-    per_sequence = {f"causal_{name}": windows.by_document(values, files)
-                    for name, values in (("cosine", own), ("rival", rival))}
+    files, *cosines = (np.concatenate([t[name] for t in traces])
+                       for name in ("files", "own", "rival"))
+    per_sequence = {f"causal_cosine{end}": windows.by_document(values, files)
+                    for end, values in zip(("", "_rival"), cosines)}
     return Result(metrics, plain(curves), plain(per_sequence))
 
 
@@ -2050,7 +2053,7 @@ def check_config():
     choices = {"SAE_VARIANT": ", ".join(SAE_VARIANTS), "ATTENTION": "causal, centred",
                "TSAE_READING": "paper, code", "DRIVE": "u, z", "TRAIN_ON": "both, forget, retain",
                "BUFFER_POSITIONS": "learned, sinusoidal", "SELECTION": "ratio, frequency",
-               "MATCHER": "logistic, attention"}
+               "MATCHER": "logistic, attention", "LEVEL_SPARSITY": "topk, l1"}
     for name, options in choices.items():
         check(name, f"one of {options}", lambda v: v in options.split(", "))
     whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
@@ -2061,7 +2064,7 @@ def check_config():
     whole("LAYER", 0, [None])
     above_0 = "a number above 0", lambda v: type(v) in (int, float) and 0 < v < math.inf
     check("EXPANSION TIME_BUDGET_MINUTES EPOCHS_SCALE REGULARISATION CONSISTENCY_WEIGHT "
-          "CONTRAST_WEIGHT", *above_0)
+          "CONTRAST_WEIGHT DENSITY COSINE_WEIGHT GROUP_WEIGHT", *above_0)
     check("CONSISTENT_FRACTION", "above 0, at most 1", lambda v: above_0[1](v) and v <= 1)
     check("LEARNING_RATE", *above_0, [None])
     check("TEMPERATURE", *above_0, ["learned", "scheduled"])
@@ -2070,6 +2073,8 @@ def check_config():
     check("FORGET_QUESTIONS RETAIN_QUESTIONS", *text, [None])
     check("TRAIN_POSITIONS", "(low, high) within the window", lambda v: type(v) is tuple and [
         type(x) for x in v] == [int, int] and 0 < v[0] < v[1] < CONTEXT_LENGTH, [None])
+    check("LEVEL_WIDTHS", "(level 1, level 2), falling to TARGET_L0 at least", lambda v: type(
+        v) is tuple and [type(x) for x in v] == [int, int] and v[0] >= v[1] >= TARGET_L0, [None])
     several("SEEDS", range(2 ** 31), "a tuple of different whole numbers", kind=int)
     variant = SAE_VARIANTS[SAE_VARIANT]
     evals = [name for name in EVALUATIONS if hasattr(variant, NEEDS.get(name, "encode"))]

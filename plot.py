@@ -123,7 +123,8 @@ TITLES = {
     "explained_variance": "explained variance ↑", "loss_increase_nats": "loss increase (nats) ↓",
     "dead_fraction": "dead latents (fraction) ↓", "ce_recovered": "CE recovered (unigram) ↑",
     "avg_inference_tokens_per_second": "encoding speed (tokens/s) ↑",
-    "causal_specificity": "causal specificity ↑", "stability": "stability ↑", "smoothness": "smoothness ↓", "coherence": "coherence ↑",
+    "stability": "stability ↑", "smoothness": "smoothness ↓", "coherence": "coherence ↑",
+    "causal_specificity": "causal specificity ↑",
 }
 SEEDS_NOTE = "lines: mean over seeds; bands: range of the seeds"
 
@@ -727,10 +728,11 @@ def fig_information(runs):
     found = with_levels(runs)[-2:]
     if not found:
         return None
+    highest = max(np.max(curves["information_matrix"]) for _, curves in found)
     figure, axes = panels(len(found), 2, 3.2)
     for axis, (run, curves) in zip(axes.flat, found):
         matrix = np.array(curves["information_matrix"], dtype=float)
-        image = axis.imshow(matrix, aspect="auto", cmap="cividis", vmin=0, vmax=1)
+        image = axis.imshow(matrix, aspect="auto", cmap="cividis", vmin=0, vmax=highest)
         for row, parent in enumerate(curves["matrix_parents"]):
             own = np.flatnonzero(np.array(curves["matrix_family"]) == parent)
             axis.add_patch(plt.Rectangle((own[0] - 0.5, row - 0.5), len(own), 1, fill=False,
@@ -774,7 +776,7 @@ def fig_causal(runs):
     right.set_yticks(range(len(rows)), rows)
     right.set_ylim(len(rows) - 0.5, -0.5)
     right.set_title("an absent parent is put in", loc="left")
-    right.set_xlabel("rise of the logits, share of children; pale: a rival put in")
+    right.set_xlabel("rise of the logits; share of the children\n(pale: a rival is put in)")
     legend(figure, [run for run, _ in found], "each point: one parent", line="")
     return figure
 
