@@ -811,8 +811,8 @@ class Hierarchical(TopK):
             W = F.one_hot(torch.from_numpy(parent), self.d_sae).t().to(W)
         self.W_dec.copy_(F.normalize(W, dim=1))
         self.W_enc.copy_(self.W_dec.t())
-        for bias in (self.b_enc, self.b_dec):
-            bias.zero_()
+        self.b_enc.zero_()
+        self.b_dec.zero_()
         if LEVEL_SPARSITY == "l1":
             SAE.initialise(self, batch._replace(x=self.levels(batch).dense()))
         self.begun.fill_(True)
@@ -868,8 +868,8 @@ class Hierarchical(TopK):
                 "group": norms.sum() / n_tokens(batch)}
 
     def parameters_of_interest(self):
-        beta_1, beta_2 = self.lower.sparsity_weight.item(), self.sparsity_weight.item()
-        return {"beta_1": beta_1} | ({"beta_2": beta_2} if LEVEL_SPARSITY == "l1" else {})
+        parts = (self.lower, self)[:1 + (LEVEL_SPARSITY == "l1")]
+        return {f"beta_{i}": part.sparsity_weight.item() for i, part in enumerate(parts, 1)}
 
 
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
@@ -1889,14 +1889,15 @@ def trace(run, parent, children, rate, ids, absent):
     near, norm = (rate - rate[parent]).abs(), sae.directions().norm(dim=1)
     near[parent] = math.inf
 
-    def edited(z, latents, values, where):  # change of x_hat2
-        new = torch.where(where[..., None], z.scatter(2, latents[..., None], values), z)
+    def edited(z, latents, value, where):  # latents [windows, seq] set to value: change of x_hat2
+        chosen = torch.arange(sae.d_sae, device=DEVICE) == latents[..., None]
+        new = torch.where(chosen & where[..., None], value, z)
         return sae.decode(Latents.from_dense(new)) - sae.decode(Latents.from_dense(z))
 
     batch = run.store.batch(ids)
     z, h = sae.encode(batch).dense(), sae.levels(batch).dense()
     size = (z * norm).log()
-    apart, rival = ((size - size[..., parent, None]).abs() + near).nan_to_num(math.inf).min(2)
+    apart, rival = ((size - size[..., parent, None]).abs() + near).nan_to_num(math.inf, math.inf).min(2)
     on = (z[..., parent] > 0) & apart.isfinite()
     deltas = [edited(z, latent, 0.0, on) for latent in (torch.full_like(rival, parent), rival)]
     deltas += [-(h[..., i] * on)[..., None] * sae.lower.W_dec[i] for i in children]
@@ -1904,11 +1905,10 @@ def trace(run, parent, children, rate, ids, absent):
     summed, value = sum(single), z[..., parent][on].mean()
     top = (summed.mean(-1, keepdim=True) - summed).mean(0).topk(10).indices
     batch = run.store.batch(absent)
-    z, like = sae.encode(batch).dense(), near.argmin()
+    z, like = sae.encode(batch).dense(), near.argmin().item()
     where = run.store.valid(absent) & (batch.positions % 8 == 1) & (z[..., parent] == 0)
-    deltas = [edited(z, torch.full_like(z[..., :1], i, dtype=torch.long)[..., 0],
-                     (value * norm[parent] / norm[i]).expand(*z.shape[:2], 1), where)
-              for i in (parent, like)]
+    deltas = [edited(z, torch.full(where.shape, i, device=DEVICE), value * norm[parent] / norm[i],
+                     where) for i in (parent, like)]
     rises = logit_changes(run, absent, deltas, where)
     fires = [(sae.levels(batch._replace(x=batch.x + delta)).dense()[where][:, children] > 0)
              .float().mean().item() for delta in deltas]

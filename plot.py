@@ -728,7 +728,8 @@ def fig_information(runs):
     found = with_levels(runs)[-2:]
     if not found:
         return None
-    highest = max(np.max(curves["information_matrix"]) for _, curves in found)
+    highest = max(np.nanmax(np.array(curves["information_matrix"], dtype=float))
+                  for _, curves in found)
     figure, axes = panels(len(found), 2, 3.2)
     for axis, (run, curves) in zip(axes.flat, found):
         matrix = np.array(curves["information_matrix"], dtype=float)

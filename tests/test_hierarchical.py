@@ -1,11 +1,8 @@
 """The two-level variant and its evaluation: equations by hand, what is frozen, planted structure of every kind."""
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from copies import copy_template, results, run, write_text_data
 from scipy.sparse import csc_array
 
@@ -374,7 +371,7 @@ def test_wrong_constants_are_refused(E, monkeypatch, name, value):
         E.check_config()
 
 
-@pytest.mark.parametrize("constants", [{}, {"LEVEL_WIDTHS": (144, 96), "LEVEL_SPARSITY": "l1"}])
+@pytest.mark.parametrize("constants", [{}, {"LEVEL_WIDTHS": (144, 96), "LEVEL_SPARSITY": "l1", "EPOCHS_SCALE": 1.0}])
 def test_a_whole_run(tmp_path, constants):
     data = str(write_text_data(tmp_path / "texts.jsonl"))
     folder = copy_template(tmp_path / "run", SAE_VARIANT="hierarchical", EVALS=("core", "hierarchy"), DATASET=data, **constants)
