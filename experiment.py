@@ -44,7 +44,7 @@ from corpus import DataError as RunnerError  # settings, data, environment: one 
 
 # ---- CONFIG: edit here; there is no command line for these ----
 # standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, temporal, temporal_adaptation,
-# temporal_context, compositional
+# temporal_context, compositional, hierarchical
 SAE_VARIANT = "standard"
 ABLATE = ()  # losses or components to switch off, e.g. ("auxk",)
 MODEL_NAME = "embedded/model"  # a local folder or a hub id, e.g. "google/gemma-2-2b"
@@ -56,7 +56,8 @@ EXPANSION = 8  # d_sae / d_in
 TARGET_L0 = 48  # active latents per token
 SEEDS = (0,)  # one SAE a seed
 TIME_BUDGET_MINUTES = 90  # the whole run's; training shrinks to it
-EVALS = ("core", "temporal", "probes")  # "unlearning", "sparse_probing", "recovery", "composition"
+EVALS = ("core", "temporal", "probes")  # and "unlearning", "sparse_probing", "recovery",
+# "composition" of compositional, "hierarchy" of hierarchical
 EPOCHS_SCALE = 1.0  # multiplies the epochs of every stage
 BATCH_TOKENS = 1024  # tokens per training step
 LEARNING_RATE = None  # Adam; None: 3e-3 * sqrt(1536 / d_sae)
@@ -82,6 +83,11 @@ BUFFER_POSITIONS = "learned"  # or "sinusoidal"
 COMPOSITIONS = 1 / 3  # of the latents; EXPANSION = 384 / d_in: 256 features, 128 compositions
 COMPOSITION_HEADS, COMPOSITION_WIDTH = 8, 128  # its attention
 BOTTLENECK = "joint"  # or "split": COMPOSITIONS is their share of TARGET_L0 too
+# hierarchical
+LEVEL_WIDTHS = None  # of level 1 and 2, e.g. (144, 96), 3/4 and 1/2 of d_in; None: overcomplete
+LEVEL_SPARSITY = "topk"  # of level 2; or "l1", its weight steered to TARGET_L0
+DENSITY = 1.5  # level 1 has that many times TARGET_L0 active features
+COSINE_WEIGHT, GROUP_WEIGHT = 0.1, 0.1
 # unlearning
 FORGET = "sympy"  # a domain of DATASET, or another data set
 TRAIN_ON = "both"  # or "forget", "retain"
@@ -109,6 +115,7 @@ PROBE_EVERY = 8  # held-out tokens
 PROBING = ("embedded",)  # data sets, e.g. (*corpus.PROBING_DATASETS,)
 PROBING_SIZE = (1000, 250)  # texts of a class to train, test; SAEBench: (4000, 1000)
 PROBED = (1, 2, 5, 10, 20, 50)  # latents
+TRACED = 32  # parents, through the model
 LIVE = (50, 10)  # firings, and files with one, of a live latent
 FORGETTING = 0.4  # nats, where strategies are compared
 RETAIN_FREQUENCY = 0.01  # at most, for "frequency"
@@ -360,6 +367,9 @@ class SAE(nn.Module):
         """Latents -> x_hat [batch, seq, d_in]."""
         return latents.decode(self.W_dec) + self.b_dec
 
+    def directions(self):  # in x, of the latents: [d_sae, d_in]
+        return self.W_dec
+
     def losses(self, batch, latents):
         """Named loss terms without their weights, each a scalar."""
         x_hat = self.decode(latents)
@@ -376,10 +386,15 @@ class SAE(nn.Module):
         z = F.leaky_relu((x - centre) @ W_enc[:, dead] + self.b_enc[dead], 0.1)  # never flat
         values, ids = z.topk(min(self.d_in // 2, len(dead)), dim=-1)
         z = torch.zeros_like(z).scatter(-1, ids, values)
-        error = squared_error(residual, z @ self.W_dec[dead])
+        error = squared_error(residual, z @ self.directions()[dead])
         mean = residual.x.sum((0, 1)) / n_tokens(batch)
         variance = squared_error(residual, mean.expand_as(x_hat))
         return error / variance if variance > 1e-12 else 0.0 * error
+
+    def steer(self, l0):
+        """Too many active latents raise the weight of L1."""
+        error = (l0.clamp_min(1e-2) / self.k).log().clamp(-1, 1)
+        self.sparsity_weight.mul_((0.05 * error).exp())
 
     def dead_mask(self):  # [d_sae]
         return self.tokens_since_fired > self.dead_after
@@ -866,10 +881,107 @@ class TemporalAdaptation(SAE):
                 "temperature": float(self.temperature())}
 
 
+class Hierarchical(TopK):
+    """h_1 = ReLU((x - b) W_enc1 + b_enc1), x_hat1 = h_1 W_dec1 + b: level 1, `lower`;
+    z_2 = TopK_k(ReLU((h_1 - c) W_enc + b_enc)), h_hat = ReLU(z_2 W_dec + c), W_dec >= 0,
+    x_hat2 = h_hat W_dec1 + b: level 2, the latents.
+
+    The parent of i is argmax_p W_dec[p, i], G_p its children. cosine = mean over children of
+    max(0, .5 - cos(d_i, mean of its siblings)); group = E_t sum_p sqrt|G_p| |h_1[G_p]|_2. The
+    first stage trains level 1, the second level 2 on the frozen first, the third both."""
+    upper = PLAIN | ({"sparsity": 1.0} if LEVEL_SPARSITY == "l1" else {})
+    curriculum = (
+        Stage("level_1", 8, {"reconstruction": 1.0, "sparsity_1": 1.0}, ("lower",)),
+        Stage("level_2", 8, upper, ("W_", "b_"), 1 / 3, {"level": 2}),
+        Stage("both", 4, upper | {"level_1": 1.0, "sparsity_1": 1.0, "cosine": COSINE_WEIGHT,
+                                  "group": GROUP_WEIGHT}, ("",), 0.3, {"level": 2}))
+    components, architecture, level = ("start",), "hierarchical", 1
+    select = SAE.select if LEVEL_SPARSITY == "l1" else TopK.select
+
+    def __init__(self, d_in, d_sae, target_l0):
+        d_1, d_2 = LEVEL_WIDTHS or (3 * d_sae // 2, d_sae)
+        super().__init__(d_1, d_2, target_l0)
+        self.d_in, self.lower = d_in, SAE(d_in, d_1, round(DENSITY * target_l0))
+        self.register_buffer("begun", torch.tensor(False))
+
+    def initialise(self, batch):
+        self.lower.initialise(batch)
+
+    @torch.no_grad()
+    def begin(self, batch, grouped=True):
+        """Level 2 as it starts: a latent for each Ward cluster of level 1's directions; not
+        grouped: random."""
+        W = torch.rand_like(self.W_dec)
+        if grouped:
+            parent = corpus.ward(self.lower.W_dec.cpu().numpy(), self.d_sae)
+            W = F.one_hot(torch.from_numpy(parent), self.d_sae).t().to(W)
+        self.W_dec.copy_(F.normalize(W, dim=1))
+        self.W_enc.copy_(self.W_dec.t())
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+        if LEVEL_SPARSITY == "l1":
+            SAE.initialise(self, batch._replace(x=self.levels(batch).dense()))
+        self.begun.fill_(True)
+
+    def levels(self, batch):
+        """h_1 as Latents [batch, seq, d_1]."""
+        return self.lower.encode(batch)
+
+    def parents(self):  # of each feature of level 1: [d_1]
+        return self.W_dec.detach().argmax(0)
+
+    def encoder(self, batch):
+        return self.levels(batch).dense(), self.b_dec, self.W_enc
+
+    def encode(self, batch):
+        if self.level == 1:  # none yet
+            self.tokens_since_fired.zero_()
+            return Latents.from_dense(batch.x.new_zeros(*batch.x.shape[:2], self.d_sae))
+        if not self.begun:
+            self.begin(batch, "start" not in ABLATE)
+        return super().encode(batch)
+
+    def decode(self, latents):
+        self.W_dec.data.clamp_(min=0)
+        h_hat = F.relu(latents.decode(self.W_dec) + self.b_dec)
+        return h_hat @ self.lower.W_dec + self.lower.b_dec
+
+    def directions(self):
+        return self.W_dec @ self.lower.W_dec
+
+    def losses(self, batch, latents):
+        if not self.lower.W_enc.requires_grad:  # frozen
+            return super().losses(batch, latents)
+        h, beta_1 = self.levels(batch), self.lower.sparsity_weight.clone()
+        found = {"sparsity_1": beta_1 * l1(batch, h)}
+        error = squared_error(batch, self.lower.decode(h))
+        if self.training:
+            self.lower.steer((h.values.detach() > 0).sum() / n_tokens(batch))
+        if self.level == 1:
+            return found | {"reconstruction": error}
+        return super().losses(batch, latents) | found | {"level_1": error} | self.grouping(batch, h)
+
+    def grouping(self, batch, h):
+        parent, d = self.parents(), self.lower.W_dec
+        size = torch.bincount(parent, minlength=self.d_sae)
+        siblings = d.new_zeros(self.d_sae, self.d_in).index_add(0, parent, d)[parent] - d
+        cosine = F.cosine_similarity(d, siblings, dim=1)[size[parent] > 1]
+        at = h.pairs.rows * self.d_sae + h.at(parent)
+        energy = h.values.new_zeros(h.shape[0] * h.shape[1], self.d_sae).flatten().index_add(
+            0, at, h.values.square()).view(-1, self.d_sae)
+        norms = (energy + 1e-12).sqrt() * (energy > 0) * size.sqrt()
+        return {"cosine": F.relu(0.5 - cosine).sum() / max(1, len(cosine)),
+                "group": norms.sum() / n_tokens(batch)}
+
+    def parameters_of_interest(self):
+        parts = (self.lower, self)[:1 + (LEVEL_SPARSITY == "l1")]
+        return {f"beta_{i}": part.sparsity_weight.item() for i, part in enumerate(parts, 1)}
+
+
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
                 "gated": Gated, "matryoshka": Matryoshka, "temporal": Temporal, "tsae": TSAE,
                 "temporal_adaptation": TemporalAdaptation, "temporal_context": TemporalContext,
-                "compositional": Compositional}
+                "compositional": Compositional, "hierarchical": Hierarchical}
 
 
 # ---- Model ----
@@ -1049,7 +1161,8 @@ def train_step(sae, optimizer, batch, stage, done):
         total = total + scheduled(weight, done) * steered * losses[name]
     total.backward()
     with torch.no_grad():
-        learning = [W for W in [sae.W_dec] if W.grad is not None]
+        learning = [part.W_dec for part in sae.modules()
+                    if isinstance(part, SAE) and part.W_dec.grad is not None]
         for W in learning:  # without what the renormalisation would undo
             W.grad.addcmul_((W.grad * W).sum(1, keepdim=True), W, value=-1)
         nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP)
@@ -1061,9 +1174,8 @@ def train_step(sae, optimizer, batch, stage, done):
         sae.tokens_since_fired += n_tokens(batch)
         sae.tokens_since_fired[fired] = 0
         l0 = torch.as_tensor(len(fired) / n_tokens(batch))
-        if "sparsity" in stage.weights:  # too many active raise it
-            error = (l0.clamp_min(1e-2) / sae.k).log().clamp(-1, 1)
-            sae.sparsity_weight.mul_((0.05 * error).exp())
+        if "sparsity" in stage.weights:
+            sae.steer(l0)
     return {name: loss.detach() for name, loss in losses.items()} | {"l0": l0}
 
 
@@ -1447,7 +1559,7 @@ class Unlearner:
             whole = self.sae.encode(batch).dense()
             z, target = whole[..., latents], -strength * self.q95[latents]
             on = (z > 0) & self.matcher.opens(strategy, whole)[..., None]
-            delta = torch.where(on, target - z, 0.0) @ self.sae.W_dec[latents]
+            delta = torch.where(on, target - z, 0.0) @ self.sae.directions()[latents]
             if strategy == "random_directions":
                 delta = F.normalize(torch.randn_like(delta), dim=-1) * delta.norm(dim=-1)[..., None]
             return delta
@@ -1555,6 +1667,109 @@ def eval_sparse_probing(run):
     return Result(metrics, plain({"sparse_probing": curves}), {})
 
 
+# ---- Hierarchy: level 2 against level 1, and through the model ----
+@torch.enable_grad()
+def flat_peer(run):
+    """A TopK SAE as wide, as sparse and as long trained, kept beside the activations."""
+    store, size = run.store, min(BATCH_TOKENS // CONTEXT_LENGTH, run.store.windows.n_train)
+    torch.manual_seed(0)
+    flat, steps = TopK(store.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE), run.log["step"][-1]
+    key = fingerprint(inspect.getsource(TopK), steps, flat.d_sae, TARGET_L0, BATCH_TOKENS,
+                      LEARNING_RATE, TRAIN_ON, TRAIN_POSITIONS)
+    stage = Stage("flat", steps / (store.windows.n_train // size), PLAIN)
+    train(flat, store, [stage], 0, size, math.inf, store.folder / f"flat-{key}.pt")
+    return flat.eval()
+
+
+def logit_changes(run, ids, deltas, at):
+    """What adding each of deltas [windows, seq, d_in] to x changes in the logits at the tokens `at`
+    [windows, seq]: [deltas, n, vocab]."""
+    store, found = run.store, []
+    x, first, tokens = store.batch(ids).x, store.raw(ids)[:, :1], store.tokens[ids]
+    for delta in (torch.zeros_like(x), *deltas):
+        hidden = torch.cat([first, store.unscaled(x + delta)], 1)
+        found.append(logits_from(run.get_model(), run.layer, hidden, tokens)[:, 1:][at])
+    return torch.stack(found[1:]) - found[0]
+
+
+def trace(run, parent, children, rate, ids, absent):
+    """On windows `ids` ablates a parent, its children singly, and the active parent that is nearest
+    to it in rate [d_sae] and size; puts it, and one of like rate, into windows `absent`."""
+    sae, rate = run.sae, rate.clamp_min(1e-9).log()
+    near, norm = (rate - rate[parent]).abs(), sae.directions().norm(dim=1)
+    near[parent] = math.inf
+
+    def edited(z, latents, value, where):  # latents [windows, seq] set to value: change of x_hat2
+        chosen = torch.arange(sae.d_sae, device=DEVICE) == latents[..., None]
+        new = torch.where(chosen & where[..., None], value, z)
+        return sae.decode(Latents.from_dense(new)) - sae.decode(Latents.from_dense(z))
+
+    batch = run.store.batch(ids)
+    z, h = sae.encode(batch).dense(), sae.levels(batch).dense()
+    size = (z * norm).log()
+    apart, rival = ((size - size[..., parent, None]).abs() + near).nan_to_num(math.inf, math.inf).min(2)
+    on = (z[..., parent] > 0) & apart.isfinite()
+    deltas = [edited(z, latent, 0.0, on) for latent in (torch.full_like(rival, parent), rival)]
+    deltas += [-(h[..., i] * on)[..., None] * sae.lower.W_dec[i] for i in children]
+    own, other, *single = logit_changes(run, ids, deltas, on)
+    summed, value = sum(single), z[..., parent][on].mean()
+    top = (summed.mean(-1, keepdim=True) - summed).mean(0).topk(10).indices
+    batch = run.store.batch(absent)
+    z, like = sae.encode(batch).dense(), near.argmin().item()
+    where = run.store.valid(absent) & (batch.positions % 8 == 1) & (z[..., parent] == 0)
+    deltas = [edited(z, torch.full(where.shape, i, device=DEVICE), value * norm[parent] / norm[i],
+                     where) for i in (parent, like)]
+    rises = logit_changes(run, absent, deltas, where)
+    fires = [(sae.levels(batch._replace(x=batch.x + delta)).dense()[where][:, children] > 0)
+             .float().mean().item() for delta in deltas]
+    rises = ((rises - rises.mean(-1, keepdim=True))[..., top]).mean((1, 2)).tolist()
+    files = run.store.windows.doc_ids[ids][on.nonzero()[:, 0].cpu().numpy()]
+    cosine = [corpus.cosines(part.cpu().numpy(), summed.cpu().numpy()) for part in (own, other)]
+    return dict(zip(("files", "own", "rival", "patched_rise", "rival_rise", "patched_children",
+                     "rival_children"), (files, *cosine, *rises, *fires)))
+
+
+@torch.no_grad()
+def eval_hierarchy(run):
+    """Mutual information of the levels, clustering by parents, causal tracing of parents."""
+    sae, store, windows = run.sae, run.store, run.store.windows
+    ids, keep, flat = windows.heldout(), windows.heldout_tokens(), flat_peer(run)
+    (lower, rows, _), (peer, flat_rows, _) = (encode_windows(s, store, ids)
+                                              for s in (sae.lower, flat))
+    lower = corpus.Activity.of(lower, keep)
+    files = windows.doc_ids[ids[keep // (CONTEXT_LENGTH - 1)]]
+
+    def levels(sae, z):
+        parents, upper = sae.parents().cpu().numpy(), corpus.Activity.of(z, keep)
+        return corpus.Levels.of(lower, upper, parents, files, run.live)
+
+    both, starts = levels(sae, run.heldout[0]), {}
+    for name in ("untrained", "start"):
+        start = copy.deepcopy(sae)
+        torch.manual_seed(0)
+        start.begin(store.batch(ids[:32]), grouped=name == "start")
+        starts[name] = levels(start, encode_windows(start, store, ids)[0])
+    metrics, curves, families = corpus.hierarchy_scores(
+        windows, both, starts, corpus.Activity.of(peer, keep), *(
+            s.W_dec.cpu().numpy() for s in (sae.lower, flat)), run.live)
+    rates, variance = both.upper.rates(), controls(run)["variance"]
+    parents, rate = corpus.evenly(families, rates, TRACED), torch.tensor(rates, device=DEVICE)
+    traces = [trace(run, p, families[p], rate, *corpus.windows_with(windows, both.upper, p))
+              for p in parents]
+    strings = load_tokenizer().batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
+    curves["tree"] = corpus.family_tree(windows, strings, both, families, parents,
+                                        sae.W_dec.cpu().numpy(), traces)
+    metrics |= corpus.causal_scores(traces) | {
+        "level_1_l0": np.nanmean(rows["l0"])} | {
+        f"{name}_explained_variance": 1 - np.nanmean(r["error"]) / variance
+        for name, r in (("level_1", rows), ("flat", flat_rows))}
+    files, *cosines = (np.concatenate([t[name] for t in traces])
+                       for name in ("files", "own", "rival"))
+    per_sequence = {f"causal_cosine{end}": windows.by_document(values, files)
+                    for end, values in zip(("", "_rival"), cosines)}
+    return Result(metrics, plain(curves), plain(per_sequence))
+
+
 # ---- Compositions: recovery of known ones, and what features do in those that were found ----
 def recovered(run, task, rho):
     """An SAE of this variant on synthetic activations -> its scores, those of baselines."""
@@ -1629,15 +1844,17 @@ def features(run):
 
 EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes,
                "unlearning": eval_unlearning, "sparse_probing": eval_sparse_probing,
-               "recovery": eval_recovery, "composition": eval_composition}
+               "recovery": eval_recovery, "composition": eval_composition,
+               "hierarchy": eval_hierarchy}
+NEEDS = {"composition": "compose", "hierarchy": "levels"}  # what a variant must expose
 # The means that go into every agent's prompt: 16 at most
 HEADLINES = {"core": ("final_train_loss", "best_val_loss", "total_train_time",
                       "avg_inference_tokens_per_second", "explained_variance", "l0",
                       "dead_fraction", "loss_increase_nats", "ce_recovered"),
-             "temporal": ("stability", "smoothness", "coherence"),
+             "temporal": ("stability", "smoothness"),
              "probes": ("probe_token_type", "probe_context"),
              "unlearning": ("auroc_hybrid",), "sparse_probing": ("sae_top_1",),
-             "recovery": (), "composition": ()}
+             "recovery": (), "composition": (), "hierarchy": ("causal_specificity",)}
 
 
 # ---- Results ----
@@ -1653,9 +1870,11 @@ def evaluate(run, train_seconds):
 def export(sae, store, layer, folder):
     """SAELens's two files, the inputs' centring and scaling folded in."""
     added, dropped = sae.exported()
+    lower = getattr(sae, "lower", sae)  # what touches x
+    scaled = {"W_enc": lower.W_enc / store.scale, "W_dec": lower.W_dec * store.scale,
+              "b_dec": lower.b_dec * store.scale + store.mean}
     weights = dict(sae.named_parameters()) | added | {
-        "W_enc": sae.W_enc / store.scale, "W_dec": sae.W_dec * store.scale,
-        "b_dec": sae.b_dec * store.scale + store.mean}
+        "lower." * (lower is not sae) + name: value for name, value in scaled.items()}
     for name in dropped:
         del weights[name]
     corpus.save_sae(folder, weights, sae.architecture, sae.k, {
@@ -1672,6 +1891,9 @@ def write_results(folder, seeds, store, layer, timing):
         (place / "features.json").write_text(json.dumps(result["features"], separators=",:"))
     results = [{name: result[name] for name in EVALS} for _, result, *_ in seeds]
     steps = [steps for _, _, *steps in seeds]
+    if "hierarchy" in EVALS:
+        tree = results[0]["hierarchy"]["curves"]["tree"]
+        (folder / "case_studies.md").write_text(corpus.case_studies(tree))
     config = corpus.resolved(globals(), store.windows, steps) | {
         "layer": layer, "d_in": store.d_in, "d_sae": sae.d_sae}
     return corpus.write_results(folder, results, HEADLINES, config, timing, SOURCE)
@@ -1684,7 +1906,7 @@ def check_config():
     choice(SAE_VARIANT=" ".join(SAE_VARIANTS), ATTENTION="causal centred", DRIVE="u z",
            TSAE_READING="paper code", TRAIN_ON="both forget retain", SELECTION="ratio frequency",
            BUFFER_POSITIONS="learned sinusoidal", MATCHER="logistic attention",
-           BOTTLENECK="joint split")
+           BOTTLENECK="joint split", LEVEL_SPARSITY="topk l1")
     whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
           "MATCHER_WINDOW COMPOSITION_HEADS")
     check("COMPOSITION_WIDTH", "a multiple of COMPOSITION_HEADS",
@@ -1695,19 +1917,19 @@ def check_config():
     whole("BATCH_TOKENS", CONTEXT_LENGTH)
     whole("LAYER", 0, [None])
     positive("EXPANSION TIME_BUDGET_MINUTES EPOCHS_SCALE REGULARISATION CONSISTENCY_WEIGHT "
-             "CONTRAST_WEIGHT")
+             "CONTRAST_WEIGHT DENSITY COSINE_WEIGHT GROUP_WEIGHT")
     positive("CONSISTENT_FRACTION", 1)
     positive("LEARNING_RATE", others=[None])
     positive("TEMPERATURE", others=["learned", "scheduled"])
     text("MODEL_NAME DATASET FORGET")
     text("FORGET_QUESTIONS RETAIN_QUESTIONS", [None])
     span("TRAIN_POSITIONS", CONTEXT_LENGTH)
+    check("LEVEL_WIDTHS", "(level 1, level 2), falling to TARGET_L0 at least", lambda v: type(
+        v) is tuple and [type(x) for x in v] == [int, int] and v[0] >= v[1] >= TARGET_L0, [None])
     several("SEEDS", range(2 ** 31))
-    several("EVALS", EVALUATIONS)
     variant = SAE_VARIANTS[SAE_VARIANT]
-    if "composition" in EVALS and not hasattr(variant, "compose"):
-        raise RunnerError(f"EVALS has 'composition', and {SAE_VARIANT} composes nothing: take it "
-                          "out, or SAE_VARIANT = 'compositional'.")
+    evals = [name for name in EVALUATIONS if hasattr(variant, NEEDS.get(name, "encode"))]
+    several("EVALS", evals, f" for {SAE_VARIANT}")
     names = set(variant.components).union(*(stage.weights for stage in variant.curriculum))
     several("ABLATE", sorted(names - {"reconstruction"}), f" for {SAE_VARIANT}", 0)
 

@@ -126,6 +126,7 @@ TITLES = {
     "dead_fraction": "dead latents (fraction) ↓", "ce_recovered": "CE recovered (unigram) ↑",
     "avg_inference_tokens_per_second": "encoding speed (tokens/s) ↑",
     "stability": "stability ↑", "smoothness": "smoothness ↓", "coherence": "coherence ↑",
+    "causal_specificity": "causal specificity ↑",
 }
 SEEDS_NOTE = "lines: mean over seeds; bands: range of the seeds"
 
@@ -712,6 +713,11 @@ def visible(token):
     return token if len(token) < 11 else f"{token[:9]}…"
 
 
+def shown(text):
+    """The same for a passage, unshortened."""
+    return "".join(visible(c) if c != " " else c for c in text)
+
+
 def fig_evolution(runs):
     """Latents along a held-out passage, each over its maximum there, in the last two runs."""
     needed = {"tokens", "latents", "values"}
@@ -1028,6 +1034,105 @@ def fig_reuse(runs):
     return figure
 
 
+def with_levels(runs):
+    """(run, the curves of its first seed) of the runs with two levels."""
+    return [(run, run.curves[0]) for run in runs if run.curves and run.curves[0].get("tree")]
+
+
+def fig_information(runs):
+    """What parents tell of children: their own (boxed) and those of other parents."""
+    found = with_levels(runs)[-2:]
+    if not found:
+        return None
+    highest = max(np.nanmax(np.array(curves["information_matrix"], dtype=float))
+                  for _, curves in found)
+    figure, axes = panels(len(found), 2, 3.2)
+    for axis, (run, curves) in zip(axes.flat, found):
+        matrix = np.array(curves["information_matrix"], dtype=float)
+        image = axis.imshow(matrix, aspect="auto", cmap="cividis", vmin=0, vmax=highest)
+        for row, parent in enumerate(curves["matrix_parents"]):
+            own = np.flatnonzero(np.array(curves["matrix_family"]) == parent)
+            axis.add_patch(plt.Rectangle((own[0] - 0.5, row - 0.5), len(own), 1, fill=False,
+                                         edgecolor="white", linewidth=0.8))
+        axis.set_yticks(range(len(matrix)), curves["matrix_parents"], fontsize=6)
+        axis.set_xticks(range(len(matrix[0])), curves["matrix_children"], fontsize=5, rotation=90)
+        axis.set_xlabel("child (level 1)")
+        axis.set_ylabel("parent (level 2)")
+        axis.set_title(run.label, loc="left")
+        axis.grid(False)
+    figure.colorbar(image, ax=figure.axes, label="mutual information / entropy of the child",
+                    shrink=0.8, pad=0.01)
+    figure.supxlabel("Boxed: a parent's own children, up to three of each of the largest families.",
+                     **NOTE)
+    return figure
+
+
+def fig_causal(runs):
+    """What ablating and patching parents does, against what their rivals do."""
+    found = with_levels(runs)
+    if not found:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3), width_ratios=(1, 1.2))
+    for run, curves in found:
+        points = [(parent["cosine_rival"], parent["cosine"]) for parent in curves["tree"]]
+        left.plot(*zip(*points), run.marker, color=run.color, markersize=4, alpha=0.8,
+                  markeredgewidth=0)
+    low = min(left.get_xlim()[0], left.get_ylim()[0], -0.05)
+    left.plot([low, 1], [low, 1], color=NOTE["color"], linewidth=0.6)
+    left.set_xlabel("rival matched in rate and size")
+    left.set_ylabel("parent")
+    left.set_title("cosine with the children's summed effect", loc="left")
+    rows = []
+    for run, _ in found:
+        for name, text in (("patched_rise", "top tokens' logits"),
+                           ("patched_children", "children that fire")):
+            rows.append(text if len(found) == 1 else f"{textwrap.shorten(run.label, 18)}: {text}")
+            pair = [run.metrics.get(f"{name}{end}", math.nan) for end in ("", "_rival")]
+            right.barh(len(rows) - 1.2, pair[0], 0.36, color=run.color)
+            right.barh(len(rows) - 0.8, pair[1], 0.36, color=run.color, alpha=0.35)
+    right.set_yticks(range(len(rows)), rows)
+    right.set_ylim(len(rows) - 0.5, -0.5)
+    right.set_title("an absent parent is put in", loc="left")
+    right.set_xlabel("rise of the logits; share of the children\n(pale: a rival is put in)")
+    legend(figure, [run for run, _ in found], "each point: one parent", line="")
+    return figure
+
+
+def fig_tree(runs):
+    """A few parents with their children and the text that fires them most, in the last run."""
+    found = with_levels(runs)[-1:]
+    if not found:
+        return None
+    parents = sorted(found[0][1]["tree"], key=lambda parent: -parent["cosine"])
+    parents = [parent | {"children": parent["children"][:4]} for parent in parents][:5]
+    height = sum(len(parent["children"]) + 0.7 for parent in parents)
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.27 * height + 0.4))
+
+    def unit(at, x, name, passage):
+        before, token, after, _ = passage
+        text = f"{shown(before[-14:])}‹{shown(token)}›{shown(after[:10])}"
+        axis.plot(x, at, "o", color=found[0][0].color, markersize=4)
+        axis.text(x + 0.012, at, f"{name}  ", fontsize=6.5, va="center", weight="bold")
+        axis.text(x + 0.075, at, text, fontsize=6, va="center", family="monospace",
+                  parse_math=False)
+
+    at = 0.0
+    for parent in parents:
+        middle = at + (len(parent["children"]) - 1) / 2
+        unit(middle, 0.0, parent["id"], parent["passages"][0])
+        for child in parent["children"]:
+            axis.plot([0.47, 0.53], [middle, at], color=NOTE["color"], linewidth=0.8)
+            unit(at, 0.53, child["id"], child["passages"][0])
+            at += 1
+        at += 0.7
+    axis.set_xlim(-0.02, 1.03)
+    axis.set_ylim(at - 0.7, -0.8)
+    axis.axis("off")
+    axis.set_title(f"{found[0][0].label}: parents (left) and children, each with its strongest "
+                   "passage, ‹its token›", loc="left", fontsize=7.5)
+    return figure
+
+
 def ablations(runs):
     """(run, the unablated run from which its constants differ in ABLATE alone) of every such."""
     def rest(run):
@@ -1073,8 +1178,9 @@ FIGURES = {"training_curves": fig_training, "headline_metrics": fig_headlines,
            "parameters": fig_parameters, "variance_scaling": fig_variance_scaling,
            "unlearning": fig_unlearning, "clamped_passage": fig_clamped_passage,
            "sparse_probing": fig_sparse_probing, "recovery": fig_recovery,
-           "compositions": fig_compositions, "reuse": fig_reuse, "ablations": fig_ablations,
-           "latents": fig_latents}
+           "compositions": fig_compositions, "reuse": fig_reuse,
+           "level_information": fig_information, "causal_tracing": fig_causal,
+           "level_tree": fig_tree, "ablations": fig_ablations, "latents": fig_latents}
 
 
 def main():

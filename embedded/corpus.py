@@ -18,6 +18,7 @@ import keyword
 import json
 import shutil
 import tempfile
+import textwrap
 import time
 import zlib
 import logging
@@ -1686,6 +1687,333 @@ def _all_passages(page):
         shown = entry["passages"]
         yield from chain(shown["top"], *shown["stratified"], shown["random"],
                          entry.get("question", {"passages": ()})["passages"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two levels of units: what a parent's activity tells of its children, and how well groups follow labels
+# ---------------------------------------------------------------------------------------------------------------------
+class Activity(NamedTuple):
+    """When units fire: on which of the n tokens that count, and how strongly."""
+    places: list            # unit -> tokens [firings], in order
+    values: list            # unit -> [firings]
+    n: int
+
+    @classmethod
+    def of(cls, z, keep):
+        """Of codes z, sparse [token, unit] by column; `keep` are the tokens that count, in order."""
+        rank = np.full(z.shape[0], -1)
+        rank[keep] = np.arange(len(keep))
+        parts = [(rank[z.indices[a:b]], z.data[a:b]) for a, b in zip(z.indptr, z.indptr[1:])]
+        return cls([at for at, _ in parts], [values for _, values in parts], len(keep))
+
+    def rates(self):
+        return np.array([len(at) for at in self.places]) / self.n
+
+    def live(self, files, least, least_files):
+        """[unit] whether it fires often, in many of files [n], and on at most half of the tokens."""
+        return np.array([least <= len(at) <= self.n / 2 and len(np.unique(files[at])) >= least_files for at in self.places])
+
+    def only(self, units):
+        return Activity([self.places[i] for i in units], [self.values[i] for i in units], self.n)
+
+    def union(self, groups):
+        """Activity of groups [unit] of units: a group fires where one of its units does."""
+        members = [np.flatnonzero(groups == g) for g in range(max(groups) + 1)]
+        places = [np.unique(np.concatenate([self.places[i] for i in of])) for of in members]
+        return Activity(places, [np.ones(len(at)) for at in places], self.n)
+
+
+def binary_information(both, first, second, n):
+    """Mutual information in nats of two events that happen first and second times in n, both times together."""
+    total = 0.0
+    for joint, a, b in ((both, first, second), (first - both, first, n - second), (second - both, n - first, second),
+                        (n - first - second + both, n - first, n - second)):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            total = total + np.where(joint > 0, joint / n * np.log(joint * n / np.asarray(a * b, dtype=float)), 0.0)
+    return total
+
+
+def binary_entropy(count, n):
+    return binary_information(count, count, count, n)
+
+
+class Edges(NamedTuple):
+    """What parents tell of children, by edge."""
+    information: np.ndarray     # [edge] bias-corrected mutual information over the child's entropy
+    p: np.ndarray               # [edge] share of circular shifts that reach it
+    draws: np.ndarray           # [draw] mean over edges for files drawn with replacement
+
+    @property
+    def mean(self):
+        return self.information.mean() if len(self.information) else 0.0
+
+
+def edge_information(parents, children, edges, files, draws=200, least_shift=17):
+    """Edges of pairs (parent, child) [edge, 2]: I(parent; child) of binary activity, less its mean over circular shifts
+    of the parent by at least `least_shift` tokens, over H(child). files [n]: of each token."""
+    rng, n, found = np.random.default_rng(0), parents.n, []
+    names, of = np.unique(files, return_inverse=True)
+    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws).T        # [file, draw]
+    if n <= 2 * least_shift:
+        raise DataError(f"{n} held-out tokens are too few for circular shifts of {least_shift}.")
+    shifts, sizes = rng.integers(least_shift, n - least_shift, draws), np.bincount(of)
+    on, total = np.zeros(2 * n, dtype=bool), np.zeros(draws)
+    for parent, child in edges:
+        at, times = parents.places[parent], children.places[child]
+        on[at], on[at + n] = True, True
+        both = times[on[times]]
+        shifted = on[times[None] + shifts[:, None]].sum(1)
+        on[at], on[at + n] = False, False
+        observed = binary_information(len(both), len(at), len(times), n)
+        null = binary_information(shifted, len(at), len(times), n)
+        entropy = max(binary_entropy(len(times), n), 1e-12)
+        found.append(((observed - null.mean()) / entropy, (1 + (null >= observed).sum()) / (1 + draws)))
+        counts = [np.bincount(of[part], minlength=len(names)) @ weights for part in (both, at, times)]
+        drawn = sizes @ weights
+        again = binary_information(*counts, drawn) - null.mean()
+        total += again / np.maximum(binary_entropy(counts[2], drawn), 1e-12)
+    information, p = np.array(found).reshape(-1, 2).T
+    return Edges(information, p, total / max(len(edges), 1))
+
+
+def alike_parents(rates, edges, rng):
+    """For each edge (parent, child) another parent, one of the ten nearest in rate."""
+    order = np.argsort(rates, kind="stable")
+    place = np.argsort(order)
+    found = []
+    for parent, child in edges:
+        low = int(np.clip(place[parent] - 5, 0, max(len(order) - 11, 0)))
+        near = order[low:low + 11]
+        found.append((rng.choice(near[near != parent]), child))
+    return np.array(found)
+
+
+def information_scores(edges, controls):
+    """Mean information of Edges and of {name: Edges} of controls; of each the difference with its 95 % interval over
+    files, and q after Benjamini-Hochberg over the controls; share of the edges that are significant after it."""
+    found = {"mutual_information": edges.mean,
+             "edges_significant": (false_discovery_control(edges.p) < 0.05).mean() if len(edges.p) else 0.0}
+    tails = []
+    for name, control in controls.items():
+        gap = edges.draws - control.draws
+        low, high = np.percentile(gap, (2.5, 97.5))
+        found |= {f"mutual_information_{name}": control.mean, f"mutual_information_over_{name}": edges.mean - control.mean,
+                  f"mutual_information_over_{name}_low": low, f"mutual_information_over_{name}_high": high}
+        tails.append(min(1.0, 2 * (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (1 + len(gap))))
+    for name, q in zip(controls, false_discovery_control(tails)):
+        found[f"mutual_information_over_{name}_q"] = q
+    return found
+
+
+def label_kinds(windows):
+    """Labels of the held-out tokens that count {name: class [n]}: the token, its class with all labels taken together,
+    and, where there are labels, its type and its context apart."""
+    keep = windows.heldout_tokens()
+    found = {"token": windows.tokens[windows.n_train:, 1:].ravel()[keep], "class": token_classes(windows)[keep]}
+    if windows.labels is not None and (windows.labels >= 0).any():
+        labels = windows.labels[:, 1:].reshape(-1, len(LABELS))[keep]
+        found["type"] = labels[:, 0] + 1
+        found["context"] = np.unique(labels[:, 1:], axis=0, return_inverse=True)[1].ravel()
+    return found
+
+
+def modal_labels(places, classes):
+    """The most frequent class on the tokens where each unit fires."""
+    return np.array([np.bincount(classes[at]).argmax() for at in places])
+
+
+def ward(directions, n_groups):
+    """Group [unit] of directions [unit, d] by Ward's method."""
+    from sklearn.cluster import AgglomerativeClustering
+    return AgglomerativeClustering(int(np.clip(n_groups, 1, len(directions)))).fit_predict(directions)
+
+
+def kmeans(directions, n_groups):
+    from sklearn.cluster import KMeans
+    return KMeans(int(np.clip(n_groups, 1, len(directions))), n_init=1, random_state=0).fit_predict(directions)
+
+
+def clustering_scores(groups, places, kinds, directions):
+    """How well groups [unit] follow the labels of the units: adjusted mutual information and adjusted Rand index with
+    the modal label of each of `kinds`; and the silhouette of the directions [unit, d], which proves nothing where a
+    loss trained it."""
+    from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, silhouette_score
+    found = {}
+    for kind, classes in kinds.items():
+        labels = modal_labels(places, classes)
+        found |= {f"ami_{kind}": adjusted_mutual_info_score(labels, groups), f"ari_{kind}": adjusted_rand_score(labels, groups)}
+    if 1 < len(np.unique(groups)) < len(groups):
+        found["silhouette"] = silhouette_score(directions, groups)
+    return found
+
+
+class Levels(NamedTuple):
+    """Two levels of live units: the children (level 1, or those of a flat dictionary) and the parent of each."""
+    lower: Activity
+    upper: Activity
+    parents: np.ndarray     # [child] index into upper
+    children: np.ndarray    # live children whose parent is live
+
+    @classmethod
+    def of(cls, lower, upper, parents, files, live):
+        alive = lower.live(files, *live) & upper.live(files, *live)[parents]
+        return cls(lower, upper, parents, np.flatnonzero(alive))
+
+    def families(self):
+        """{parent: its live children}, of parents that have at least two."""
+        order = self.children[np.argsort(self.parents[self.children], kind="stable")]
+        parents, first = np.unique(self.parents[order], return_index=True)
+        return {int(p): part for p, part in zip(parents, np.split(order, first[1:])) if len(part) > 1}
+
+    def edges(self):
+        found = [(parent, child) for parent, part in self.families().items() for child in part]
+        if not found:
+            raise DataError(f"no parent has two live children: {len(self.children)} live ones of {len(self.parents)} have "
+                            "a live parent, each another one.")
+        return np.array(found)
+
+    def information(self, files, edges=None):
+        return edge_information(self.upper, self.lower, self.edges() if edges is None else edges, files)
+
+
+def grouped(activity, groups):
+    """Units in groups [unit], as Levels: a group fires where one of its units does."""
+    return Levels(activity, activity.union(groups), groups, np.arange(len(groups)))
+
+
+def hierarchy_scores(windows, levels, starts, flat, directions, flat_directions, live):
+    """What two Levels tell: -> metrics, curves, families.
+
+    starts: {name: Levels} with the level 2 that was not trained; flat: Activity of a flat SAE; directions of the
+    features of level 1 and of the flat SAE's latents [unit, d]; live: (firings, files) of a live unit."""
+    files = windows.doc_ids[windows.n_train + windows.heldout_tokens() // (windows.tokens.shape[1] - 1)]
+    rng, edges, families = np.random.default_rng(0), levels.edges(), levels.families()
+    units = levels.children
+    groups = np.unique(levels.parents[units], return_inverse=True)[1]
+    of_flat = np.flatnonzero(flat.live(files, *live))
+    flat, flat_directions = flat.only(of_flat), flat_directions[of_flat]
+    n_groups = max(1, round(len(of_flat) * (groups.max() + 1) / len(units)))           # as many units in each
+    kinds, own = label_kinds(windows), [levels.lower.places[i] for i in units]
+    metrics = {"groups": groups.max() + 1, "group_size": len(units) / (groups.max() + 1),
+               "singletons": (np.bincount(groups) == 1).mean(), "duplicates": duplicates(families, directions)}
+    tables = {"": (groups, own, directions[units])}
+    for method in (ward, kmeans):
+        tables[f"_{method.__name__}"] = method(flat_directions, n_groups), flat.places, flat_directions
+        tables[f"_{method.__name__}_level_1"] = method(directions[units], groups.max() + 1), own, directions[units]
+    for name, (found, places, d) in tables.items():
+        metrics |= {f"{key}{name}": value for key, value in clustering_scores(found, places, kinds, d).items()}
+    controls = {"non_edges": levels.information(files, alike_parents(levels.upper.rates(), edges, rng)),
+                "ward": grouped(flat, tables["_ward"][0]).information(files)}
+    controls |= {name: start.information(files) for name, start in starts.items()}
+    metrics |= information_scores(levels.information(files), controls)
+    shown = sorted(families, key=lambda p: -len(families[p]))[:12]
+    children = np.concatenate([families[p][:3] for p in shown])
+    pairs = np.array([(p, i) for p in shown for i in children])
+    matrix = edge_information(levels.upper, levels.lower, pairs, files, 50).information
+    curves = {"information_matrix": matrix.reshape(len(shown), -1).round(4), "matrix_parents": np.array(shown),
+              "matrix_children": children, "matrix_family": np.array([levels.parents[i] for i in children])}
+    return metrics, curves, families
+
+
+def duplicates(families, directions):
+    """Share of the children that point as a sibling does, cosine above .95."""
+    same, n = 0, 0
+    for part in families.values():
+        unit = normalize(directions[part])
+        cosine = unit @ unit.T - 2 * np.eye(len(part))
+        same, n = same + (cosine.max(1) > 0.95).sum(), n + len(part)
+    return same / max(n, 1)
+
+
+def evenly(families, rates, n):
+    """n parents, evenly spaced in the order of their rates."""
+    order = sorted(families, key=lambda p: (rates[p], p))
+    return [order[i] for i in np.unique(np.linspace(0, len(order) - 1, n).round().astype(int))]
+
+
+def cosines(a, b):
+    """Of rows [n, d]; 0 where one is zero."""
+    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+
+
+def causal_scores(traces):
+    """Of traces, one a parent (see experiment.py): mean cosine of a parent's effect with its children's summed effects,
+    and of its rival's; their ratio, the causal specificity; p of the difference, by sign flips of files; what patching
+    does to the logits of the children's top tokens, and to the children."""
+    files, own, rival = (np.concatenate([trace[name] for trace in traces]) for name in ("files", "own", "rival"))
+    means = np.array([[values[files == file].mean() for values in (own, rival)] for file in np.unique(files)])
+    gap, rng = means[:, 0] - means[:, 1], np.random.default_rng(0)
+    flips = rng.choice((-1.0, 1.0), (10_000, len(gap))) @ gap
+    found = {"causal_cosine": own.mean(), "causal_cosine_rival": rival.mean(),
+             "causal_specificity": own.mean() / max(rival.mean(), 1e-3),
+             "causal_p": (1 + (flips >= gap.sum() - 1e-12).sum()) / (1 + len(flips))}
+    for name in ("rise", "children"):
+        a, b = (np.array([trace[key] for trace in traces]) for key in (f"patched_{name}", f"rival_{name}"))
+        found |= {f"patched_{name}": a.mean(), f"patched_{name}_rival": b.mean(), f"patched_{name}_share": (a > b).mean()}
+    return found
+
+
+def passages(windows, strings, places, values, n=3, around=8):
+    """The n strongest firings of a unit, each in another window: text before, token, text after, value."""
+    keep, found, seen = windows.heldout_tokens(), [], set()
+    for i in np.argsort(-values, kind="stable"):
+        row, at = divmod(int(keep[places[i]]), windows.tokens.shape[1] - 1)
+        if row not in seen:
+            seen.add(row)
+            text = [strings[t] for t in windows.tokens[windows.n_train + row][:windows.lengths[windows.n_train + row]]]
+            found.append(("".join(text[max(1, at + 1 - around):at + 1]), text[at + 1],
+                          "".join(text[at + 2:at + 2 + around]), round(float(values[i]), 4)))
+        if len(found) == n:
+            break
+    return found
+
+
+def family_tree(windows, strings, levels, families, parents, weights, traces):
+    """Of parents: rate, passages and causal cosines, and of each child its weight [parent, child], rate and passages."""
+    def unit(activity, i):
+        return {"id": int(i), "rate": float(len(activity.places[i]) / activity.n),
+                "passages": passages(windows, strings, activity.places[i], activity.values[i])}
+
+    return [unit(levels.upper, p) | {
+        "cosine": float(np.mean(trace["own"])), "cosine_rival": float(np.mean(trace["rival"])),
+        "children": [unit(levels.lower, i) | {"weight": float(weights[p, i])} for i in families[p]]}
+        for p, trace in zip(parents, traces)]
+
+
+def case_studies(tree):
+    """family_tree as Markdown."""
+    def quoted(passage):
+        before, token, after, value = (part.replace("`", "'").replace("\n", "\\n") if isinstance(part, str) else part
+                                       for part in passage)
+        return f"`{before}`**`{token}`**`{after}` ({value:.2f})"
+
+    lines = ["# Case studies: parents, their children, and the text that fires them", "", textwrap.fill(
+        "Parents are latents of level 2 that have at least two live children, evenly spaced in the order of their firing "
+        "rates; none was selected for how it reads. A child's weight is the parent's decoder weight. Cosine: of what "
+        "ablating the parent does to the model's logits with what ablating its children singly does in sum, beside the "
+        "same for a rival matched in rate and size. In passages the token that fires is bold; its value follows.", 110)]
+    for parent in tree:
+        lines += ["", f"## Parent {parent['id']}", f"Fires on {parent['rate']:.2%} of the tokens. Cosine "
+                  f"{parent['cosine']:.2f}, rival {parent['cosine_rival']:.2f}.", ""]
+        lines += [f"- {quoted(passage)}" for passage in parent["passages"]]
+        for child in sorted(parent["children"], key=lambda c: -c["weight"]):
+            lines += ["", f"Child {child['id']}, weight {child['weight']:.2f}, on {child['rate']:.2%}:", ""]
+            lines += [f"- {quoted(passage)}" for passage in child["passages"]]
+    return "\n".join(lines) + "\n"
+
+
+def windows_with(windows, activity, unit, n=4):
+    """Ids of up to n windows, one a file, in which a unit fires most, and of as many of other files in which it fires
+    least."""
+    seq, files = windows.tokens.shape[1] - 1, windows.doc_ids[windows.n_train:]
+    rows = windows.heldout_tokens()[activity.places[unit]] // seq
+    counts = np.bincount(rows, minlength=len(files)) + np.random.default_rng(unit).random(len(files)) / 2  # ties: any
+    order = np.argsort(-counts)
+    first = order[np.sort(np.unique(files[order], return_index=True)[1])]          # the best window of each file
+    chosen = first[:min(n, len(first) // 2)]
+    others = order[::-1][~np.isin(files[order[::-1]], files[chosen])]
+    absent = others[np.sort(np.unique(files[others], return_index=True)[1])][:n]
+    return windows.n_train + chosen, windows.n_train + absent
 
 
 # ---------------------------------------------------------------------------------------------------------------------

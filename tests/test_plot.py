@@ -17,7 +17,8 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 FIGURES = ("training_curves", "headline_metrics", "sparsity_fidelity", "position", "stability_fidelity", "autocorrelation",
            "feature_evolution", "similarity", "parameters", "variance_scaling", "unlearning", "clamped_passage",
-           "sparse_probing", "ablations", "latents")
+           "sparse_probing", "recovery", "compositions", "reuse", "level_information", "causal_tracing", "level_tree",
+           "ablations", "latents")
 FILES, SEQ = 64, 127
 TOKENS = ["import", " numpy", "\n", "\t", "$x$", "漢字", "\x00", " averylongidentifier", "_", "\n        "] * 13
 
@@ -30,7 +31,15 @@ def other_entries(seeds):
                "standard": [True, True, False, True], "pattern": [False, True, False, True], "hybrid": [False] * 4}
     probing = {"k": [1, 2, 5], "sae": [0.7, 0.8, 0.9], "channels": [0.6, 0.7, 0.9], "untrained": [0.5, 0.6, 0.6],
                "tokens": [0.6, 0.6, 0.7]}
-    return {"unlearning": {"means": {"hybrid_retain_mean": 0.001}, "metrics": {"hybrid_retain": 0.001}, "curves": [{
+    passages = [("from ", "im\tport", " $x$\n", 0.5)]
+    unit = {"id": 7, "rate": 0.01, "passages": passages}
+    levels = {"information_matrix": [[0.3, 0.1, 0.0], [0.0, None, 0.2]], "matrix_parents": [3, 5], "matrix_children": [7, 8, 9],
+              "matrix_family": [3, 3, 5], "tree": [unit | {"cosine": 0.8, "cosine_rival": 0.1, "children": [
+                  unit | {"weight": 0.5}] * n} for n in (2, 6)]}
+    return {"hierarchy": {"means": {"causal_specificity_mean": 8.0}, "metrics": {
+                "patched_rise": 0.6, "patched_rise_rival": 0.0, "patched_children": 0.4, "patched_children_rival": 0.1},
+                "curves": [levels] * seeds},
+            "unlearning": {"means": {"hybrid_retain_mean": 0.001}, "metrics": {"hybrid_retain": 0.001}, "curves": [{
                 "frontier": frontier, "roc": dict.fromkeys(("pattern", "hybrid"), [0.0, 0.8, 1.0]), "passage": passage}] * seeds,
                 "config": {"FORGETTING": 0.4}},
             "sparse_probing": {"means": {"sae_top_1_mean": 0.7}, "metrics": {"sae_top_1": 0.7},

@@ -14,7 +14,7 @@ from copies import PROJECT, TAIL, copy_template, edit, results, run, run_in_turn
 from safetensors.torch import load_file
 
 IN_SAELENS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae")
-VARIANTS = (*IN_SAELENS, "temporal", "temporal_adaptation", "temporal_context", "compositional")
+VARIANTS = (*IN_SAELENS, "temporal", "temporal_adaptation", "temporal_context", "compositional", "hierarchical")
 TIMES = ("total_train_time", "avg_inference_tokens_per_second")         # results that speak of time
 
 
