@@ -1443,7 +1443,8 @@ class Matcher:
         """On the tokens `keep`, of which `forget` are to be forgotten, both [n, seq] of bool, z sparse [n * seq, d_sae];
         thresholds with so many false positives, by matchers fitted on the windows of either `half` [n] for those of the
         other."""
-        codes, half = self.codes_of_sparse(z, keep.shape[1]), torch.from_numpy(half).to(keep.device)[:, None].expand(keep.shape)
+        codes = self.codes_of_sparse(z, keep.shape[1])
+        half = torch.from_numpy(half).to(keep.device)[:, None].expand(keep.shape)
         if codes.shape[1] < self.gate_tokens:
             raise DataError(f"CONTEXT_LENGTH: unlearning's gate needs more than {self.gate_tokens} tokens.")
         apart = keep & (torch.arange(keep.shape[1], device=keep.device) % self.width == 0)  # windows do not overlap
