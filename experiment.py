@@ -1584,7 +1584,7 @@ def write_results(folder, seeds, store, layer, timing):
         export(sae, store, layer, folder if seed == SEEDS[0] else folder / f"seed_{seed}")
     results, steps = [result for _, result, *_ in seeds], [steps for _, _, *steps in seeds]
     config = corpus.resolved(globals(), store.windows, steps) | {
-        "layer": layer, "d_in": store.d_in, "d_sae": sae.d_sae}
+        "layer": layer, "d_in": store.d_in, "d_sae": seeds[0][0].d_sae}
     return corpus.write_results(folder, results, HEADLINES, config, timing, SOURCE)
 
 
