@@ -1895,7 +1895,7 @@ def write_results(folder, seeds, store, layer, timing):
         tree = results[0]["hierarchy"]["curves"]["tree"]
         (folder / "case_studies.md").write_text(corpus.case_studies(tree))
     config = corpus.resolved(globals(), store.windows, steps) | {
-        "layer": layer, "d_in": store.d_in, "d_sae": sae.d_sae}
+        "layer": layer, "d_in": store.d_in, "d_sae": seeds[0][0].d_sae}
     return corpus.write_results(folder, results, HEADLINES, config, timing, SOURCE)
 
 

@@ -1,5 +1,6 @@
 """Text for the runner: the embedded corpus and the loaders of named data sets. Data only: no model, no SAE, and
-of the metrics what tokens and labels decide by themselves, or with functions of the model that they are given.
+of the metrics what tokens and labels decide by themselves, or with functions of the model that they are given. At the
+end a run's files and books, and reports of errors.
 
 The embedded corpus is the Python source of the packages pinned in requirements.txt (and of what they bring), read where
 they are installed. Each package is a labelled domain, each file a document. The same versions give the same bytes on
@@ -2647,7 +2648,7 @@ def patterns(codes, feature, composition, effect, first, second, of, interaction
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files of the cache
+# Files and books of a run
 # ---------------------------------------------------------------------------------------------------------------------
 def cache_folder():
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -84,6 +84,7 @@ def test_a_whole_run(lab, variant):
               "timing.json"}
     assert wanted <= {path.name for path in made.iterdir()}
     assert (made / "experiment.py").read_bytes() == (folder / "experiment.py").read_bytes()
+    assert (made / "sae_weights.safetensors").stat().st_mode & 0o777 == 0o644     # others may read them too
     kept = {"experiment.py", "embedded", "run_1", "stdout.log", "stderr.log", "__pycache__"}
     assert {path.name for path in folder.iterdir()} <= kept
 
