@@ -13,7 +13,6 @@ import argparse
 import copy
 import functools
 import inspect
-import json
 import math
 import os
 import sys
@@ -56,8 +55,8 @@ EXPANSION = 8  # d_sae / d_in
 TARGET_L0 = 48  # active latents per token
 SEEDS = (0,)  # one SAE a seed
 TIME_BUDGET_MINUTES = 90  # the whole run's; training shrinks to it
-EVALS = ("core", "temporal", "probes")  # and "unlearning", "sparse_probing", "recovery",
-# "composition" of compositional, "hierarchy" of hierarchical
+# and "unlearning", "sparse_probing", "recovery"; of their variants "composition", "hierarchy"
+EVALS = ("core", "temporal", "probes")
 EPOCHS_SCALE = 1.0  # multiplies the epochs of every stage
 BATCH_TOKENS = 1024  # tokens per training step
 LEARNING_RATE = None  # Adam; None: 3e-3 * sqrt(1536 / d_sae)
@@ -81,10 +80,10 @@ BUFFER = 4  # positions
 BUFFER_POSITIONS = "learned"  # or "sinusoidal"
 # compositional
 COMPOSITIONS = 1 / 3  # of the latents; EXPANSION = 384 / d_in: 256 features, 128 compositions
-COMPOSITION_HEADS, COMPOSITION_WIDTH = 8, 128  # its attention
+COMPOSITION_HEADS, COMPOSITION_HEAD_WIDTH = 8, 16  # of its attention
 BOTTLENECK = "joint"  # or "split": COMPOSITIONS is their share of TARGET_L0 too
 # hierarchical
-LEVEL_WIDTHS = None  # of level 1 and 2, e.g. (144, 96), 3/4 and 1/2 of d_in; None: overcomplete
+LEVEL_WIDTHS = None  # e.g. (144, 96), 3/4 and 1/2 of d_in; None: 3/2 and 1 times d_sae
 LEVEL_SPARSITY = "topk"  # of level 2; or "l1", its weight steered to TARGET_L0
 DENSITY = 1.5  # level 1 has that many times TARGET_L0 active features
 COSINE_WEIGHT, GROUP_WEIGHT = 0.1, 0.1
@@ -652,13 +651,13 @@ class Compositional(TopK):
         curriculum = (Stage("all", 20, PLAIN),)
     components = ("attention", "gate", "curriculum", "bottleneck")
     architecture, widening, combined = "compositional", 1.0, None
+
     def __init__(self, *sizes):
         super().__init__(*sizes)
-        self.d_f, width = round(self.d_sae * (1 - COMPOSITIONS)), COMPOSITION_WIDTH
+        self.d_f = round(self.d_sae * (1 - COMPOSITIONS))
+        width = COMPOSITION_HEADS * COMPOSITION_HEAD_WIDTH
         self.W_enc = nn.Parameter(self.W_enc.data[:, :self.d_f])
-        places = torch.randn(max(width, self.d_in), min(width, self.d_in))
-        places = torch.linalg.qr(places)[0]
-        places = places.t() if width > self.d_in else places  # [d_in, width]
+        places = nn.init.orthogonal_(torch.empty(self.d_in, width))
         features, compositions = self.W_dec.data.split([self.d_f, self.d_sae - self.d_f])
         self.E = nn.Parameter(features @ places)  # [d_f, width]
         self.W_c = nn.Parameter(places.t() @ compositions.t())  # [width, d_c]
@@ -1296,10 +1295,7 @@ def encode_windows(sae, store, windows):
 
 def variance_by_position(store):
     """Variance of held-out x about its overall mean: by position [seq], and overall."""
-    sums, squares, n = store.moments(store.heldout(64))
-    mean = sums.sum(0) / n.sum()
-    total = squares - 2 * (sums @ mean) + n * mean.square().sum()
-    return (total / n.clamp_min(1)).tolist(), (total.sum() / n.sum()).item()
+    return corpus.variances(*store.moments(store.heldout(64)))
 
 
 @torch.no_grad()
@@ -1439,10 +1435,7 @@ def follow(run):
                 losses.append(validation_loss(sae, run.store))
             found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
     if getattr(sae, "traces", False):
-        variance, decay = (a.detach().double().cpu().numpy()
-                           for a in (sae.scaled_variance(), sae.decay()))
-        rate = -np.log(decay.clip(1e-30, 1 - 1e-7))
-        found |= corpus.slope("decay", np.log(variance), np.log(rate))
+        found |= corpus.decay_slope(sae.scaled_variance().detach(), sae.decay().detach())
     return found
 
 
@@ -1684,12 +1677,10 @@ def flat_peer(run):
 def logit_changes(run, ids, deltas, at):
     """What adding each of deltas [windows, seq, d_in] to x changes in the logits at the tokens `at`
     [windows, seq]: [deltas, n, vocab]."""
-    store, found = run.store, []
-    x, first, tokens = store.batch(ids).x, store.raw(ids)[:, :1], store.tokens[ids]
-    for delta in (torch.zeros_like(x), *deltas):
-        hidden = torch.cat([first, store.unscaled(x + delta)], 1)
-        found.append(logits_from(run.get_model(), run.layer, hidden, tokens)[:, 1:][at])
-    return torch.stack(found[1:]) - found[0]
+    tokens = run.store.windows.tokens[ids]
+    own, *found = (edited_logits(run, lambda _: delta, tokens, tokens >= 0)[:, 1:][at].float()
+                   for delta in (torch.zeros_like(deltas[0]), *deltas))
+    return torch.stack(found) - own
 
 
 def trace(run, parent, children, rate, ids, absent):
@@ -1707,13 +1698,12 @@ def trace(run, parent, children, rate, ids, absent):
     batch = run.store.batch(ids)
     z, h = sae.encode(batch).dense(), sae.levels(batch).dense()
     size = (z * norm).log()
-    apart, rival = ((size - size[..., parent, None]).abs() + near).nan_to_num(math.inf, math.inf).min(2)
+    apart = (size - size[..., parent, None]).abs() + near
+    apart, rival = apart.nan_to_num(math.inf, math.inf).min(2)
     on = (z[..., parent] > 0) & apart.isfinite()
     deltas = [edited(z, latent, 0.0, on) for latent in (torch.full_like(rival, parent), rival)]
     deltas += [-(h[..., i] * on)[..., None] * sae.lower.W_dec[i] for i in children]
-    own, other, *single = logit_changes(run, ids, deltas, on)
-    summed, value = sum(single), z[..., parent][on].mean()
-    top = (summed.mean(-1, keepdim=True) - summed).mean(0).topk(10).indices
+    changes, value = logit_changes(run, ids, deltas, on), z[..., parent][on].mean()
     batch = run.store.batch(absent)
     z, like = sae.encode(batch).dense(), near.argmin().item()
     where = run.store.valid(absent) & (batch.positions % 8 == 1) & (z[..., parent] == 0)
@@ -1722,26 +1712,20 @@ def trace(run, parent, children, rate, ids, absent):
     rises = logit_changes(run, absent, deltas, where)
     fires = [(sae.levels(batch._replace(x=batch.x + delta)).dense()[where][:, children] > 0)
              .float().mean().item() for delta in deltas]
-    rises = ((rises - rises.mean(-1, keepdim=True))[..., top]).mean((1, 2)).tolist()
     files = run.store.windows.doc_ids[ids][on.nonzero()[:, 0].cpu().numpy()]
-    cosine = [corpus.cosines(part.cpu().numpy(), summed.cpu().numpy()) for part in (own, other)]
-    return dict(zip(("files", "own", "rival", "patched_rise", "rival_rise", "patched_children",
-                     "rival_children"), (files, *cosine, *rises, *fires)))
+    return corpus.traced(files, changes.cpu().numpy(), rises.cpu().numpy(), fires)
 
 
 @torch.no_grad()
 def eval_hierarchy(run):
     """Mutual information of the levels, clustering by parents, causal tracing of parents."""
     sae, store, windows = run.sae, run.store, run.store.windows
-    ids, keep, flat = windows.heldout(), windows.heldout_tokens(), flat_peer(run)
+    ids, flat = windows.heldout(), flat_peer(run)
     (lower, rows, _), (peer, flat_rows, _) = (encode_windows(s, store, ids)
                                               for s in (sae.lower, flat))
-    lower = corpus.Activity.of(lower, keep)
-    files = windows.doc_ids[ids[keep // (CONTEXT_LENGTH - 1)]]
 
     def levels(sae, z):
-        parents, upper = sae.parents().cpu().numpy(), corpus.Activity.of(z, keep)
-        return corpus.Levels.of(lower, upper, parents, files, run.live)
+        return corpus.levels(windows, lower, z, sae.parents().cpu().numpy(), run.live)
 
     both, starts = levels(sae, run.heldout[0]), {}
     for name in ("untrained", "start"):
@@ -1750,23 +1734,17 @@ def eval_hierarchy(run):
         start.begin(store.batch(ids[:32]), grouped=name == "start")
         starts[name] = levels(start, encode_windows(start, store, ids)[0])
     metrics, curves, families = corpus.hierarchy_scores(
-        windows, both, starts, corpus.Activity.of(peer, keep), *(
-            s.W_dec.cpu().numpy() for s in (sae.lower, flat)), run.live)
+        windows, both, starts, peer, *(s.W_dec.cpu().numpy() for s in (sae.lower, flat)), run.live)
     rates, variance = both.upper.rates(), controls(run)["variance"]
     parents, rate = corpus.evenly(families, rates, TRACED), torch.tensor(rates, device=DEVICE)
     traces = [trace(run, p, families[p], rate, *corpus.windows_with(windows, both.upper, p))
               for p in parents]
-    strings = load_tokenizer().batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
-    curves["tree"] = corpus.family_tree(windows, strings, both, families, parents,
+    curves["tree"] = corpus.family_tree(windows, load_tokenizer(), both, families, parents,
                                         sae.W_dec.cpu().numpy(), traces)
-    metrics |= corpus.causal_scores(traces) | {
-        "level_1_l0": np.nanmean(rows["l0"])} | {
-        f"{name}_explained_variance": 1 - np.nanmean(r["error"]) / variance
-        for name, r in (("level_1", rows), ("flat", flat_rows))}
-    files, *cosines = (np.concatenate([t[name] for t in traces])
-                       for name in ("files", "own", "rival"))
-    per_sequence = {f"causal_cosine{end}": windows.by_document(values, files)
-                    for end, values in zip(("", "_rival"), cosines)}
+    causal, per_sequence = corpus.causal_scores(traces, windows)
+    metrics |= causal | {"level_1_l0": np.nanmean(rows["l0"]),
+                         "level_1_explained_variance": 1 - np.nanmean(rows["error"]) / variance,
+                         "flat_explained_variance": 1 - np.nanmean(flat_rows["error"]) / variance}
     return Result(metrics, plain(curves), plain(per_sequence))
 
 
@@ -1786,11 +1764,9 @@ def recovered(run, task, rho):
     with tempfile.TemporaryDirectory() as state, torch.enable_grad():
         train(sae, store, stages, run.seed, size, math.inf, Path(state) / "checkpoint.pt")
     z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
-    dev, test = np.split(z.toarray(), 2)
-    scores = corpus.recovery(truth, dev, test, sae.W_dec.detach().cpu().numpy())
-    variance = variance_by_position(store)[1]
-    scores |= {"explained_variance": 1 - np.nanmean(rows["error"]) / variance,
-               "l0": np.nanmean(rows["l0"])}
+    scores = corpus.recovery(truth, *np.split(z.toarray(), 2), sae.W_dec.detach().cpu().numpy())
+    fvu = np.nanmean(rows["error"]) / variance_by_position(store)[1]
+    scores |= {"explained_variance": 1 - fvu, "l0": np.nanmean(rows["l0"])}
     key = fingerprint(made, SYNTHETIC_SAE, Path(corpus.__file__).read_text())
     return scores, kept(folder / f"{key}.json",
                         lambda: corpus.recovery_baselines(truth, k, width))
@@ -1815,8 +1791,7 @@ def eval_composition(run):
     row, at = np.divmod(places, CONTEXT_LENGTH - 1)
     batch = run.store.batch(windows.n_train + row)
     batch = batch._replace(x=batch.x[torch.arange(len(at)), at][:, None], mask=None)
-    ids, f = sae.features(batch)
-    z = sae.encode(batch).dense()[:, 0, sae.d_f:] if not run.probing else sae.compose(ids, f)
+    (ids, f), z = sae.features(batch), sae.encode(batch).dense()[:, 0, sae.d_f:]
     attention = sae.attention(ids, f).mean(1).cpu().numpy() if "attention" not in ABLATE else None
     text = load_tokenizer().batch_decode(windows.tokens[windows.n_train + row, 1 + at][:, None])
     metrics, curves = corpus.composition_scores(
@@ -1885,15 +1860,9 @@ def export(sae, store, layer, folder):
 
 def write_results(folder, seeds, store, layer, timing):
     """What run_seed gave for each of SEEDS -> final_info.json's content; writes all files."""
-    for seed, (sae, result, *_) in zip(SEEDS, seeds):
-        place = folder if seed == SEEDS[0] else folder / f"seed_{seed}"
-        export(sae, store, layer, place)
-        (place / "features.json").write_text(json.dumps(result["features"], separators=",:"))
-    results = [{name: result[name] for name in EVALS} for _, result, *_ in seeds]
-    steps = [steps for _, _, *steps in seeds]
-    if "hierarchy" in EVALS:
-        tree = results[0]["hierarchy"]["curves"]["tree"]
-        (folder / "case_studies.md").write_text(corpus.case_studies(tree))
+    for seed, (sae, *_) in zip(SEEDS, seeds):
+        export(sae, store, layer, folder if seed == SEEDS[0] else folder / f"seed_{seed}")
+    results, steps = [result for _, result, *_ in seeds], [steps for _, _, *steps in seeds]
     config = corpus.resolved(globals(), store.windows, steps) | {
         "layer": layer, "d_in": store.d_in, "d_sae": seeds[0][0].d_sae}
     return corpus.write_results(folder, results, HEADLINES, config, timing, SOURCE)
@@ -1908,9 +1877,7 @@ def check_config():
            BUFFER_POSITIONS="learned sinusoidal", MATCHER="logistic attention",
            BOTTLENECK="joint split", LEVEL_SPARSITY="topk l1")
     whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
-          "MATCHER_WINDOW COMPOSITION_HEADS")
-    check("COMPOSITION_WIDTH", "a multiple of COMPOSITION_HEADS",
-          lambda v: type(v) is int and v > 0 and v % COMPOSITION_HEADS == 0)
+          "MATCHER_WINDOW COMPOSITION_HEADS COMPOSITION_HEAD_WIDTH")
     positive("COMPOSITIONS", 0.9)
     whole("CONTEXT_LENGTH", 8)
     whole("EVAL_FILES", 2)

@@ -889,6 +889,13 @@ def moments(parts):
     return map(sum, zip(*sums))
 
 
+def variances(sums, squares, n):
+    """Of `moments`: the variance about the overall mean by position [seq], and overall."""
+    mean = sums.sum(0) / n.sum()
+    total = squares - 2 * (sums @ mean) + n * mean.square().sum()
+    return (total / n.clamp_min(1)).tolist(), (total.sum() / n.sum()).item()
+
+
 def token_classes(windows):
     """A class for each held-out token but BOS, [window * (context_length - 1) + position - 1]: its labels taken
     together; without labels, the token where it is one of the 255 most frequent."""
@@ -1026,12 +1033,14 @@ def convergence(log):
     return found
 
 
-def slope(name, x, y):
-    """Of the regression of y [n] on x [n]: {name_slope, name_r2}; nothing where x does not vary."""
+def decay_slope(variance, decay):
+    """Of the regression of log(-log decay) on log variance [latent]: slope and r^2; nothing where the variance is one."""
+    x, y = (part.double().cpu().numpy() for part in (variance, decay))
+    x, y = np.log(x), np.log(-np.log(y.clip(1e-30, 1 - 1e-7)))
     if x.std() == 0:
         return {}
     fit = linregress(x, np.broadcast_to(y, x.shape))
-    return {f"{name}_slope": fit.slope, f"{name}_r2": fit.rvalue ** 2}
+    return {"decay_slope": fit.slope, "decay_r2": fit.rvalue ** 2}
 
 
 def coherence(fired, classes, files, rate, rng, n_firings=50, group=100):
@@ -1883,15 +1892,23 @@ def grouped(activity, groups):
     return Levels(activity, activity.union(groups), groups, np.arange(len(groups)))
 
 
+def levels(windows, lower, upper, parents, live):
+    """Levels of codes of the held-out tokens, sparse [token, unit] by column."""
+    keep = windows.heldout_tokens()
+    files = windows.doc_ids[windows.n_train + keep // (windows.tokens.shape[1] - 1)]
+    return Levels.of(*(Activity.of(codes, keep) for codes in (lower, upper)), parents, files, live)
+
+
 def hierarchy_scores(windows, levels, starts, flat, directions, flat_directions, live):
     """What two Levels tell: -> metrics, curves, families.
 
-    starts: {name: Levels} with the level 2 that was not trained; flat: Activity of a flat SAE; directions of the
+    starts: {name: Levels} with the level 2 that was not trained; flat: codes of a flat SAE, sparse; directions of the
     features of level 1 and of the flat SAE's latents [unit, d]; live: (firings, files) of a live unit."""
     files = windows.doc_ids[windows.n_train + windows.heldout_tokens() // (windows.tokens.shape[1] - 1)]
     rng, edges, families = np.random.default_rng(0), levels.edges(), levels.families()
     units = levels.children
     groups = np.unique(levels.parents[units], return_inverse=True)[1]
+    flat = Activity.of(flat, windows.heldout_tokens())
     of_flat = np.flatnonzero(flat.live(files, *live))
     flat, flat_directions = flat.only(of_flat), flat_directions[of_flat]
     n_groups = max(1, round(len(of_flat) * (groups.max() + 1) / len(units)))           # as many units in each
@@ -1938,10 +1955,22 @@ def cosines(a, b):
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-def causal_scores(traces):
-    """Of traces, one a parent (see experiment.py): mean cosine of a parent's effect with its children's summed effects,
+def traced(files, changes, rises, fires):
+    """Of one parent, at n tokens of `files` [n], what changes in the logits, [2 + children, n, vocab], where it, its rival,
+    each child is ablated; what in those, [2, m, vocab], where it and its rival are put in; and the share `fires` [2] of the
+    children that then fire. -> cosines with the children's sum [n]; mean rise of the ten tokens that this sum lowers most."""
+    own, other, *single = changes
+    summed = np.sum(single, 0)
+    top = np.argsort((summed - summed.mean(1, keepdims=True)).mean(0), kind="stable")[:10]
+    up = (rises - rises.mean(2, keepdims=True))[:, :, top].mean((1, 2))
+    return {"files": files, "own": cosines(own, summed), "rival": cosines(other, summed), "patched_rise": up[0],
+            "rival_rise": up[1], "patched_children": fires[0], "rival_children": fires[1]}
+
+
+def causal_scores(traces, windows):
+    """Of traces, one a parent (see `traced`): mean cosine of a parent's effect with its children's summed effects,
     and of its rival's; their ratio, the causal specificity; p of the difference, by sign flips of files; what patching
-    does to the logits of the children's top tokens, and to the children."""
+    does to the logits of the children's top tokens, and to the children; and the cosines by document [sample]."""
     files, own, rival = (np.concatenate([trace[name] for trace in traces]) for name in ("files", "own", "rival"))
     means = np.array([[values[files == file].mean() for values in (own, rival)] for file in np.unique(files)])
     gap, rng = means[:, 0] - means[:, 1], np.random.default_rng(0)
@@ -1952,7 +1981,8 @@ def causal_scores(traces):
     for name in ("rise", "children"):
         a, b = (np.array([trace[key] for trace in traces]) for key in (f"patched_{name}", f"rival_{name}"))
         found |= {f"patched_{name}": a.mean(), f"patched_{name}_rival": b.mean(), f"patched_{name}_share": (a > b).mean()}
-    return found
+    return found, {f"causal_cosine{end}": windows.by_document(values, files)
+                   for end, values in (("", own), ("_rival", rival))}
 
 
 def passages(windows, strings, places, values, n=3, around=8):
@@ -1970,8 +2000,10 @@ def passages(windows, strings, places, values, n=3, around=8):
     return found
 
 
-def family_tree(windows, strings, levels, families, parents, weights, traces):
+def family_tree(windows, tokenizer, levels, families, parents, weights, traces):
     """Of parents: rate, passages and causal cosines, and of each child its weight [parent, child], rate and passages."""
+    strings = tokenizer.batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
+
     def unit(activity, i):
         return {"id": int(i), "rate": float(len(activity.places[i]) / activity.n),
                 "passages": passages(windows, strings, activity.places[i], activity.values[i])}
@@ -2552,16 +2584,16 @@ def composition_scores(compose, ids, f, codes, attention, text, rng, least):
     """Metrics and curves of compositions: features ids [n, k] with values f [n, k] of n tokens, text [n]; codes [n, d_c]
     after the bottleneck; attention [n, k, k] between features, or None; `least`: see reuse."""
     (token, slot, of, effect), pairs = dropped(compose, f, codes > 0, rng)
-    if not len(token):
-        raise DataError(f"none of {codes.shape[1]} compositions fires on {len(codes)} held-out tokens: the features take "
-                        "all of TARGET_L0. Lower it, or raise COMPOSITIONS.")
+    metrics = {"compositions_per_token": (codes > 0).sum(1).mean(), "live_compositions": (codes > 0).any(0).mean()}
+    if not len(token):                                      # the features take all of TARGET_L0
+        return metrics, {}
     row, a, b, composition, interaction = pairs
     feature, first, second = ids[token, slot], ids[row, a], ids[row, b]
-    metrics, took, random = reuse(token * codes.shape[1] + of, feature, of, effect, rng, least=least)
+    found, took, random = reuse(token * codes.shape[1] + of, feature, of, effect, rng, least=least)
+    metrics |= found
     if attention is not None:
         seen = attention[row, a, b] + attention[row, b, a]
         metrics |= interaction_scores(first, second, seen, interaction)
-    metrics |= {"compositions_per_token": (codes > 0).sum(1).mean(), "live_compositions": (codes > 0).any(0).mean()}
     return metrics, {
         "patterns": patterns(codes, feature, of, effect, first, second, composition, interaction, text),
         "reuse": np.bincount(took), "reuse_null": np.mean([np.bincount(r, minlength=len(took)) for r in random], 0)[:40]}
@@ -2574,9 +2606,8 @@ def interaction_scores(first, second, attention, effect):
     low, high = np.minimum(first, second), np.maximum(first, second)
     _, index, counts = np.unique(low * (high.max() + 1) + high, return_inverse=True, return_counts=True)
     attention, effect = (np.bincount(index, values) / counts for values in (attention, effect))
-    if len(counts) < 20 or effect.max() == effect.min():
-        raise DataError(f"{len(counts)} pairs of features, with interactions from {effect.min():.3g} to "
-                        f"{effect.max():.3g}: none acts together with another.")
+    if len(counts) < 20 or effect.max() == effect.min():    # none acts together with another
+        return {"feature_pairs": len(counts)}
     chosen = np.argsort(-effect, kind="stable")[:len(effect) // 10]
     others = alike(counts, chosen)
     truth = np.arange(len(chosen) + len(others)) < len(chosen)
@@ -2610,7 +2641,7 @@ def reuse(group, feature, composition, effect, rng, draws=50, least=5):
     acts = known & (total > np.quantile(null, 0.95, axis=0) + 1e-9 * np.abs(total).max())
     features, of = np.unique(edges[0, known], return_inverse=True)
     if not acts.any():
-        raise DataError("no feature acts on a composition more than shuffled effects do.")
+        return {"reuse_edges": 0.0}, np.zeros(1, int), np.zeros((1, 1), int)
     took = np.bincount(of, acts[known], len(features)).astype(int)
     random = np.array([np.bincount(rng.choice(of, took.sum(), replace=False), minlength=len(features))
                        for _ in range(draws)])
@@ -3010,6 +3041,12 @@ def resolved(constants, windows, steps):
 
 def write_results(folder, per_seed, headlines, config, timing, source):
     """final_info.json, whole or not at all, and what stands beside it -> its content."""
+    for seed, result in zip(config["SEEDS"], per_seed):
+        place = folder if seed == config["SEEDS"][0] else folder / f"seed_{seed}"
+        (place / "features.json").write_text(json.dumps(result["features"], separators=",:"))
+    per_seed = [{name: result[name] for name in config["EVALS"]} for result in per_seed]
+    if "hierarchy" in per_seed[0]:
+        (folder / "case_studies.md").write_text(case_studies(per_seed[0]["hierarchy"]["curves"]["tree"]))
     info = summarised(per_seed, headlines)
     next(iter(info.values()))["config"] = config
     np.save(folder / "all_results.npy", {f"seed_{seed}": result for seed, result in zip(config["SEEDS"], per_seed)})

@@ -276,8 +276,7 @@ def test_attention_is_evidence_only_where_it_predicts(corpus):
     assert good["attention_spearman"] > 0.95 and good["attention_auroc"] > 0.95 and good["feature_pairs"] == 780
     bad = corpus.interaction_scores(first, second, rng.random(len(effect)), effect)
     assert abs(bad["attention_spearman"]) < 0.15 and 0.35 < bad["attention_auroc"] < 0.65
-    with pytest.raises(corpus.DataError, match="none acts together"):
-        corpus.interaction_scores(first, second, effect, np.zeros(len(effect)))
+    assert corpus.interaction_scores(first, second, effect, np.zeros(len(effect))) == {"feature_pairs": 780}   # no effect
 
 
 def test_planted_reuse(corpus):
@@ -289,8 +288,8 @@ def test_planted_reuse(corpus):
     metrics, took, random = corpus.reuse(token * 10 + composition, feature, composition, effect, rng)
     assert took[0] == 10 and (took[1:10] >= 1).all() and took[1:10].sum() <= 18 and took[10:].sum() <= 12
     assert metrics["reuse_gini"] > metrics["reuse_gini_null_95"] and random.sum(1).tolist() == [took.sum()] * len(random)
-    with pytest.raises(corpus.DataError, match="no feature acts"):
-        corpus.reuse(token * 10 + composition, feature, composition, np.zeros(len(acts)), rng)
+    none, _, _ = corpus.reuse(token * 10 + composition, feature, composition, np.zeros(len(acts)), rng)
+    assert none == {"reuse_edges": 0.0}
 
 
 def test_gini_by_hand(corpus):
@@ -302,7 +301,7 @@ def test_gini_by_hand(corpus):
 # ---- Whole runs ----
 def test_only_what_composes_is_evaluated_so(E, monkeypatch):
     monkeypatch.setattr(E, "EVALS", ("composition",))
-    with pytest.raises(E.RunnerError, match="composes nothing"):
+    with pytest.raises(E.RunnerError, match="EVALS"):
         E.check_config()
     monkeypatch.setattr(E, "SAE_VARIANT", "compositional")
     E.check_config()

@@ -1,4 +1,6 @@
 """The two-level variant and its evaluation: equations by hand, what is frozen, planted structure of every kind."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -284,7 +286,7 @@ def test_a_group_fires_where_a_member_does(E):
 # ---- Causal tracing ----
 @pytest.fixture
 def planted(E, make_store, monkeypatch):
-    """A run whose model's first logits are the residual stream; parent p has the children 2p and 2p + 1, which point along
+    """A run whose model's first logits are what is added to the residual stream; parent p has the children 2p and 2p + 1, which point along
     axes of their own; all parents but 0 have the same rate."""
     monkeypatch.setattr(E, "LEVEL_WIDTHS", (8, 4))
     sae = E.Hierarchical(D_IN, 4, 4)
@@ -300,7 +302,7 @@ def planted(E, make_store, monkeypatch):
     on = (torch.rand(40, 33, 4, generator=g) < 0.5).repeat_interleave(2, -1)
     store = make_store(on * torch.rand(40, 33, 8, generator=g).add(0.5), 8)
     store.mean, store.scale = torch.zeros(8), 1.0
-    monkeypatch.setattr(E, "logits_from", lambda model, layer, hidden, tokens: F.pad(hidden, (0, 42)))
+    monkeypatch.setattr(E, "edited_logits", lambda run, edit, tokens, mask: F.pad(edit(None), (0, 42, 1, 0)))
     return E.Run(sae.eval(), store, lambda: None, 0, (1, 1), {})
 
 
@@ -325,7 +327,7 @@ def test_wrong_children_are_not_its_cause(E, planted):
 def test_patching_raises_the_childrens_tokens(E, planted, monkeypatch):
     weights = torch.zeros(8, 50)
     weights[0, :5] = weights[1, 5:10] = weights[2, 10:20] = 1.0
-    monkeypatch.setattr(E, "logits_from", lambda model, layer, hidden, tokens: hidden @ weights)
+    monkeypatch.setattr(E, "edited_logits", lambda run, edit, tokens, mask: F.pad(edit(None), (0, 0, 1, 0)) @ weights)
     found = trace(E, planted, np.array([0, 1]))
     assert found["patched_rise"] > 0.3 and found["rival_rise"] <= 0
 
@@ -335,10 +337,12 @@ def test_causal_scores(E):
     files = np.repeat(np.arange(20), 5)
     one = {"files": files, "own": 0.8 + rng.normal(0, 0.05, 100), "rival": 0.2 + rng.normal(0, 0.05, 100), "patched_rise": 1.0,
            "rival_rise": 0.1, "patched_children": 0.5, "rival_children": 0.6}
-    found = E.corpus.causal_scores([one, one])
+    windows = SimpleNamespace(by_document=lambda values, docs: [values[docs == d].mean() for d in range(20)])
+    found, by_file = E.corpus.causal_scores([one, one], windows)
+    assert len(by_file["causal_cosine"]) == 20 and np.mean(by_file["causal_cosine_rival"]) == pytest.approx(0.2, abs=0.02)
     assert found["causal_specificity"] == pytest.approx(4, rel=0.1) and found["causal_p"] < 1e-3
     assert found["patched_rise_share"] == 1 and found["patched_children_share"] == 0
-    found = E.corpus.causal_scores([one | {"own": one["rival"], "rival": one["own"]}])
+    found, _ = E.corpus.causal_scores([one | {"own": one["rival"], "rival": one["own"]}], windows)
     assert found["causal_specificity"] < 0.3 and found["causal_p"] > 0.99
 
 

@@ -36,7 +36,14 @@ def other_entries(seeds):
     levels = {"information_matrix": [[0.3, 0.1, 0.0], [0.0, None, 0.2]], "matrix_parents": [3, 5], "matrix_children": [7, 8, 9],
               "matrix_family": [3, 3, 5], "tree": [unit | {"cosine": 0.8, "cosine_rival": 0.1, "children": [
                   unit | {"weight": 0.5}] * n} for n in (2, 6)]}
-    return {"hierarchy": {"means": {"causal_specificity_mean": 8.0}, "metrics": {
+    scores = {"cosine_primitives": 0.9, "cosine_compositions": 0.5, "auroc_seen": 0.9, "auroc_unseen": 0.8}
+    recovery = [{"task": "boolean", "rho": rho, **dict.fromkeys(("sae", "pca", "nmf", "random"), scores)} for rho in (1.0, 0.5, 0.0)]
+    patterns = {"compositions": [3, 8], "features": [5, 6, 9], "effects": [[1.0, 0.2, 0.0], [0.0, -0.5, 0.7]],
+                "tokens": [[" a", "\n"], ["$x$"]], "pairs": [[(5, 6, 0.3)], []]}
+    return {"recovery": {"means": {}, "metrics": {"boolean_1_auroc_seen": 0.9}, "curves": [{"recovery": recovery}] * seeds},
+            "composition": {"means": {}, "metrics": {"reuse_gini": 0.4, "reuse_gini_null_95": 0.3}, "curves": [{
+                "patterns": patterns, "reuse": [5, 3, 0, 1], "reuse_null": [4.0, 3.2, 1.1]}] * seeds},
+            "hierarchy": {"means": {"causal_specificity_mean": 8.0}, "metrics": {
                 "patched_rise": 0.6, "patched_rise_rival": 0.0, "patched_children": 0.4, "patched_children_rival": 0.1},
                 "curves": [levels] * seeds},
             "unlearning": {"means": {"hybrid_retain_mean": 0.001}, "metrics": {"hybrid_retain": 0.001}, "curves": [{
@@ -223,7 +230,7 @@ def test_metrics_never_seen(tmp_path):
     axes = plot.fig_headlines(plot.load_runs()).axes
     panel = next(axis for axis in axes if axis.get_title(loc="left") == "other: brand new score")
     assert [text.get_text() for text in panel.texts] == ["not measured", "-0.400"]
-    assert panel.get_xlim()[0] < -0.5 and len(axes) == 11
+    assert panel.get_xlim()[0] < -0.5 and len(axes) == 12
     assert [axis.get_title(loc="left") for axis in axes[5:8]] == [f"temporal: {name}" for name in
                                                                 ("stability ↑", "smoothness ↓", "coherence ↑")]
     plot.plt.close("all")

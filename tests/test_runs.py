@@ -474,7 +474,7 @@ RULES = {                                 # constant -> good values, bad ones, w
     "MATCHER_WINDOW": (WHOLE, NOT_WHOLE, ("whole number from 1",)),
     "COMPOSITIONS": ((0.1, 1 / 3), (0, 1, 1.0, -0.1, NAN, "1", None), ("above 0, below 1",)),
     "COMPOSITION_HEADS": ((1, 8, 64), NOT_WHOLE, ("whole number from 1",)),
-    "COMPOSITION_WIDTH": ((8, 128), (0, 12, -8, 8.0, "8", None), ("multiple of COMPOSITION_HEADS",)),
+    "COMPOSITION_HEAD_WIDTH": ((1, 16), (0, -8, 8.0, "8", None), ("whole number from 1",)),
     "BOTTLENECK": (("joint", "split"), ("both", None), ("joint, split",)),
     "EVAL_FILES": ((2, 300), (1, 0, 2.5, None), ("whole number from 2",)),
 }
