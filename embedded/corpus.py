@@ -3201,6 +3201,10 @@ def run(main, file, shown, variants, name):
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command carries on")
+    except SystemExit as stop:  # argparse's, or one in an edit, which must not pass for a finished run
+        if stop.code in (None, 0) and not {"-h", "--help"} & set(sys.argv):
+            sys.exit(f"{Path(file).name} was left by sys.exit() before the results were written")
+        raise
     except Exception as error:
         variant = variants.get(name) if isinstance(name, str) else None
         at = f" (line {inspect.getsourcelines(variant)[1]})" if variant else ""

@@ -547,6 +547,17 @@ def test_a_cache_that_cannot_be(lab):
     assert finished.code == 2 and "SAE_CACHE_DIR" in finished.tail and str(file) in finished.tail, finished.stderr
 
 
+# --- leaving early ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("code, said", [(None, True), (0, True), (3, False)])
+def test_leaving_by_exit_is_no_success(E, monkeypatch, code, said):
+    monkeypatch.setattr(E.corpus, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(E.corpus, "quiet_libraries", lambda: None)
+    monkeypatch.setattr("sys.argv", ["experiment.py", "--out_dir=run_1"])
+    with pytest.raises(SystemExit) as left:
+        E.corpus.run(lambda: exit(code), "experiment.py", object, {}, "standard")
+    assert ("sys.exit() before the results" in str(left.value.code)) == said and left.value.code not in (None, 0)
+
+
 # --- mistakes in the code --------------------------------------------------------------------------------------------
 HEAD = '''class Mine(TopK):
     """A variant with a mistake."""
