@@ -1607,7 +1607,7 @@ def eval_unlearning(run):
     windows FORGETTING nats."""
     torch.manual_seed(0)
     store, windows, tokenizer = run.store, run.store.windows, load_tokenizer()
-    plan = corpus.unlearning_plan(windows, FORGET, tokenizer)
+    plan = corpus.unlearning_plan(windows, FORGET, tokenizer, folder=store.folder)
     unlearner = Unlearner(run, plan)
     metrics, rocs = unlearner.matcher.scores(
         encode_windows(run.sae, store, plan.test)[0], store.valid(plan.test),

@@ -1172,6 +1172,13 @@ class UnlearningPlan(NamedTuple):
     group: np.ndarray       # group of each
     clozes: "Clozes"        # of the test windows
     cloze_group: np.ndarray     # group of each
+    folder: Path | None = None  # keeps what no SAE changes
+
+    def kept(self, what, compute):
+        if self.folder is None:
+            return compute()
+        key = fingerprint(what, self.dev.tolist(), self.test.tolist(), self.clozes.options.tolist())
+        return kept(self.folder / f"unlearning-{key}.json", compute)
 
     def means(self, losses, right, before=None):
         """By group: mean of losses [test windows], if any, share of the clozes that are right [clozes]; where those that were right
@@ -1200,9 +1207,10 @@ class UnlearningPlan(NamedTuple):
             return self.clozes.scores(results(*of))
 
         edits, rows, lost = {"unclamped": edit("projection", 0.0)}, {}, {}        # which leaves all as it is
-        own, own_right = scores(edits["unclamped"], self.test)
         search = self.dev[self.dev_group == "forget"][::5]
-        own_search, metrics = scores(edits["unclamped"], search)[0].mean(), self.means(None, own_right)
+        own, own_right, own_search = map(np.array, self.kept("own", lambda: [part.tolist() for part in (
+            *scores(edits["unclamped"], self.test), scores(edits["unclamped"], search)[0].mean())]))
+        metrics = self.means(None, own_right)
         for name in strategies + controls:
             strength = strength_for(lambda s: scores(edit(name, s), search)[0].mean() - own_search, forgetting)
             edits[name], rows[name] = edit(name, strength), []
@@ -1353,7 +1361,7 @@ def token_shares(windows):
     return csr_array((1 / keep.sum(1)[row], (row, windows.tokens[row, column])), shape)
 
 
-def unlearning_plan(windows, forget, tokenizer, most=(256, 128)):
+def unlearning_plan(windows, forget, tokenizer, most=(256, 128), folder=None):
     """UnlearningPlan of the domain `forget`, at most `most` windows of a group (dev, test)."""
     n_near, found = min(3, (len(set(windows.domains)) - 1) // 2), []
     near = nearest_domains(windows, forget, n_near) if n_near else []
@@ -1373,7 +1381,7 @@ def unlearning_plan(windows, forget, tokenizer, most=(256, 128)):
     strings = tokenizer.batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
     _, _, test, group = found
     questions = clozes(windows, test, strings)
-    return UnlearningPlan(*found, questions, group[np.searchsorted(test, questions.window)])
+    return UnlearningPlan(*found, questions, group[np.searchsorted(test, questions.window)], folder)
 
 
 def encoded_questions(dataset, tokenizer):
@@ -1390,13 +1398,16 @@ def encoded_questions(dataset, tokenizer):
 
 def bag_auroc(windows, plan, last):
     """AUROC on the test windows of a logistic regression, fitted on `dev`, that tells "forget" by the last tokens."""
-    bags, labels = [], []
-    for ids, group in ((plan.dev, plan.dev_group), (plan.test, plan.group)):
-        row, column = np.nonzero(windows.valid(ids))
-        bags.append(bags_of_tokens(windows, ids[row], column, last))
-        labels.append(group[row] == "forget")
-    model = LogisticRegression(max_iter=300, class_weight="balanced").fit(bags[0], labels[0])
-    return roc_auc_score(labels[1], model.decision_function(bags[1]))
+    def compute():
+        bags, labels = [], []
+        for ids, group in ((plan.dev, plan.dev_group), (plan.test, plan.group)):
+            row, column = np.nonzero(windows.valid(ids))
+            bags.append(bags_of_tokens(windows, ids[row], column, last))
+            labels.append(group[row] == "forget")
+        model = LogisticRegression(max_iter=300, class_weight="balanced").fit(bags[0], labels[0])
+        return roc_auc_score(labels[1], model.decision_function(bags[1]))
+
+    return plan.kept(("bag", last), compute)
 
 
 @torch.enable_grad()
