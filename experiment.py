@@ -1808,7 +1808,7 @@ def features(run):
     store, z, ids, model = run.store, run.heldout[0], run.store.heldout(64)[0], run.get_model()
     live = np.flatnonzero(run.live_latents[0])
     latents = np.sort(np.random.default_rng(0).choice(live, min(50, len(live)), replace=False))
-    rows = F.pad(run.sae.W_dec[latents], (0, 0, 0, 1))[:, None]  # the last is 0
+    rows = F.pad(run.sae.directions()[latents], (0, 0, 0, 1))[:, None]  # the last is 0
     tokens, batch = store.tokens[:1, :1].expand(len(rows), 1), store.batch(ids)
     logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
     fires = torch.from_numpy(z[:, latents].tocsr()[:batch.tokens.numel()].toarray() > 0)
