@@ -647,7 +647,7 @@ class Compositional(TopK):
     curriculum = (Stage("combinations", 10, PLAIN, anneals={
         "widening": lambda done: 4 ** (1 - done), "combined": lambda done: 2 + int(3 * done)}),
         Stage("all", 10, PLAIN, anneals={"widening": 1.0, "combined": None}))
-    if "curriculum" in ABLATE:
+    if "curriculum" in str(ABLATE):
         curriculum = (Stage("all", 20, PLAIN),)
     components = ("attention", "gate", "curriculum", "bottleneck")
     architecture, widening, combined = "compositional", 1.0, None
