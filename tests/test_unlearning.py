@@ -1003,8 +1003,7 @@ def test_prompts_of_different_lengths_are_padded_at_the_end(E, asked):
 
 
 def test_the_strength_that_forgets_enough(E):
-    assert E.FORGETTING == 0.4
-    strength_for = lambda forgets, **others: E.corpus.strength_for(forgets, E.FORGETTING, **others)
+    strength_for = lambda forgets, **others: E.corpus.strength_for(forgets, 0.4, **others)
     for slope in (0.0025, 0.04, 0.1, 3.0):
         calls = []
         found = strength_for(lambda s: calls.append(s) or slope * s)
