@@ -816,6 +816,14 @@ LINES = {"standard": ":", "pattern": "--", "hybrid": "-"}    # strategies of unl
 CONTROLS = {"random_latents": "x", "random_directions": "+", "projection": "1"}
 
 
+def oracle(run):
+    """What the model loses on the run's FORGET where it is retrained without it, if measured."""
+    path = HERE / "bench" / "results" / "oracle.json"
+    found = json.loads(path.read_text()) if path.exists() else {"forget": None}
+    same = found["forget"] and found["forget"] == run.config.get("FORGET")
+    return [found["increase"]["forget"]] if same else []
+
+
 def fig_unlearning(runs):
     """What forgetting costs elsewhere, by strategy, and how well the forgotten domain is told."""
     runs = [run for run in runs if run.curves and "frontier" in run.curves[0]]
@@ -838,7 +846,8 @@ def fig_unlearning(runs):
         axis.set_yscale("symlog", linthresh=0.01)
         axis.set_ylim(bottom=-0.003)
         axis.yaxis.set_major_formatter(FuncFormatter(short))
-        axis.axvline(runs[-1].config["FORGETTING"], color=NOTE["color"], linewidth=0.8, ls=":")
+        for nats in (runs[-1].config["FORGETTING"], *oracle(runs[-1])):
+            axis.axvline(nats, color=NOTE["color"], linewidth=0.8, ls=":")
     axes[2].plot([0, 1], [0, 1], color=NOTE["color"], linewidth=0.6)
     axes[2].set_xlabel("false positives")
     axes[2].set_ylabel("true positives")
@@ -847,7 +856,9 @@ def fig_unlearning(runs):
     kinds |= {name.replace("_", " "): ("", mark) for name, mark in CONTROLS.items()}
     axes[2].legend([plt.Line2D([], [], color="black", linestyle=line, marker=mark)
                     for line, mark in kinds.values()], kinds, fontsize=6, loc="lower right")
-    legend(figure, runs, "dotted: where strategies are compared; logarithmic beyond 0.01 nats")
+    note = "dotted: where strategies are compared" + ", and the model retrained without it" * bool(
+        oracle(runs[-1]))
+    legend(figure, runs, f"{note}; logarithmic beyond 0.01 nats")
     return figure
 
 
