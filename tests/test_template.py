@@ -134,6 +134,7 @@ def test_every_planned_run_ends_with_results(E, cache, tmp_path, system):
             small = {name: SMALL[name] for name in ("TARGET_L0", "BATCH_TOKENS", "EXPANSION") if name in constants}
             small |= {"LEVEL_WIDTHS": (48, 24)} if "LEVEL_WIDTHS" in constants else {}
             small |= {"CONTEXT_LENGTH": 64} if "unlearning" in constants.get("EVALS", ()) else {}    # its gate's tokens
+            small |= {"SYNTHETIC_TASKS": ("grammar",), "SYNTHETIC_RHOS": (1.0,), "SYNTHETIC_TOKENS": 16_384}
             set_constants(folder, constants | {"EPOCHS_SCALE": 0.25 * constants.get("EPOCHS_SCALE", 1.0)} | small)
             folders[folder] = constants
     for folder, finished in run_in_turn(list(folders), cache).items():
