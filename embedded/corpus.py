@@ -1916,6 +1916,8 @@ def hierarchy_scores(windows, levels, starts, flat, directions, flat_directions,
     starts: {name: Levels} with the level 2 that was not trained; flat: codes of a flat SAE, sparse; directions of the
     features of level 1 and of the flat SAE's latents [unit, d]; live: (firings, files) of a live unit."""
     files = windows.doc_ids[windows.n_train + windows.heldout_tokens() // (windows.tokens.shape[1] - 1)]
+    if not levels.families():                               # no parent has two live children
+        return {"groups": 0}, {}, {}
     rng, edges, families = np.random.default_rng(0), levels.edges(), levels.families()
     units = levels.children
     groups = np.unique(levels.parents[units], return_inverse=True)[1]
@@ -1958,7 +1960,7 @@ def duplicates(families, directions):
 def evenly(families, rates, n):
     """n parents, evenly spaced in the order of their rates."""
     order = sorted(families, key=lambda p: (rates[p], p))
-    return [order[i] for i in np.unique(np.linspace(0, len(order) - 1, n).round().astype(int))]
+    return [order[i] for i in np.unique(np.linspace(0, len(order) - 1, n).round().astype(int))] if order else []
 
 
 def cosines(a, b):
@@ -1982,6 +1984,8 @@ def causal_scores(traces, windows):
     """Of traces, one a parent (see `traced`): mean cosine of a parent's effect with its children's summed effects,
     and of its rival's; their ratio, the causal specificity; p of the difference, by sign flips of files; what patching
     does to the logits of the children's top tokens, and to the children; and the cosines by document [sample]."""
+    if not traces:
+        return {}, {}
     files, own, rival = (np.concatenate([trace[name] for trace in traces]) for name in ("files", "own", "rival"))
     means = np.array([[values[files == file].mean() for values in (own, rival)] for file in np.unique(files)])
     gap, rng = means[:, 0] - means[:, 1], np.random.default_rng(0)
