@@ -256,7 +256,7 @@ def comparison(runs):
     return "\n".join((text if rows else text[:2] + ["Nothing was tested."]) + [""] + notes)
 
 
-# ---- Pages of latents, and what people say of these ------------------------------------------------
+# ---- Pages of latents, and what people say of these ----------------------------------------------
 TEMPLATE = HERE / "assets" / "features.html"
 MOST_BYTES = 3_000_000          # of a page
 RATINGS = "temporal-sae-runner/ratings/1"

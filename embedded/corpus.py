@@ -958,14 +958,16 @@ def percentiles_95(z, latents=None):
                     dtype=np.float32)
 
 
+def heldout_files(windows):
+    """Document of each held-out token that counts."""
+    return windows.doc_ids[windows.n_train + windows.heldout_tokens() // (windows.tokens.shape[1] - 1)]
+
+
 def live_latents(z, windows, least, least_files):
     """Of codes of the held-out tokens, sparse [token, d_sae] by column: [d_sae] whether each latent fired at least `least`
     times, in `least_files` files, on at most half the tokens; and its firing rate."""
-    docs, seq = windows.doc_ids[windows.n_train:], windows.tokens.shape[1] - 1
-    files = [len(np.unique(docs[at // seq])) for at, _ in firings(z, np.arange(z.shape[1]))]
-    n_fired = np.diff(z.indptr)
-    rate = n_fired / len(windows.heldout_tokens())
-    live = (n_fired >= least) & (np.array(files) >= least_files) & (rate <= 0.5)
+    activity = Activity.of(z, windows.heldout_tokens())
+    live, rate = activity.live(heldout_files(windows), least, least_files), activity.rates()
     if not live.any():
         raise DataError(f"no latent of {len(live)} is live: fired {least} times in {least_files} held-out files "
                         f"(L0 = {z.nnz / z.shape[0]:.2f}).")
@@ -1725,8 +1727,8 @@ class Activity(NamedTuple):
         """Of codes z, sparse [token, unit] by column; `keep` are the tokens that count, in order."""
         rank = np.full(z.shape[0], -1)
         rank[keep] = np.arange(len(keep))
-        parts = [(rank[z.indices[a:b]], z.data[a:b]) for a, b in zip(z.indptr, z.indptr[1:])]
-        return cls([at for at, _ in parts], [values for _, values in parts], len(keep))
+        parts = firings(z, np.arange(z.shape[1]))
+        return cls([rank[at] for at, _ in parts], [values for _, values in parts], len(keep))
 
     def rates(self):
         return np.array([len(at) for at in self.places]) / self.n
@@ -1905,9 +1907,8 @@ def grouped(activity, groups):
 
 def levels(windows, lower, upper, parents, live):
     """Levels of codes of the held-out tokens, sparse [token, unit] by column."""
-    keep = windows.heldout_tokens()
-    files = windows.doc_ids[windows.n_train + keep // (windows.tokens.shape[1] - 1)]
-    return Levels.of(*(Activity.of(codes, keep) for codes in (lower, upper)), parents, files, live)
+    both = (Activity.of(codes, windows.heldout_tokens()) for codes in (lower, upper))
+    return Levels.of(*both, parents, heldout_files(windows), live)
 
 
 def hierarchy_scores(windows, levels, starts, flat, directions, flat_directions, live):
@@ -1915,7 +1916,7 @@ def hierarchy_scores(windows, levels, starts, flat, directions, flat_directions,
 
     starts: {name: Levels} with the level 2 that was not trained; flat: codes of a flat SAE, sparse; directions of the
     features of level 1 and of the flat SAE's latents [unit, d]; live: (firings, files) of a live unit."""
-    files = windows.doc_ids[windows.n_train + windows.heldout_tokens() // (windows.tokens.shape[1] - 1)]
+    files = heldout_files(windows)
     if not levels.families():                               # no parent has two live children
         return {"groups": 0}, {}, {}
     rng, edges, families = np.random.default_rng(0), levels.edges(), levels.families()
@@ -2459,11 +2460,6 @@ def aurocs(values, positive):
     return found
 
 
-def auroc(values, positive):
-    n = positive.sum()
-    return (rankdata(values)[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n))
-
-
 def recovery(truth, dev, test, dictionary):
     """How well latents dev and test [token, d_sae] >= 0 of truth's DEV and TEST, and a dictionary [d_sae, 96], match the
     truth: mean cosine with the true directions under the best assignment (Hungarian); mean AUROC, on TEST, of the latent
@@ -2480,7 +2476,7 @@ def recovery(truth, dev, test, dictionary):
     if not all(part.any(0).all() for part in on):
         raise few
     best = [aurocs(dev, on[0][:, i]).argmax() for i in range(PRIMITIVES)]
-    scores["auroc_primitives"] = np.mean([auroc(test[:, b], on[1][:, i]) for i, b in enumerate(best)])
+    scores["auroc_primitives"] = np.mean([roc_auc_score(on[1][:, i], test[:, b]) for i, b in enumerate(best)])
     rows = []
     for i, j in truth.wired.pairs:
         one = [part[:, i] | part[:, j] for part in on]
@@ -2490,7 +2486,7 @@ def recovery(truth, dev, test, dictionary):
             continue
         chosen = aurocs(dev[one[0]], both[0]).argmax()
         least = np.minimum(test[one[1], best[i]], test[one[1], best[j]])
-        rows.append((auroc(test[one[1], chosen], both[1]), auroc(least, both[1]), chosen))
+        rows.append((roc_auc_score(both[1], test[one[1], chosen]), roc_auc_score(both[1], least), chosen))
     rows = np.array(rows)
     for name, part in (("seen", truth.wired.seen), ("unseen", ~truth.wired.seen)):
         if np.isnan(rows[part, 0]).all():
@@ -2627,7 +2623,7 @@ def interaction_scores(first, second, attention, effect):
     others = alike(counts, chosen)
     truth = np.arange(len(chosen) + len(others)) < len(chosen)
     return {"attention_spearman": spearmanr(attention, effect).statistic,
-            "attention_auroc": auroc(attention[np.concatenate([chosen, others])], truth), "feature_pairs": len(counts)}
+            "attention_auroc": roc_auc_score(truth, attention[np.concatenate([chosen, others])]), "feature_pairs": len(counts)}
 
 
 def gini(values):
