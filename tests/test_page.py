@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -169,6 +170,7 @@ def browser(lab, tmp_path_factory):
                      "--window-size=1400,900", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        options.page_load_strategy = "none"         # `visit` waits by itself: the driver may miss a load and hang
         try:
             driver = selenium.Chrome(options=options, service=selenium.ChromeService(DRIVER))
             break
@@ -182,9 +184,25 @@ def browser(lab, tmp_path_factory):
 
 
 def visit(browser, lab, place="", name="run_1"):
-    browser.get("about:blank")
-    browser.get((lab / name / "features.html").as_uri() + place)
-    wait(lambda: js(browser, "document.readyState == 'complete' && document.title != 'Latents'"))
+    address = (lab / name / "features.html").as_uri() + place
+    leave(browser, lambda: browser.get("about:blank"), "location.href == 'about:blank'")
+    leave(browser, lambda: browser.get(address), "location.protocol == 'file:' && document.title != 'Latents'")
+
+
+def reload(browser):
+    leave(browser, browser.refresh, "document.title != 'Latents'")
+
+
+def leave(browser, go, arrived):
+    """Starts a navigation, and waits until another document is there, whole, of which `arrived` holds."""
+    from selenium.common.exceptions import WebDriverException
+
+    def there():
+        with suppress(WebDriverException):          # between two documents there is nothing to ask
+            return js(browser, f"!window.left && document.readyState == 'complete' && {arrived}")
+    browser.execute_script("window.left = true")
+    go()
+    wait(there)
 
 
 def press(browser, *keys):
@@ -303,7 +321,7 @@ def rated(browser, lab):
     for _ in range(6):
         press(browser, *["1", "y", Keys.ENTER] * 8)
     wait(lambda: js(browser, "document.getElementById('done').textContent") == "49 of 100 rated")
-    browser.refresh()
+    reload(browser)
     assert js(browser, "document.getElementById('done').textContent") == "49 of 100 rated"
     assert js(browser, "place") == 49 and js(browser, "document.getElementById('rater').value") == "Ada L."
     for _ in range(6):
@@ -342,7 +360,7 @@ def test_export_and_import(browser, lab, rated, tmp_path):
         assert js(browser, "document.getElementById('done').textContent") == "0 of 100 rated"
     browser.find_element("id", "import").send_keys(str(rated))
     wait(lambda: js(browser, "document.getElementById('done').textContent") == "100 of 100 rated")
-    browser.refresh()
+    reload(browser)
     assert js(browser, "exported().answers") == found["answers"] and js(browser, "exported().seed") == found["seed"]
     silent(browser)
 
