@@ -108,7 +108,7 @@ DECAY_FRACTION = 0.2  # of all steps: it falls to zero
 GRADIENT_CLIP = 1.0
 DEAD_AFTER_FRACTION = 0.05  # of training's tokens without firing: dead
 AUXK_WEIGHT = 1 / 32  # Gao et al. 2024 (arXiv 2406.04093)
-STABILITY_LAGS = (5, 16)  # beyond every window
+STABILITY_LAGS, FAR_LAGS = (5, 16), (17, 32)  # beyond WINDOW; beyond CONTRAST_SPAN too
 NULL_DRAWS = 50  # permutations
 PROBE_EVERY = 8  # held-out tokens
 PROBING = ("embedded",)  # data sets, e.g. (*corpus.PROBING_DATASETS,)
@@ -493,7 +493,7 @@ class Matryoshka(BatchTopK):
 class JumpReLU(SAE):
     """z = pre * 1[pre > theta], L = |x - x_hat|^2 + 3 (L0 / TARGET_L0 - 1)^2 + 1/32 auxk, with
     straight-through gradients to theta (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
-    curriculum = (Stage("autoencoder", 20, PLAIN | {"l0": 3.0}),)
+    curriculum = (Stage("autoencoder", 20, PLAIN | {"l0_target": 3.0}),)
     bandwidth, architecture = 0.05, "jumprelu"
 
     def __init__(self, *sizes):
@@ -517,7 +517,7 @@ class JumpReLU(SAE):
 
     def losses(self, batch, latents):
         l0 = self.gate(latents).sum() / n_tokens(batch)
-        return super().losses(batch, latents) | {"l0": (l0 / self.k - 1).square()}
+        return super().losses(batch, latents) | {"l0_target": (l0 / self.k - 1).square()}
 
     def exported(self):
         return {"threshold": self.log_threshold.exp()}, ("log_threshold",)
@@ -550,8 +550,9 @@ class Gated(SAE):
 
 
 class Temporal(BatchTopK):
-    """pre_i = (x_t - b_dec + tanh(gate_i) sum_s a_ts (x_s - b_dec)) . W_enc_i + b_enc_i, s in the
-    WINDOW at t, a = softmax((x_t W_q) . (x_s + P_{t-s}) W_k / sqrt(HEAD_WIDTH)); then BatchTopK.
+    """pre_i = (x_t - b_dec + tanh(gate_i) sum_s a_ts (y_s - b_dec)) . W_enc_i + b_enc_i, s in the
+    WINDOW at t, y_s = x_s + P_{t-s}, a = softmax((x_t W_q) . (y_s W_k) / sqrt(HEAD_WIDTH)); then
+    BatchTopK.
 
     Gates start at 0: the second stage begins with the function of the first. The third binds the
     first CONSISTENT_FRACTION of the latents, H: consistency = mean of 1 - cos(zH_t, zH_{t-1}),
@@ -563,11 +564,11 @@ class Temporal(BatchTopK):
                                          "contrastive": CONTRAST_WEIGHT},
               anneals={"attends": True, "binds": True}))
     components, architecture = ("attention", "positions"), "temporal"
-    window, before = WINDOW, WINDOW - 1 if ATTENTION == "causal" else WINDOW // 2
     attends = binds = False
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
+        self.window, self.before = self.reach()
         if "attention" in ABLATE:
             return
         self.W_q, self.W_k = (nn.Parameter(
@@ -576,27 +577,32 @@ class Temporal(BatchTopK):
         if "positions" not in ABLATE:
             self.add_positions()  # P [window, d_in]
 
+    def reach(self):  # positions in a window, those before its token
+        return WINDOW, WINDOW - 1 if ATTENTION == "causal" else WINDOW // 2
+
     def add_positions(self):
         self.P = nn.Parameter(torch.randn(self.window, self.d_in) * 0.1 * self.d_in ** -0.5)
 
     def attention(self, batch):
-        """Weights [batch, seq, HEADS, window], inputs [batch, seq, d_in, window] of the window."""
-        def windows(a):  # [batch, seq, n] -> [batch, seq, n, window]; zero outside
+        """Weights [batch, seq, HEADS, window], and what they weigh [batch, seq, window, d_in]."""
+        def windows(a):  # [batch, seq, n] -> [batch, seq, window, n]; zero outside
             after = self.window - 1 - self.before
-            return F.pad(a, (0, 0, self.before, after)).unfold(1, self.window, 1)
+            return F.pad(a, (0, 0, self.before, after)).unfold(1, self.window, 1).transpose(2, 3)
 
-        places = (self.P @ self.W_k).t() if "positions" not in ABLATE else 0.0
-        queries, keys = (a.unflatten(2, (HEADS, HEAD_WIDTH)) for a in (
-            batch.x @ self.W_q, windows(batch.x @ self.W_k) + places))
-        scores = torch.einsum("bthd,bthdw->bthw", queries, keys) / math.sqrt(HEAD_WIDTH)
-        inside = windows(valid(batch, torch.ones_like(batch.x[..., :1])))
-        return (scores + NEVER * (1 - inside)).softmax(-1), windows(valid(batch, batch.x))
+        inputs = windows(valid(batch, batch.x))
+        if "positions" not in ABLATE:
+            inputs = inputs + self.P
+        queries, keys = ((a @ W).unflatten(-1, (HEADS, HEAD_WIDTH)) for a, W in (
+            (batch.x, self.W_q), (inputs, self.W_k)))
+        scores = torch.einsum("bthd,btwhd->bthw", queries, keys) / math.sqrt(HEAD_WIDTH)
+        inside = windows(valid(batch, torch.ones_like(batch.x[..., :1]))).transpose(2, 3)
+        return (scores + NEVER * (1 - inside)).softmax(-1), inputs
 
     def encoder(self, batch):
         if not self.attends or "attention" in ABLATE:
             return super().encoder(batch)
         (weights, inputs), rows = self.attention(batch), self.W_enc.t()
-        context = (weights @ inputs.transpose(2, 3)).flatten(2)  # [batch, seq, HEADS * d_in]
+        context = (weights @ inputs).flatten(2)  # [batch, seq, HEADS * d_in]
         W_enc = torch.cat([rows, *(rows * g.tanh()[:, None] for g in self.gate)], 1).t()
         return torch.cat([batch.x, context], -1), self.b_dec.repeat(1 + HEADS), W_enc
 
@@ -626,7 +632,10 @@ class TemporalContext(Temporal):
     """Temporal's encoder over the last BUFFER positions, from the first step on, without losses
     that bind; P is learned, or sinusoidal and fixed."""
     curriculum = (Stage("autoencoder", 20, PLAIN, anneals={"attends": True}),)
-    window, before, losses = BUFFER, BUFFER - 1, BatchTopK.losses
+    losses = BatchTopK.losses
+
+    def reach(self):
+        return BUFFER, BUFFER - 1
 
     def add_positions(self):
         if BUFFER_POSITIONS == "learned":
@@ -1218,8 +1227,9 @@ def train(sae, store, stages, seed, size, deadline, state_path):
         return only_positions(store.batch(ids))
 
     plan = corpus.Plan(stages, per_epoch)
-    sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(plan.planned) * size * CONTEXT_LENGTH))
-    sae.initialise(batch_at(0))
+    first = batch_at(0)
+    sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(plan.planned) * n_tokens(first)))
+    sae.initialise(first)
     seconds, optimizer = seconds_per_step(sae, store, stages, size), make_optimizer(sae, 1e-4)
     parts = {"sae": sae, "optimizer": optimizer, "plan": plan}
     corpus.load_state(state_path, parts)
@@ -1394,27 +1404,37 @@ def eval_core(run):
 
 
 # ---- Temporal evaluation, on held-out windows without padding ----
-def stability(active, rate, draws=0):
-    """Autocorrelation of each latent's activity over that of permuted positions, mean over the lags
-    STABILITY_LAGS: by window [window, d], and for random permutations, shared by 64 windows each,
-    [draws, d]; and the autocorrelation by lag [lag, d].
+def positions_apart(active, rate, lags):
+    """active by latent [d, window, seq]; weights of pairs of positions so far apart [seq, seq], 1 in
+    all; mean product of two positions if permuted [d, window]; variance [d, 1]."""
+    a, seq = active.permute(2, 0, 1).float(), active.shape[1]
+    band = torch.ones(seq, seq, device=DEVICE).triu(lags[0]).tril(lags[1])
+    shuffled = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))
+    return a, band / band.sum().clamp_min(1), shuffled, (rate * (1 - rate)).clamp_min(1e-9)[:, None]
+
+
+def stability(active, rate, lags):
+    """Autocorrelation of each latent's activity over that of permuted positions, mean over lags:
+    [window, d].
 
     active [window, seq, d] is 0 or 1, or the probability of firing; rate [d] its mean."""
-    n, seq, _ = active.shape
-    low, high = STABILITY_LAGS
-    a, scale = active.permute(2, 0, 1).float(), (rate * (1 - rate)).clamp_min(1e-9)[:, None]
-    band = torch.ones(seq, seq, device=DEVICE).triu(low).tril(high)  # pairs of positions
-    pairs = band.sum().clamp_min(1)
-    shuffled = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))  # over all permutations
-    observed = (((a @ band) * a).sum(2) / pairs - shuffled) / scale
-    null, both = a.new_zeros(len(a), draws), a.new_zeros(len(a), seq, seq)
+    a, band, shuffled, variance = positions_apart(active, rate, lags)
+    return ((((a @ band) * a).sum(2) - shuffled) / variance).t()
+
+
+def stability_null(active, rate, draws):
+    """The mean stability under random permutations of positions, shared by 64 windows each
+    [draws, d]; autocorrelation by lag [lag, d]."""
+    a, band, shuffled, variance = positions_apart(active, rate, STABILITY_LAGS)
+    n, seq, d = active.shape
+    null, both = a.new_zeros(d, draws), a.new_zeros(d, seq, seq)
     for part in a.split(64, 1):
         sums, order = part.transpose(1, 2) @ part, torch.rand(draws, seq, device=DEVICE).argsort(1)
         null += sums.flatten(1) @ band[order[:, :, None], order[:, None]].flatten(1).t()
         both += sums
-    null = (null / n / pairs - shuffled.mean(1, keepdim=True)) / scale
+    null = (null / n - shuffled.mean(1, keepdim=True)) / variance
     lags = torch.stack([both.diagonal(l, 1, 2).mean(1) / n for l in range(1, min(33, seq))])
-    return observed.t(), null.t(), (lags - rate ** 2) / scale[:, 0]
+    return null.t(), (lags - rate ** 2) / variance[:, 0]
 
 
 def smoothness(z, x, scale):
@@ -1440,8 +1460,9 @@ def follow(run):
 
 
 def latent_statistics(run, z, full, alive, q95):
-    """By live latent: stability [latent, window], under the null [latent, draws], of the token
-    surrogate, autocorrelation [latent, lag], rate, E[z^2]; by window: smoothness, and raw.
+    """By live latent: stability and that at FAR_LAGS [latent, window], under the null [latent,
+    draws], of the token surrogate, autocorrelation [latent, lag], rate, E[z^2]; by window:
+    smoothness, and raw.
 
     z: sparse codes [window * seq, d_sae] of the held-out windows `full`; q95 [latent]: units."""
     store, ids, found = run.store, full + run.store.windows.n_train, []
@@ -1453,10 +1474,11 @@ def latent_statistics(run, z, full, alive, q95):
         dense = dense.view(*tokens.shape, -1)
         active = (dense > 0).float()
         rate, energy = active.mean((0, 1)), dense.square().mean((0, 1))
-        observed, null, r = stability(active, rate, NULL_DRAWS)
+        observed, far = (stability(active, rate, lags) for lags in (STABILITY_LAGS, FAR_LAGS))
+        null, r = stability_null(active, rate, NULL_DRAWS)
         expected = corpus.fire_given_token(z[:, alive[at]] > 0, tokens, fold)
-        token = stability(torch.from_numpy(expected).to(DEVICE), rate)[0]
-        found.append((observed.t(), null.t(), token.mean(0), r.t(), rate, energy))
+        token = stability(torch.from_numpy(expected).to(DEVICE), rate, STABILITY_LAGS)
+        found.append((observed.t(), far.t(), null.t(), token.mean(0), r.t(), rate, energy))
         scaled += smoothness(dense, x, torch.from_numpy(q95[at]).to(DEVICE))
         raw += smoothness(dense, x, 1.0)
         present += active.amax(1).sum(1)
@@ -1473,17 +1495,16 @@ def eval_temporal(run):
     alive, files, seq = np.flatnonzero(live), windows.doc_ids[windows.n_train:], CONTEXT_LENGTH - 1
     fired, q95 = [at for at, _ in firings(z, alive)], percentiles_95(z, alive)
     z = z.tocsr()[(full[:, None] * seq + np.arange(seq)).ravel()]
-    observed, null, token, r, rate, energy, scaled, raw = latent_statistics(
+    observed, far, null, token, r, rate, energy, scaled, raw = latent_statistics(
         run, z, full, alive, q95)
     mean, weight = observed.mean(1), energy / energy.sum()
     kinds = windows.tokens[windows.n_train:, 1:].ravel(), corpus.token_classes(windows)
     everything, places, half = windows.heldout(), windows.heldout_tokens(), seq // 2
     error, variance = np.nanmean(errors["error"], 0), np.array(variance_by_position(store)[0])
     metrics = {
-        "stability": mean @ weight, "stability_token": token @ weight,
+        "stability_token": token @ weight,
         "stability_unweighted": mean.mean(), "energy": energy.sum(),
         "stability_null_95": np.quantile(weight @ null, 0.95),
-        "energy_first_fifth": weight[alive < sae.d_sae / 5].sum(),
         "stable_fraction": corpus.significant_fraction(mean, null),
         "autocorrelation_lag1": r[:, 0] @ weight,
         "smoothness": scaled.mean(), "smoothness_raw": raw.mean(),
@@ -1495,6 +1516,10 @@ def eval_temporal(run):
         "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()} | follow(run)
     if (value := corpus.coherence(fired, kinds[1], files, rates[alive], rng)) is not None:
         metrics["coherence"] = value
+    held = {"stability": weight @ observed}  # by window
+    if seq > FAR_LAGS[1]:
+        held["stability_far"] = weight @ far
+    metrics |= {name: values.mean() for name, values in held.items()}
     curves = {
         "autocorrelation": weight @ r, "stability_null": weight @ null,
         "stability_by_rate_decile": corpus.mean_by_decile(mean, rate),
@@ -1504,8 +1529,8 @@ def eval_temporal(run):
     if hasattr(sae, "variance"):
         curves |= {"variance": sae.variance, "decay": sae.decay(),
                    "scaled_variance": sae.scaled_variance()}
-    per_sequence = {"stability": windows.by_document(weight @ observed, files[full]),
-                    "smoothness": windows.by_document(scaled, files[full])}
+    per_sequence = {name: windows.by_document(values, files[full])
+                    for name, values in (held | {"smoothness": scaled}).items()}
     return Result(metrics, plain(curves), plain(per_sequence))
 
 

@@ -5,8 +5,8 @@
     python bench/table.py --finished                        prints what is there
 
 One run per row and seed, each in its own copy of the template under ideas/table, edited as an agent edits it. What a run
-found is kept in bench/results/runs/ROW.SEED.json; a run is not made again while the edited experiment.py is the same, and a
-killed one carries on: the same command may be started any number of times. Takes 3 to 8 minutes a run on two cores (--jobs 2
+found is kept in bench/results/runs/ROW.SEED.json; a run is not made again while the edited experiment.py and corpus.py are the
+same, and a killed one carries on: the same command may be started any number of times. Takes 3 to 8 minutes a run on two cores (--jobs 2
 trains two at a time). Writes bench/results/table.md, or table_ROWS.md.
 """
 import argparse
@@ -29,6 +29,7 @@ import plot
 
 MAKING = Lock()
 KEPT = ROOT / "bench" / "results" / "runs"
+CODE_BESIDE = (ROOT / "embedded" / "corpus.py").read_text()         # metrics of labels and tokens are computed there
 VARIANTS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae", "temporal", "temporal_adaptation")
 ROWS = {name: {"SAE_VARIANT": name} for name in VARIANTS}
 ROWS |= {f"temporal, no {part}": {"SAE_VARIANT": "temporal", "ABLATE": (part,)}
@@ -54,13 +55,15 @@ SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "te
                      "batch_topk, re-initialised model", "temporal, re-initialised model"]}
 COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss increase (nats)", "ce_recovered": "CE recovered vs unigram",
            "ce_recovered_vs_mean": "vs mean", "ce_recovered_vs_zero": "vs zero", "dead_fraction": "dead", "single_token_fraction": "single-token",
-           "stability": "stability", "stability_unweighted": "unweighted", "stability_token": "of tokens alone", "energy": "E[z²]",
+           "stability": "stability", "stability_far": "stability, lags 17-32", "stability_unweighted": "unweighted", "stability_token": "of tokens alone", "energy": "E[z²]",
            "smoothness": "smoothness", "smoothness_raw": "raw", "coherence": "coherence",
            "explained_variance_early": "EV, positions 1-63", "explained_variance_late": "EV, 64-127",
            "polysemanticity": "polysemanticity", "probe_token_type": "syntax probe", "probe_context": "context probe",
+           "theta_final": "θ", "live_fraction": "live",
            "detection": "detection", "detection_same_token": "among like tokens", "detection_null": "its null"}
-TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", "stability": "stability", "smoothness": "smoothness",
-          "probe_token_type": "syntax probe", "probe_context": "context probe"}        # per file
+TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", "stability": "stability",
+          "stability_far": "stability, lags 17-32", "smoothness": "smoothness",         # by file; probes: share of tokens right there
+          "probe_token_type": "syntax probe, tokens right", "probe_context": "context probe, tokens right"}
 PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis 1.0"), "temporal_adaptation": ("standard",)}
 PEERS |= {row: (row.split(",")[0],) for row in ROWS if ", no " in row}
 
@@ -95,7 +98,7 @@ def reinitialise(folder):
 def run(row, seed, folder, reuse, finished_only):
     """What the run of a row and seed found; None where it is not there and not to be made."""
     source, name = source_of(row, seed), f"{re.sub('[^a-z0-9_.]+', '-', row.lower())}.{seed}"
-    kept, key = KEPT / f"{name}.json", hashlib.sha256(source.encode()).hexdigest()[:20]
+    kept, key = KEPT / f"{name}.json", hashlib.sha256((source + CODE_BESIDE).encode()).hexdigest()[:20]
     if kept.exists() and (reuse or finished_only or json.loads(kept.read_text())["source"] == key):
         return json.loads(kept.read_text())
     if finished_only:

@@ -514,7 +514,7 @@ def test_what_may_be_ablated(E, monkeypatch, variant):
     losses = {loss for stage in made.curriculum for loss in stage.weights}
     assert "auxk" in losses
     monkeypatch.setattr(E, "SAE_VARIANT", variant)
-    for name in sorted(losses | set(made.components) | {"trace", "attention", "gate", "contrastive", "l0"}):
+    for name in sorted(losses | set(made.components) | {"trace", "attention", "gate", "contrastive", "l0_target"}):
         monkeypatch.setattr(E, "ABLATE", (name,))
         if name != "reconstruction" and name in losses | set(made.components):
             E.check_config()

@@ -28,13 +28,10 @@ def one_thread():
 
 @pytest.fixture
 def settings(E, monkeypatch):
-    """settings(WINDOW=3, ...) sets module constants for one test, and what Temporal makes of them when it is defined."""
+    """settings(WINDOW=3, ...) sets module constants for one test."""
     def change(**values):
         for name, value in values.items():
             monkeypatch.setattr(E, name, value)
-        if {"WINDOW", "ATTENTION"} & set(values):
-            monkeypatch.setattr(E.Temporal, "window", E.WINDOW)
-            monkeypatch.setattr(E.Temporal, "before", E.WINDOW - 1 if E.ATTENTION == "causal" else E.WINDOW // 2)
     return change
 
 
@@ -483,12 +480,11 @@ def attended(E, sae, x, mask=None):
                   if 0 <= s < seq and (mask is None or mask[row, s])]
         here = (x[row, t] - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
         for head in range(E.HEADS):
-            part, scores = slice(head * width, (head + 1) * width), []
-            for s in places:
-                key = x[row, s] + (p["P"][s - t + before] if "P" in p else 0.0)
-                scores.append((x[row, t] @ p["W_q"][:, part]) @ (key @ p["W_k"][:, part]) / math.sqrt(width))
+            part = slice(head * width, (head + 1) * width)
+            inputs = [x[row, s] + (p["P"][s - t + before] if "P" in p else 0.0) for s in places]
+            scores = [(x[row, t] @ p["W_q"][:, part]) @ (y @ p["W_k"][:, part]) / math.sqrt(width) for y in inputs]
             a = torch.stack(scores).softmax(0)
-            context = sum(a[i] * (x[row, s] - p["b_dec"]) for i, s in enumerate(places))
+            context = sum(weight * (y - p["b_dec"]) for weight, y in zip(a, inputs))
             here = here + torch.tanh(p["gate"][head]) * (context @ p["W_enc"])
         pre = pre.index_put((torch.tensor(row), torch.tensor(t)), here)
     return pre, p
@@ -557,8 +553,9 @@ def test_attention_sees_its_window_alone(E, settings, constants, before, after):
 def test_the_window_is_that_of_the_constants(edited, window, attention, before):
     """As an agent edits them; a buffer of temporal_context is another matter."""
     module = edited(WINDOW=window, ATTENTION=attention, BUFFER=6)
-    assert (module.Temporal.window, module.Temporal.before) == (window, before)
-    assert (module.TemporalContext.window, module.TemporalContext.before) == (6, 5)
+    for variant, wanted in ((module.Temporal, (window, before)), (module.TemporalContext, (6, 5))):
+        sae = variant(4, 8, 2)
+        assert (sae.window, sae.before) == wanted and sae.P.shape == (wanted[0], 4)
 
 
 def test_padding_does_not_reach_the_tokens_before_it(E, settings):
@@ -900,8 +897,9 @@ def test_stability_against_a_loop(E, settings, kind):
     active = rng.random((70, 11, 3)) if kind == "probability" else chains([0.2, 0.5, 0.1], [0.3, 0.5, 0.1], 70, 11)
     active = active.astype(np.float32)
     rate = np.array([0.4, 0.5, 0.45])
-    got, null, r = E.stability(torch.from_numpy(active), torch.tensor(rate).float())
-    assert null.shape == (0, 3) and got.shape == (70, 3)
+    found = torch.from_numpy(active), torch.tensor(rate).float()
+    got, (null, r) = E.stability(*found, (2, 4)), E.stability_null(*found, 1)
+    assert null.shape == (1, 3) and got.shape == (70, 3)
     for lag in range(1, 11):
         wanted = ((active[:, :-lag] * active[:, lag:]).mean((0, 1)) - rate ** 2) / (rate * (1 - rate))
         assert r[lag - 1].numpy() == pytest.approx(wanted, abs=1e-5)
@@ -915,7 +913,7 @@ def test_the_null_is_the_mean_over_all_permutations(E, settings):
     wanted = np.mean([by_hand(active, rate, (1, 2), list(order)) for order in itertools.permutations(range(5))], 0)
     assert wanted == pytest.approx(0, abs=1e-6)         # what stability subtracts is exactly that null
     torch.manual_seed(0)
-    _, draws, _ = E.stability(torch.from_numpy(active), torch.tensor(rate).float(), 4000)
+    draws, _ = E.stability_null(torch.from_numpy(active), torch.tensor(rate).float(), 4000)
     assert draws.shape == (4000, 4)
     assert (draws.mean(0).abs() < 4 * draws.std(0) / 4000 ** 0.5).all()
 
@@ -927,7 +925,7 @@ def test_every_draw_is_a_stability_of_permuted_positions(E, settings):
     possible = {round(float(by_hand(active[:1], 0.5, (1, 1), list(order))[0, 0]), 4)
                 for order in itertools.permutations(range(4))}
     torch.manual_seed(0)
-    _, draws, _ = E.stability(torch.from_numpy(active), torch.full((3,), 0.5), 50)
+    draws, _ = E.stability_null(torch.from_numpy(active), torch.full((3,), 0.5), 50)
     means = {round((a + b) / 2, 4) for a in possible for b in possible}
     assert torch.equal(draws[:, 0], draws[:, 1]) and torch.equal(draws[:, 0], draws[:, 2])
     assert {round(value, 4) for value in draws[:, 0].tolist()} == means         # the two halves apart
@@ -944,7 +942,7 @@ def test_stability_of_planted_chains(E, dtype):
     active = torch.from_numpy(state).to(dtype)
     rate = active.float().mean((0, 1))
     torch.manual_seed(0)
-    got, draws, _ = E.stability(active, rate, 4)
+    got, (draws, _) = E.stability(active, rate, (5, 16)), E.stability_null(active, rate, 4)
     assert got.shape == (800, 4) and draws.shape == (4, 4)
     permuted = np.take_along_axis(state, rng.random((800, 100, 1)).argsort(1), 1).astype(np.float32)
     a, p = state.astype(np.float32), rate.numpy()
@@ -966,7 +964,8 @@ def test_stability_of_noise_is_0_within_its_null(E):
     rng = np.random.default_rng(0)
     active = torch.from_numpy((rng.random((60, 127, 200)) < rng.random(200) * 0.2 + 0.02).astype(np.float32))
     torch.manual_seed(0)
-    got, draws, _ = E.stability(active.bfloat16(), active.mean((0, 1)), 50)
+    found = active.bfloat16(), active.mean((0, 1))
+    got, (draws, _) = E.stability(*found, (5, 16)), E.stability_null(*found, 50)
     z = ((got.mean(0) - draws.mean(0)) / draws.std(0)).numpy()
     assert abs(z.mean()) < 0.3 and 0.8 < z.std() < 1.25 and np.abs(z).max() < 5
     assert got.mean(0).abs().max() < 0.03
@@ -980,7 +979,7 @@ def test_slow_latents_keep_their_stability_when_windows_are_turned(E):
     active = np.stack([np.repeat(b, 32, 0)[s:s + seq] for b, s in zip(blocks, phase)]).astype(np.float32)
     turned = np.stack([np.roll(a, s, 0) for a, s in zip(active, rng.integers(0, seq, 400))])
     wanted = expected_stability(lambda lag: np.maximum(1 - lag / 32, 0), seq, (5, 16))
-    found = [E.stability(torch.from_numpy(a), torch.from_numpy(a).mean((0, 1)))[0].mean(0).numpy()
+    found = [E.stability(torch.from_numpy(a), torch.from_numpy(a).mean((0, 1)), (5, 16)).mean(0).numpy()
              for a in (active, turned)]
     assert wanted > 0.4
     assert found[0] == pytest.approx(wanted, abs=0.05)
@@ -1014,7 +1013,7 @@ def test_what_is_a_function_of_the_token_is_explained_by_it(E):
     assert expected.shape == active.shape
     assert (expected[..., :3].float() - by_token).abs().max() < 0.01
     assert (expected[..., 3:].float() - rate[3:]).abs().max() < 0.15
-    observed, surrogate = (E.stability(a, rate)[0].mean(0) for a in (active, expected))
+    observed, surrogate = (E.stability(a, rate, (5, 16)).mean(0) for a in (active, expected))
     assert observed.min() > 0.15
     assert surrogate[:3].tolist() == pytest.approx(observed[:3].tolist(), rel=0.02)
     assert surrogate[3:].abs().max() < 0.01
@@ -1383,7 +1382,7 @@ def is_plain(value):
         all(map(is_plain, value)) if type(value) is list else type(value) in (float, int, str, type(None)))
 
 
-METRICS = {"stability", "stability_unweighted", "energy", "stability_token", "stability_null_95", "energy_first_fifth",
+METRICS = {"stability", "stability_unweighted", "energy", "stability_token", "stability_null_95", "stability_far",
            "stable_fraction", "autocorrelation_lag1", "smoothness", "smoothness_raw", "polysemanticity",
            "polysemanticity_channels", "explained_variance_early", "explained_variance_late"}
 CURVES = {"autocorrelation", "stability_null", "stability_by_rate_decile", "similarity_matrix", "evolution"}
@@ -1472,7 +1471,7 @@ def test_latent_statistics_against_loops(E, settings, text):
     store, sae = text(lengths=lengths), dictionary(E)
     full = store.windows.full()
     assert full.tolist() == [i for i in range(40) if i not in (2, 3, 18)]
-    run, q95, alive, (observed, null, token, r, rate, energy, scaled, raw) = statistics(E, store, sae, full)
+    run, q95, alive, (observed, far, null, token, r, rate, energy, scaled, raw) = statistics(E, store, sae, full)
     assert len(alive) == 60
     batch = store.batch(full + 12)
     z = sae.encode(batch).dense().detach()[..., torch.from_numpy(alive)]
@@ -1481,6 +1480,7 @@ def test_latent_statistics_against_loops(E, settings, text):
     assert rate == pytest.approx(p.numpy(), rel=1e-5)
     assert energy == pytest.approx(z.square().mean((0, 1)).numpy(), rel=1e-5)
     assert observed == pytest.approx(by_hand(a.numpy(), p.numpy(), (2, 4)).T, abs=2e-3)
+    assert far == pytest.approx(by_hand(a.numpy(), p.numpy(), (17, 32)).T, abs=2e-3)
     assert null.shape == (len(alive), 3) and observed.shape == (len(alive), len(full))
     fold = torch.from_numpy(store.windows.doc_ids[full + 12] % 2 == 0)
     given = fire_given_token(E, a, batch.tokens, fold)
@@ -1491,10 +1491,10 @@ def test_latent_statistics_against_loops(E, settings, text):
     present = (a.amax(1) > 0).sum(1)
     assert scaled == pytest.approx((E.smoothness(z, batch.x, torch.from_numpy(q95)) / present).numpy(), rel=1e-4)
     assert raw == pytest.approx((E.smoothness(z, batch.x, 1.0) / present).numpy(), rel=1e-4)
-    m, mean, weight, first = E.eval_temporal(run).metrics, observed.mean(1), energy / energy.sum(), alive < 64 / 5
-    for name, value in (("stability", mean @ weight), ("stability_unweighted", mean.mean()), ("energy", energy.sum()),
+    m, mean, weight = E.eval_temporal(run).metrics, observed.mean(1), energy / energy.sum()
+    for name, value in (("stability", mean @ weight), ("stability_far", far.mean(1) @ weight), ("stability_unweighted", mean.mean()), ("energy", energy.sum()),
                         ("stability_token", token @ weight),
-                        ("autocorrelation_lag1", r[:, 0] @ weight), ("energy_first_fifth", weight[first].sum()),
+                        ("autocorrelation_lag1", r[:, 0] @ weight),
                         ("smoothness", scaled.mean()), ("smoothness_raw", raw.mean())):
         assert m[name] == pytest.approx(value, rel=1e-4), name
 
@@ -1523,7 +1523,7 @@ def test_a_padded_window_is_left_out(E, settings, text):
     assert all(value is not None for values in result.per_sequence.values() for value in values[1:])
     json.dumps(result[1:], allow_nan=False)
     full = store.windows.full()
-    *_, (_, _, _, _, _, energy, scaled, _) = statistics(E, store, sae, full)
+    *_, (*_, scaled, _) = statistics(E, store, sae, full)
     assert full.tolist() == list(range(3, 40)) and len(scaled) == 37
     assert result.per_sequence["smoothness"][1] == pytest.approx(scaled[0])
     assert result.per_sequence["smoothness"][2] == pytest.approx(scaled[1:3].mean())

@@ -96,7 +96,7 @@ def published(name, sae, x, target_l0=K):
         theta = p["log_threshold"].exp()
         z = JumpReLUPublished.apply(pre, theta, sae.bandwidth)
         l0 = StepPublished.apply(pre, theta, sae.bandwidth).sum(1).mean()
-        losses["l0"] = (l0 / target_l0 - 1) ** 2
+        losses["l0_target"] = (l0 / target_l0 - 1) ** 2
     elif name == "gated":
         inner = (x - p["b_dec"]) @ p["W_enc"]
         magnitude = (inner * p["r_mag"].exp() + p["b_mag"]).clamp_min(0)
@@ -219,7 +219,7 @@ def test_jumprelu_straight_through_gradients(E, bandwidth):
     inside, above = (pre - theta).abs() < bandwidth / 2, pre > theta
     assert (inside & above).sum() > 20 and (inside & ~above).sum() > 20
     losses = sae.losses(batch, sae.encode(batch))
-    by_l0 = gradients(losses["l0"], dict(sae.named_parameters()))
+    by_l0 = gradients(losses["l0_target"], dict(sae.named_parameters()))
     slope = 2 * (above.sum() / n / K - 1) / K / n
     close(by_l0["log_threshold"], slope * -inside.sum(0) / bandwidth * theta, what="L0")
     assert not by_l0["W_enc"].any() and not by_l0["b_enc"].any() and not by_l0["b_dec"].any()
@@ -270,7 +270,7 @@ def test_jumprelu_by_hand(E):
     sae.log_threshold.data = torch.tensor([2.0, 4.5, 0.5]).log()
     latents = sae.encode(batch)
     assert torch.allclose(latents.dense(), torch.tensor([[[3.0, 0.0, 5.0], [0.0, 0.0, 0.6]]]))
-    assert sae.losses(batch, latents)["l0"].item() == pytest.approx((1.5 / 1 - 1) ** 2)
+    assert sae.losses(batch, latents)["l0_target"].item() == pytest.approx((1.5 / 1 - 1) ** 2)
 
 
 def test_gated_by_hand(E):
