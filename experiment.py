@@ -620,6 +620,9 @@ class Temporal(BatchTopK):
     def parameters_of_interest(self):
         return {} if "attention" in ABLATE else {"gate": self.gate.tanh().abs().mean().item()}
 
+    def exported(self):
+        return super().exported()[0] | {name: self.P for name in ("P",) if hasattr(self, name)}, ()
+
     def related(self, latents, batch, fires):
         if "attention" in ABLATE:
             return super().related(latents, batch, fires)
@@ -1336,7 +1339,7 @@ def next_token_losses(run, splice):
 def controls(run):
     """What no SAE changes, kept beside the activations until the code for it changes."""
     code = SOURCE[SOURCE.index("# ---- Model"):SOURCE.index("# ---- Temporal")]
-    key = fingerprint(code, inspect.getsource(TopK), TARGET_L0, run.sae.d_sae)
+    key = fingerprint(code, *sources(TopK), TARGET_L0, run.sae.d_sae)
     return kept(run.store.folder / f"controls-{key}.json", lambda: compute_controls(run))
 
 
@@ -1352,10 +1355,14 @@ def compute_controls(run):
     bigram_error = corpus.bigram_error(store.windows, lambda ids: store.batch(ids).x.cpu().numpy())
     metrics = {name: np.nanmean(loss) for name, loss in losses.items()} | {
         "bigram_explained_variance": 1 - bigram_error / variance,
-        "untrained_explained_variance": explained_variance(untrained(run), store, variance)}
+        "untrained_explained_variance": explained_by(untrained(run), store, variance)}
     return {"metrics": metrics, "variance": variance, "variance_by_position": by_position,
             "ce_by_sequence": np.nanmean(own, 1).tolist(),
             "ce_by_position": np.nanmean(own, 0).tolist()}
+
+
+def sources(*parts):  # code, of SAEs and of these, on which something kept depends
+    return map(inspect.getsource, (Pairs, Latents, SAE, *parts))
 
 
 def untrained(run):  # the control of several evaluations
@@ -1363,10 +1370,13 @@ def untrained(run):  # the control of several evaluations
     return TopK(run.sae.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
 
 
-def explained_variance(sae, store, variance):
-    """1 - E|x - x_hat|^2 / sum_d Var(x_d) on held-out tokens."""
-    _, rows, _ = encode_windows(sae, store, store.windows.heldout())
+def explained_variance(rows, variance):
+    """1 - E|x - x_hat|^2 / sum_d Var(x_d), rows as of encode_windows."""
     return 1 - np.nanmean(rows["error"]) / variance
+
+
+def explained_by(sae, store, variance):  # of held-out tokens
+    return explained_variance(encode_windows(sae, store, store.windows.heldout())[1], variance)
 
 
 def eval_core(run):
@@ -1379,7 +1389,7 @@ def eval_core(run):
     mean, variance = {name: np.nanmean(values) for name, values in rows.items()}, base["variance"]
     control, ce_sae = base["metrics"], np.nanmean(losses)
     metrics = control | {
-        "explained_variance": 1 - mean["error"] / variance, "l0": mean["l0"],
+        "explained_variance": explained_variance(rows, variance), "l0": mean["l0"],
         "dead_fraction": (rate == 0).mean(), "live_fraction": live.mean(),
         "dense_fraction": (rate > 0.1).mean(), "kl": np.nanmean(kl), "ce_sae": ce_sae,
         "loss_increase_nats": ce_sae - control["ce_model"],
@@ -1388,7 +1398,7 @@ def eval_core(run):
         "relative_reconstruction_bias": mean["norm_hat"] / mean["dot"],
         "single_token_fraction": corpus.single_token_fraction(
             store.windows, firings(z, np.flatnonzero(live))),
-        "permuted_decoder_explained_variance": explained_variance(permuted, store, variance),
+        "permuted_decoder_explained_variance": explained_by(permuted, store, variance),
         "avg_inference_tokens_per_second": speed}
     for name, worst in (("", "ce_unigram"), ("_vs_mean", "ce_mean"), ("_vs_zero", "ce_zero")):
         whole = control[worst] - control["ce_model"]
@@ -1450,9 +1460,10 @@ def follow(run):
     for name, p in sae.named_parameters():
         if p.numel() == 1:
             at, d, losses = p.data.clone(), 0.1 * max(abs(p.item()), 0.1), []
-            for value in (at + d, at - d, at):
+            for value in (at + d, at - d):
                 p.data.copy_(value)
                 losses.append(validation_loss(sae, run.store))
+            p.data.copy_(at)
             found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
     if getattr(sae, "traces", False):
         found |= corpus.decay_slope(sae.scaled_variance().detach(), sae.decay().detach())
@@ -1675,13 +1686,13 @@ def probing_store(run, dataset):
 def eval_sparse_probing(run):
     """Accuracies of probes on latents, mean over PROBING; baselines."""
     control = untrained(run)
-    sources = map(inspect.getsource, (TopK, untrained, eval_sparse_probing))
     features = {"channels": lambda batch: batch.x,
                 "untrained": lambda batch: control.encode(batch).dense(),
                 "sae": lambda batch: run.sae.encode(batch).dense()}
     stores = ((run.probing or probing_store)(run, dataset) for dataset in PROBING)
     metrics, curves = corpus.sparse_probing(
-        stores, features, PROBED, fingerprint(*sources, TARGET_L0, PROBED, run.sae.d_sae))
+        stores, features, PROBED, fingerprint(
+            *sources(TopK, untrained, eval_sparse_probing), TARGET_L0, PROBED, run.sae.d_sae))
     return Result(metrics, plain({"sparse_probing": curves}), {})
 
 
@@ -1692,7 +1703,7 @@ def flat_peer(run):
     store, size = run.store, min(BATCH_TOKENS // CONTEXT_LENGTH, run.store.windows.n_train)
     torch.manual_seed(0)
     flat, steps = TopK(store.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE), run.log["step"][-1]
-    key = fingerprint(inspect.getsource(TopK), steps, flat.d_sae, TARGET_L0, BATCH_TOKENS,
+    key = fingerprint(*sources(TopK, train, train_step), steps, flat.d_sae, TARGET_L0, BATCH_TOKENS,
                       LEARNING_RATE, TRAIN_ON, TRAIN_POSITIONS)
     stage = Stage("flat", steps / (store.windows.n_train // size), PLAIN)
     train(flat, store, [stage], 0, size, math.inf, store.folder / f"flat-{key}.pt")
@@ -1768,8 +1779,8 @@ def eval_hierarchy(run):
                                         sae.W_dec.cpu().numpy(), traces)
     causal, per_sequence = corpus.causal_scores(traces, windows)
     metrics |= causal | {"level_1_l0": np.nanmean(rows["l0"]),
-                         "level_1_explained_variance": 1 - np.nanmean(rows["error"]) / variance,
-                         "flat_explained_variance": 1 - np.nanmean(flat_rows["error"]) / variance}
+                         "level_1_explained_variance": explained_variance(rows, variance),
+                         "flat_explained_variance": explained_variance(flat_rows, variance)}
     return Result(metrics, plain(curves), plain(per_sequence))
 
 
@@ -1790,8 +1801,8 @@ def recovered(run, task, rho):
         train(sae, store, stages, run.seed, size, math.inf, Path(state) / "checkpoint.pt")
     z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
     scores = corpus.recovery(truth, *np.split(z.toarray(), 2), sae.W_dec.detach().cpu().numpy())
-    fvu = np.nanmean(rows["error"]) / variance_by_position(store)[1]
-    scores |= {"explained_variance": 1 - fvu, "l0": np.nanmean(rows["l0"])}
+    scores |= {"explained_variance": explained_variance(rows, variance_by_position(store)[1]),
+               "l0": np.nanmean(rows["l0"])}
     key = fingerprint(made, SYNTHETIC_SAE, Path(corpus.__file__).read_text())
     return scores, kept(folder / f"{key}.json",
                         lambda: corpus.recovery_baselines(truth, k, width))
@@ -1842,33 +1853,33 @@ def features(run):
                                (logits[:-1] - logits[-1]).cpu().numpy(), related, len(live))
 
 
-EVALUATIONS = {"core": eval_core, "temporal": eval_temporal, "probes": eval_probes,
-               "unlearning": eval_unlearning, "sparse_probing": eval_sparse_probing,
-               "recovery": eval_recovery, "composition": eval_composition,
-               "hierarchy": eval_hierarchy}
-NEEDS = {"composition": "compose", "hierarchy": "levels"}  # what a variant must expose
-# The means that go into every agent's prompt: 16 at most
-HEADLINES = {"core": ("final_train_loss", "best_val_loss", "total_train_time",
-                      "avg_inference_tokens_per_second", "explained_variance", "l0",
-                      "dead_fraction", "loss_increase_nats", "ce_recovered"),
-             "temporal": ("stability", "smoothness"),
-             "probes": ("probe_token_type", "probe_context"),
-             "unlearning": ("auroc_hybrid",), "sparse_probing": ("sae_top_1",),
-             "recovery": (), "composition": (), "hierarchy": ("causal_specificity",)}
+# name: function, what it asks of a variant, the means that go into every agent's prompt (16 in all)
+EVALUATIONS = {
+    "core": (eval_core, "encode", (
+        "final_train_loss", "best_val_loss", "total_train_time", "avg_inference_tokens_per_second",
+        "explained_variance", "l0", "dead_fraction", "loss_increase_nats", "ce_recovered")),
+    "temporal": (eval_temporal, "encode", ("stability", "smoothness")),
+    "probes": (eval_probes, "encode", ("probe_token_type", "probe_context")),
+    "unlearning": (eval_unlearning, "encode", ("auroc_hybrid",)),
+    "sparse_probing": (eval_sparse_probing, "encode", ("sae_top_1",)),
+    "recovery": (eval_recovery, "encode", ()),
+    "composition": (eval_composition, "compose", ()),
+    "hierarchy": (eval_hierarchy, "levels", ("causal_specificity",))}
 
 
 # ---- Results ----
 def evaluate(run, train_seconds):
     """{evaluation: Result as a dict} of one seed, the templates' training figures first."""
     run.sae.eval()
-    results = {name: EVALUATIONS[name](run)._asdict() for name in EVALS}
+    results = {name: EVALUATIONS[name][0](run)._asdict() for name in EVALS}
     page, detection = features(run)
     results[EVALS[0]]["metrics"] |= detection
     return corpus.with_training(results, run.log, train_seconds) | {"features": page}
 
 
 def export(sae, store, layer, folder):
-    """SAELens's two files, the inputs' centring and scaling folded in."""
+    """SAELens's two files, the inputs' centring and scaling folded in; where other parameters than
+    SAELens knows may read inputs, both stand beside them."""
     added, dropped = sae.exported()
     lower = getattr(sae, "lower", sae)  # what touches x
     scaled = {"W_enc": lower.W_enc / store.scale, "W_dec": lower.W_dec * store.scale,
@@ -1877,6 +1888,8 @@ def export(sae, store, layer, folder):
         "lower." * (lower is not sae) + name: value for name, value in scaled.items()}
     for name in dropped:
         del weights[name]
+    if sae.architecture not in corpus.SAELENS:
+        weights |= {"input_mean": store.mean, "input_scale": torch.tensor(store.scale)}
     corpus.save_sae(folder, weights, sae.architecture, sae.k, {
         "sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
         "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
@@ -1890,7 +1903,8 @@ def write_results(folder, seeds, store, layer, timing):
     results, steps = [result for _, result, *_ in seeds], [steps for _, _, *steps in seeds]
     config = corpus.resolved(globals(), store.windows, steps) | {
         "layer": layer, "d_in": store.d_in, "d_sae": seeds[0][0].d_sae}
-    return corpus.write_results(folder, results, HEADLINES, config, timing, SOURCE)
+    headlines = {name: means for name, (*_, means) in EVALUATIONS.items()}
+    return corpus.write_results(folder, results, headlines, config, timing, SOURCE)
 
 
 # ---- Checks at the door ----
@@ -1918,9 +1932,12 @@ def check_config():
     span("TRAIN_POSITIONS", CONTEXT_LENGTH)
     check("LEVEL_WIDTHS", "(level 1, level 2), falling to TARGET_L0 at least", lambda v: type(
         v) is tuple and [type(x) for x in v] == [int, int] and v[0] >= v[1] >= TARGET_L0, [None])
+    check("LIVE STABILITY_LAGS FAR_LAGS PROBING_SIZE SYNTHETIC_SAE", "two whole numbers from 1",
+          lambda v: type(v) is tuple and len(v) == 2 and all(type(x) is int and x > 0 for x in v))
+    several("SYNTHETIC_TASKS", corpus.TASKS)
     several("SEEDS", range(2 ** 31))
     variant = SAE_VARIANTS[SAE_VARIANT]
-    evals = [name for name in EVALUATIONS if hasattr(variant, NEEDS.get(name, "encode"))]
+    evals = [name for name, (_, asks, _) in EVALUATIONS.items() if hasattr(variant, asks)]
     several("EVALS", evals, f" for {SAE_VARIANT}")
     names = set(variant.components).union(*(stage.weights for stage in variant.curriculum))
     several("ABLATE", sorted(names - {"reconstruction"}), f" for {SAE_VARIANT}", 0)

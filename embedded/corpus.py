@@ -2871,6 +2871,9 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+SAELENS = {"standard", "topk", "jumprelu", "gated"}       # the architectures that it knows
+
+
 def save_sae(folder, weights, architecture, k, metadata):
     """SAELens's two files, of weights {name: tensor} that take the model's own activations."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ def test_explained_variance_by_hand(E, make_store):
     stretched = 1.5                                             # errors a quarter of the variance
     for x_hat, wanted in ((lambda x: x, 1.0), (torch.zeros_like, 0.0), (lambda x: x + off_by_one, 0.5),
                           (lambda x: x * stretched, 0.75), (lambda x: -x, -3.0)):
-        assert E.explained_variance(Fixed(x_hat), store, variance) == pytest.approx(wanted, abs=1e-6)
+        assert E.explained_by(Fixed(x_hat), store, variance) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_the_mean_that_scores_zero_is_that_of_the_held_out_tokens(E, make_store):
@@ -113,10 +113,10 @@ def test_the_mean_that_scores_zero_is_that_of_the_held_out_tokens(E, make_store)
     heldout = (x[20:, 1:].flatten(0, 1).double() - store.mean) / store.scale
     assert variance == pytest.approx(heldout.var(0, correction=0).sum().item(), rel=1e-5)
     mean = heldout.mean(0).float()
-    assert E.explained_variance(Fixed(mean.expand_as), store, variance) == pytest.approx(0, abs=1e-5)
+    assert E.explained_by(Fixed(mean.expand_as), store, variance) == pytest.approx(0, abs=1e-5)
     charge = mean.square().sum().item() / variance
     assert charge > 0.05
-    assert E.explained_variance(Fixed(torch.zeros_like), store, variance) == pytest.approx(-charge, rel=1e-3)
+    assert E.explained_by(Fixed(torch.zeros_like), store, variance) == pytest.approx(-charge, rel=1e-3)
 
 
 def padded_store(make_store, rubbish=0.0, name="store", seed=0):
@@ -524,5 +524,5 @@ def test_controls_leave_the_run_as_it_was(E, model, spoken):
     assert all(torch.equal(a, b) for a, b in zip(before, [*sae.parameters(), *model.parameters()]))
     torch.manual_seed(0)
     untrained = E.TopK(D_IN, 64, 4).eval()
-    wanted = E.explained_variance(untrained, store, E.variance_by_position(store)[1])
+    wanted = E.explained_by(untrained, store, E.variance_by_position(store)[1])
     assert found["metrics"]["untrained_explained_variance"] == pytest.approx(wanted)

@@ -71,7 +71,7 @@ def contents(folder):
 # --- what a run leaves -----------------------------------------------------------------------------------------------
 def test_every_variant_is_tested_here(E):
     assert set(VARIANTS) == set(E.SAE_VARIANTS)
-    assert sum(map(len, E.HEADLINES.values())) <= 16 and set(E.HEADLINES) == set(E.EVALUATIONS)
+    assert sum(len(means) for *_, means in E.EVALUATIONS.values()) <= 16
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -186,6 +186,36 @@ def test_exported_weights_give_the_reported_figures(E, lab, variant):
         reported = entry["final_info_dict"]
         assert 1 - error.nanmean().item() == pytest.approx(reported["explained_variance"][i], abs=5e-4)
         assert l0.nanmean().item() == pytest.approx(reported["l0"][i], rel=2e-3)
+
+
+def test_exported_weights_of_the_attention_give_its_latents(E, lab, monkeypatch):
+    """From the file alone, with the class: the model's own activations, through weights that take them."""
+    folder, _ = lab.variant("temporal")
+    weights = load_file(folder / "run_1" / "sae_weights.safetensors")
+    scale, mean = weights["input_scale"].item(), weights["input_mean"]
+    d_in, d_sae = weights["W_enc"].shape
+    monkeypatch.setattr(E, "WINDOW", len(weights["P"]))
+    config = results(folder)["core"]["config"]
+    sae = E.Temporal(d_in, d_sae, config["TARGET_L0"]).eval()
+    own = {name: weights[name] for name in dict(sae.named_parameters()) if name in weights}
+    own |= {"W_enc": weights["W_enc"] * scale, "W_dec": weights["W_dec"] / scale,
+            "b_dec": (weights["b_dec"] - mean) / scale, "threshold": weights["threshold"][0]}
+    assert set(own) == {*dict(sae.named_parameters()), "threshold"}
+    sae.load_state_dict(own, strict=False)
+    sae.attends = True
+    files = [np.load(path) for path in (lab.cache / "tokens").glob("*.npz")]
+    windows = next(f for f in files if E.fingerprint(zlib.crc32(f["tokens"].tobytes())) == config["data_hash"])
+    n, lengths = int(windows["n_train"]), torch.from_numpy(windows["lengths"])
+    tokens, mask = torch.from_numpy(windows["tokens"][n:]).long(), torch.arange(1, 32) < lengths[n:, None]
+    model = transformers.AutoModelForCausalLM.from_pretrained(PROJECT / "embedded" / "model", dtype=torch.float32)
+    with torch.no_grad():
+        x = model(tokens, output_hidden_states=True).hidden_states[config["layer"] + 1][:, 1:]
+        batch = E.Batch((x - mean) / scale, tokens[:, 1:], torch.arange(len(x)), torch.arange(1, 32), mask)
+        x_hat = sae.decode(sae.encode(batch)) * scale + mean
+    error = (x - x_hat)[mask].double().square().sum(1).mean()
+    variance = (x[mask].double() - x[mask].double().mean(0)).square().sum(1).mean()
+    reported = results(folder)["core"]["metrics"]["explained_variance"]
+    assert 1 - (error / variance).item() == pytest.approx(reported, abs=5e-4) and (weights["P"] != 0).any()
 
 
 # --- the same command again ------------------------------------------------------------------------------------------

@@ -1409,7 +1409,7 @@ def test_eval_temporal_end_to_end(E, settings, text, name, ablate, own, drawn):
     assert is_plain(result.curves) and is_plain(result.per_sequence)
     json.dumps(result[1:], allow_nan=False)
     n = len(store.windows.sample())
-    assert n == 20 and {k: len(v) for k, v in result.per_sequence.items()} == {"stability": n, "smoothness": n}
+    assert n == 20 and {k: len(v) for k, v in result.per_sequence.items()} == {"stability": n, "stability_far": n, "smoothness": n}
     m, c = result.metrics, result.curves
     assert m["stability"] > 0.03 and m["stability"] > m["stability_null_95"]    # half of the directions are slow
     assert np.mean(result.per_sequence["stability"]) == pytest.approx(m["stability"], rel=1e-4)
