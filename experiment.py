@@ -6,8 +6,9 @@ The settings are the constants below. Results: final_info.json in that folder, t
 preflight passes the variant through every stage and evaluation first. A killed run carries on.
 
 To add a variant: (A) copy a small class from "Variants", state its equation in the docstring and
-override what differs: `encode` (or `select`, `activate`), `decode`, `losses`, `curriculum`;
-(B) add one line to SAE_VARIANTS; (C) name it in SAE_VARIANT.
+override what differs: `encode` (or `select`, `activate`), `decode`, `losses`, `curriculum`, and
+`architecture` where it computes latents in a way of its own; (B) add one line to SAE_VARIANTS;
+(C) name it in SAE_VARIANT. To add a metric, or an evaluation: see EVALUATIONS.
 """
 import argparse
 import copy
@@ -308,7 +309,7 @@ class SAE(nn.Module):
     """
     curriculum = (Stage("autoencoder", 20, PLAIN | {"sparsity": 1.0}),)
     components = ()  # what ABLATE may name besides losses
-    architecture = "standard"  # SAELens's name, where it has one
+    architecture = "standard"  # SAELens's, if its equation gives the same latents; or a new name
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__()
@@ -395,6 +396,10 @@ class SAE(nn.Module):
         error = (l0.clamp_min(1e-2) / self.k).log().clamp(-1, 1)
         self.sparsity_weight.mul_((0.05 * error).exp())
 
+    def pace(self, batch):
+        """Of running means: they forget in 5 % of the steps, at most 100."""
+        return (n_tokens(batch) / self.dead_after).clamp(0.01, 1.0)
+
     def dead_mask(self):  # [d_sae]
         return self.tokens_since_fired > self.dead_after
 
@@ -467,7 +472,7 @@ class BatchTopK(TopK):
                 flat = torch.arange(pre_acts.numel(), device=x.device)
             values = pre_acts.flatten()[flat]
             least = values.kthvalue(len(values) - keep + 1).values.clamp_min(1e-12)
-            self.threshold.lerp_(least, 0.01 if self.threshold > 0 else 1.0)
+            self.threshold.lerp_(least, self.pace(batch) if self.threshold > 0 else 1.0)
             flat = flat[values >= least]
         return Pairs.from_flat(flat, pre_acts)
 
@@ -845,23 +850,25 @@ class TemporalAdaptation(SAE):
     def temperature(self):
         return self.T * torch.exp(-self.T_decay * self.done) if "T_decay" in self.starts else self.T
 
-    def scaled_variance(self, values=None):  # v [width]; values [tokens, width] teach it
-        if self.training and values is not None:
-            self.variance.lerp_(values.square().mean(0) - values.mean(0).square(), 0.01)
+    def scaled_variance(self, batch=None, values=None):  # v [width]; those of values teach it
+        if self.training and batch is not None:
+            values = counted(batch, values.detach())
+            variance = values.square().mean(0) - values.mean(0).square()
+            self.variance.lerp_(variance, self.pace(batch))
         if "variance_scaling" in ABLATE:
             return torch.ones_like(self.variance)
         log = self.variance.clamp_min(1e-9).log()
         mean = log[log > math.log(2e-9)].mean().nan_to_num(0.0)  # over live latents
         return (log - mean).exp().clamp(1 / 16, 16)
 
-    def decay(self, values=None):  # lam [d_sae]
-        v = self.scaled_variance(values) ** self.temperature()
+    def decay(self, *learned_from):  # lam [d_sae]
+        v = self.scaled_variance(*learned_from) ** self.temperature()
         return torch.exp(-F.softplus(self.beta) * v)
 
     def encoder(self, batch):
         if self.traces:
             return super().encoder(batch)
-        scale = self.scaled_variance(counted(batch, batch.x)) ** -self.temperature()
+        scale = self.scaled_variance(batch, batch.x) ** -self.temperature()
         return self.beta * scale * batch.x + self.theta_raw.tanh(), self.b_dec, self.W_enc
 
     def encode(self, batch):
@@ -870,7 +877,7 @@ class TemporalAdaptation(SAE):
         pre_acts = batch.x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)
         if batch.mask is not None:
             pre_acts = pre_acts.masked_fill(~batch.mask[..., None], NEVER)
-        lam = self.decay(counted(batch, F.relu(pre_acts.detach()))).expand(self.d_sae)
+        lam = self.decay(batch, F.relu(pre_acts)).expand(self.d_sae)
         theta = self.theta_raw.tanh().expand(self.d_sae)
         if DRIVE == "u":
             return Latents.from_dense(Adapt.apply(pre_acts, lam, theta))
@@ -1281,7 +1288,7 @@ class Run:
 
 
 class Result(NamedTuple):
-    metrics: dict  # name -> float
+    metrics: dict  # name -> a finite number
     curves: dict  # name -> list
     per_sequence: dict  # name -> list of floats, one per sample window
 
@@ -1338,7 +1345,7 @@ def next_token_losses(run, splice):
 
 def controls(run):
     """What no SAE changes, kept beside the activations until the code for it changes."""
-    code = SOURCE[SOURCE.index("# ---- Model"):SOURCE.index("# ---- Temporal")]
+    code = SOURCE[SOURCE.index("# ---- Model ----"):SOURCE.index("# ---- Temporal evaluation")]
     key = fingerprint(code, *sources(TopK), TARGET_L0, run.sae.d_sae)
     return kept(run.store.folder / f"controls-{key}.json", lambda: compute_controls(run))
 
@@ -1614,11 +1621,6 @@ def editing(run, edit, mask=None):
         yield run.get_model()
 
 
-def edited_windows(run, edit, ids):
-    """What `spliced` gives under an edit of x."""
-    return spliced(run, ids, lambda batch: run.store.unscaled(batch.x + edit(batch)))
-
-
 def edited_logits(run, edit, tokens, mask):
     """Of tokens that count where the mask is True, [batch, seq]: [batch, seq, vocab]."""
     tokens, mask = (torch.from_numpy(part).to(DEVICE) for part in (tokens, mask))
@@ -1650,8 +1652,8 @@ def eval_unlearning(run):
         plan.group == "forget")
     metrics["auroc_bag_of_tokens"] = corpus.bag_auroc(windows, plan, MATCHER_WINDOW)
     edits, scores, frontier, per_sequence = plan.frontier(
-        windows, FORGETTING, STRATEGIES, CONTROLS, unlearner.edit,
-        functools.partial(edited_windows, run))
+        windows, FORGETTING, STRATEGIES, CONTROLS, unlearner.edit, lambda edit, ids: spliced(
+            run, ids, lambda batch: store.unscaled(batch.x + edit(batch))))
     logits = functools.partial(edited_logits, run)
     metrics |= scores | plan.padded_losses(
         windows, STRATEGIES, edits, logits, run.get_model().config)
@@ -1853,7 +1855,8 @@ def features(run):
                                (logits[:-1] - logits[-1]).cpu().numpy(), related, len(live))
 
 
-# name: function, what it asks of a variant, the means that go into every agent's prompt (16 in all)
+# name: function, what it asks of a variant, the metrics of which the means go into every agent's
+# prompt (16 in all). EVALS picks; a new metric goes into the Result of one of these
 EVALUATIONS = {
     "core": (eval_core, "encode", (
         "final_train_loss", "best_val_loss", "total_train_time", "avg_inference_tokens_per_second",
@@ -2017,10 +2020,8 @@ def run_seed(seed, store, layer, get_model, state, deadline, timing):
 def open_store(config, layer, cache):
     """-> store, function that loads the model."""
     with doing("reading the data"):
-        wanted = corpus.Wanted(CONTEXT_LENGTH, TRAIN_TOKENS, EVAL_FILES, TRAIN_WINDOWS_PER_FILE,
-                               EVAL_WINDOWS_PER_FILE, MIN_WINDOW, DATA_SEED,
-                               FORGET if "unlearning" in EVALS or TRAIN_ON != "both" else "")
-        windows, key = corpus.load_windows(DATASET, load_tokenizer(), wanted, cache / "tokens")
+        windows, key = corpus.load_windows(DATASET, load_tokenizer(), corpus.wanted(globals()),
+                                           cache / "tokens")
     with doing("collecting activations"):
         name = fingerprint(key, corpus.model_identity(MODEL_NAME, config), layer, MODEL_DTYPE)
         store = Store(cache / "activations" / name, windows, config.hidden_size, MODEL_DTYPE)

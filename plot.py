@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import textwrap
+import traceback
 from collections import ChainMap
 from pathlib import Path
 from typing import NamedTuple
@@ -589,8 +590,8 @@ def draw_point(axis, run, x, y):
                       yerr=run.errors.get(y), color=run.color, marker=run.marker,
                       markersize=6, markeredgecolor="white", markeredgewidth=0.4)
     axis.margins(0.1, 0.12)
-    axis.set_xlabel(TITLES[x])
-    axis.set_ylabel(TITLES[y])
+    axis.set_xlabel(TITLES.get(x, x.replace("_", " ")))
+    axis.set_ylabel(TITLES.get(y, y.replace("_", " ")))
 
 
 def fig_sparsity_fidelity(runs):
@@ -767,16 +768,18 @@ def fig_similarity(runs):
     return figure
 
 
-def fig_parameters(runs):
-    """The parameters of interest over training."""
-    logs = {run.folder: run.curves[0].get("training", {}) for run in runs if run.curves}
-    runs = [run for run in runs if logs.get(run.folder, {}).get("parameters")]
+def fig_logged(runs, kind):
+    """What training logged over its steps: "parameters" of interest, or the "losses" by name but
+    for the reconstruction, each without its weight."""
+    logs = {run.folder: [name for name in run.curves[0].get("training", {}).get(kind) or ()
+                         if name != "reconstruction"] for run in runs if run.curves}
+    runs = [run for run in runs if logs.get(run.folder)]
     if not runs:
         return None
-    names = list(dict.fromkeys(name for run in runs for name in logs[run.folder]["parameters"]))
+    names = list(dict.fromkeys(name for run in runs for name in logs[run.folder]))
     figure, axes = panels(len(names), 2, 1.9)
     for axis, name in zip(axes.flat, names):
-        drawn = [run for run in runs if name in logs[run.folder]["parameters"]]
+        drawn = [run for run in runs if name in logs[run.folder]]
         for run in drawn:
             if found := training_curve(run, "step", name):
                 draw_band(axis, run, *found, every=math.ceil(len(found[0]) / 6))
@@ -1186,7 +1189,8 @@ FIGURES = {"training_curves": fig_training, "headline_metrics": fig_headlines,
            "sparsity_fidelity": fig_sparsity_fidelity, "position": fig_position,
            "stability_fidelity": fig_stability_fidelity, "autocorrelation": fig_autocorrelation,
            "feature_evolution": fig_evolution, "similarity": fig_similarity,
-           "parameters": fig_parameters, "variance_scaling": fig_variance_scaling,
+           "parameters": functools.partial(fig_logged, kind="parameters"),
+           "losses": functools.partial(fig_logged, kind="losses"), "variance_scaling": fig_variance_scaling,
            "unlearning": fig_unlearning, "clamped_passage": fig_clamped_passage,
            "sparse_probing": fig_sparse_probing, "recovery": fig_recovery,
            "compositions": fig_compositions, "reuse": fig_reuse,
@@ -1201,8 +1205,15 @@ def main():
         sys.exit(f"plot.py: nothing to draw: none of the runs in labels ({', '.join(labels)}) is "
                  "complete. Finish one with `python experiment.py --out_dir=run_0`, or name others "
                  "there.")
+    failed = []
     for name, draw in FIGURES.items():
-        figure = draw(runs)
+        try:
+            figure = draw(runs)
+        except Exception:                               # the others are drawn all the same
+            traceback.print_exc()
+            failed.append(name)
+            (HERE / f"{name}.png").unlink(missing_ok=True)
+            continue
         if figure is None:
             print(f"{name}.png: not drawn, no run holds what it shows")
             continue
@@ -1213,6 +1224,8 @@ def main():
     text = f"{comparison(runs)}\n\n{latents_table(runs)}"
     (HERE / "comparison.md").write_text(text + "\n", encoding="utf-8")
     print(f"comparison.md:\n\n{text}")
+    if failed:
+        sys.exit(f"plot.py: these figures failed, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

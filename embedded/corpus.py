@@ -701,6 +701,14 @@ class Wanted(NamedTuple):
     forget: str = ""        # a domain of the data set, or a second data set; "": neither
 
 
+def wanted(constants):
+    """Wanted, by the runner's constants."""
+    names = ("CONTEXT_LENGTH", "TRAIN_TOKENS", "EVAL_FILES", "TRAIN_WINDOWS_PER_FILE", "EVAL_WINDOWS_PER_FILE", "MIN_WINDOW",
+             "DATA_SEED")
+    unlearns = "unlearning" in constants["EVALS"] or constants["TRAIN_ON"] != "both"
+    return Wanted(*map(constants.get, names), constants["FORGET"] if unlearns else "")
+
+
 def make_windows(dataset: str, tokenizer, bos: int, wanted: Wanted) -> Windows:
     """Windows, a random choice from each document, of the first documents that give what is wanted.
 
@@ -3032,11 +3040,16 @@ def with_training(results, log, train_seconds):
                 "total_train_time": train_seconds}
     first["metrics"] = training | first["metrics"]
     first["curves"] = first["curves"] | {"training": log}
-    for result in results.values():
-        result["metrics"] = {name: float(value) for name, value in result["metrics"].items()}
+    for evaluation, result in results.items():
         for name, value in result["metrics"].items():
-            if not math.isfinite(value):
-                raise DataError(f"metric {name!r} is {value}.")
+            try:
+                result["metrics"][name] = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                shape = f" of shape {(*value.shape,)}" if hasattr(value, "shape") else ""
+                raise DataError(f"evaluation {evaluation!r}: metric {name!r} is a {type(value).__name__}{shape}, wanted one "
+                                "number.") from None
+            if not math.isfinite(result["metrics"][name]):
+                raise DataError(f"evaluation {evaluation!r}: metric {name!r} is {value}.")
     return results
 
 

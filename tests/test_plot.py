@@ -16,7 +16,7 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 FIGURES = ("training_curves", "headline_metrics", "sparsity_fidelity", "position", "stability_fidelity", "autocorrelation",
-           "feature_evolution", "similarity", "parameters", "variance_scaling", "unlearning", "clamped_passage",
+           "feature_evolution", "similarity", "parameters", "losses", "variance_scaling", "unlearning", "clamped_passage",
            "sparse_probing", "recovery", "compositions", "reuse", "level_information", "causal_tracing", "level_tree",
            "ablations", "latents")
 FILES, SEQ = 64, 127
@@ -88,7 +88,8 @@ def results(variant, fvu, seeds=1, starts=(0,), data="abc", ablate=(), temporal=
     values = {"explained_variance": 1 - fvu, "l0": 32.0, "loss_increase_nats": fvu, "ce_recovered": 1 - fvu / 2,
               "avg_inference_tokens_per_second": 71641.6}
     parameters = {"temporal": ("gate",), "temporal_adaptation": ("beta", "theta", "temperature")}
-    training = {"step": steps, "losses": {"reconstruction": [fvu + 1 / s for s in steps]},
+    training = {"step": steps, "losses": {"reconstruction": [fvu + 1 / s for s in steps]} | (
+                    {"contrastive": [2 / s for s in steps]} if variant == "temporal" else {}),
                 "l0": [32 + 3000 / s for s in steps], "dead_fraction": [0.0] * len(steps),
                 "parameters": {name: [1 / s for s in steps] for name in parameters.get(variant, ())},
                 "val_step": [200, 400], "val_loss": [fvu + 0.01, fvu], "stage_starts": list(starts), "stages": names}
@@ -184,7 +185,7 @@ def test_labels_as_they_ship_and_one_run(tmp_path):
     done = run_plot(folder, cwd=folder)
     assert done.returncode == 0 and done.stderr == ""
     assert "run_1: skipped" in done.stdout and "Nothing was tested" in (folder / "comparison.md").read_text()
-    assert {path.stem for path in folder.glob("*.png")} == set(FIGURES) - {"parameters", "variance_scaling", "ablations"}
+    assert {path.stem for path in folder.glob("*.png")} == set(FIGURES) - {"parameters", "losses", "variance_scaling", "ablations"}
 
 
 def test_no_run_at_all_is_an_error(tmp_path):
@@ -302,7 +303,7 @@ def several(tmp_path, n, seeds=1):
 def test_nothing_is_cut_off(tmp_path, n, seeds):
     """Every figure is drawn without a warning, at paper width, with all of its artists inside."""
     plot, runs = several(tmp_path, n, seeds)
-    missing = {"parameters", "variance_scaling", "ablations"} if n == 1 else set()
+    missing = {"parameters", "losses", "variance_scaling", "ablations"} if n == 1 else set()
     with plot.plt.rc_context(plot.STYLE):
         for name, draw in plot.FIGURES.items():
             figure = draw(runs)
@@ -402,7 +403,7 @@ def test_similarity_has_one_scale(tmp_path):
 
 def test_parameters_and_the_stages_of_their_runs(tmp_path):
     plot, runs = several(tmp_path, 9)
-    axes = plot.fig_parameters(runs).axes
+    axes = plot.FIGURES["parameters"](runs).axes
     assert [axis.get_ylabel() for axis in axes] == ["gate", "beta", "theta", "temperature"]
     gate, theta = axes[0], axes[2]
     curves = [line.get_ydata() for line in gate.lines if len(line.get_ydata()) == 20]
@@ -411,7 +412,22 @@ def test_parameters_and_the_stages_of_their_runs(tmp_path):
     assert borders == [200, 300, 200]       # one plan of two runs, one of the run without its last stage
     assert [text.get_text() for text in gate.texts] == ["autoencoder", "attention", "consistency", "autoencoder", "attention"]
     assert len(theta.lines) == 1 and not theta.texts
+    axes = plot.FIGURES["losses"](runs).axes
+    assert [axis.get_ylabel() for axis in axes] == ["contrastive"]
+    assert np.allclose(axes[0].lines[0].get_ydata(), [2 / s for s in range(20, 401, 20)])
     plot.plt.close("all")
+
+
+def test_a_figure_that_fails_keeps_no_other_from_being_drawn(tmp_path, capsys):
+    plot, runs = several(tmp_path, 2)
+    (plot.HERE / "similarity.png").write_bytes(b"of an earlier time")
+    plot.HERE = tmp_path
+    plot.FIGURES = {"similarity": lambda runs: {}["run_length"], "headline_metrics": plot.fig_headlines}
+    with pytest.raises(SystemExit, match="similarity"):
+        plot.main()
+    assert "KeyError: 'run_length'" in capsys.readouterr().err
+    assert (plot.HERE / "headline_metrics.png").exists() and (plot.HERE / "comparison.md").exists()
+    assert not (plot.HERE / "similarity.png").exists()
 
 
 def test_histograms_of_the_variances(tmp_path):

@@ -714,7 +714,7 @@ def padded_loss(E, run, tokens, n, edit):
 
 def scores(E, run, ids, clozes, edit=lambda batch: torch.zeros_like(batch.x)):
     """Loss of each window, and whether each cloze is answered rightly, under an edit."""
-    return clozes.scores(E.edited_windows(run, edit, ids))
+    return clozes.scores(E.spliced(run, ids, lambda batch: run.store.unscaled(batch.x + edit(batch))))
 
 
 def no_clozes(E):
