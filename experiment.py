@@ -685,7 +685,9 @@ class Compositional(TopK):
         return top_k_pairs(x, W_enc[:, :self.d_f], self.b_enc[:self.d_f], self.width())
 
     def attention(self, ids, f):
-        """Weights [n, heads, k, k] of each active feature over those of its token."""
+        """Weights [n, heads, k, k] of each active feature over those of its token, or None."""
+        if "attention" in ABLATE:
+            return None
         q, k = (F.embedding(ids, self.E @ W).unflatten(2, (COMPOSITION_HEADS, -1)) * f[..., None,
                 None] for W in (self.W_q, self.W_k))
         scores = torch.einsum("nihw,njhw->nhij", q, k) / math.sqrt(q.shape[-1])
@@ -711,9 +713,7 @@ class Compositional(TopK):
 
     def encode(self, batch):
         ids, f = self.features(batch)
-        c = self.compose(ids, f)
-        if batch.mask is not None:
-            c = c * batch.mask.reshape(-1, 1)
+        c = valid(batch, self.compose(ids, f).view(*batch.x.shape[:2], -1)).flatten(0, 1)
         own = torch.arange(self.d_f, self.d_sae, device=c.device).expand_as(c)
         values, ids, k = torch.cat([f, c], 1), torch.cat([ids, own], 1), self.width()
         if "bottleneck" not in ABLATE:
@@ -726,6 +726,10 @@ class Compositional(TopK):
 
     def parameters_of_interest(self):
         return {"gate": self.gate.tanh().item()} if hasattr(self, "gate") else {}
+
+    def related(self, latents, batch, fires):
+        return corpus.compositions(latents, self.E @ self.W_c, fires, *self.features(batch),
+                                   self.attention)
 
 
 def consistency(batch, z):
@@ -975,6 +979,10 @@ class Hierarchical(TopK):
     def parameters_of_interest(self):
         parts = (self.lower, self)[:1 + (LEVEL_SPARSITY == "l1")]
         return {f"beta_{i}": part.sparsity_weight.item() for i, part in enumerate(parts, 1)}
+
+    def related(self, latents, batch, fires):
+        h = self.levels(batch).dense()
+        return corpus.children(latents, self.W_dec, load_tokenizer(), batch.tokens, h)
 
 
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
@@ -1665,8 +1673,7 @@ def eval_sparse_probing(run):
 def flat_peer(run):
     """A TopK SAE as wide, as sparse and as long trained, kept beside the activations."""
     store, size = run.store, min(BATCH_TOKENS // CONTEXT_LENGTH, run.store.windows.n_train)
-    torch.manual_seed(0)
-    flat, steps = TopK(store.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE), run.log["step"][-1]
+    flat, steps = untrained(run), run.log["step"][-1]
     key = fingerprint(inspect.getsource(TopK), steps, flat.d_sae, TARGET_L0, BATCH_TOKENS,
                       LEARNING_RATE, TRAIN_ON, TRAIN_POSITIONS)
     stage = Stage("flat", steps / (store.windows.n_train // size), PLAIN)
@@ -1690,10 +1697,10 @@ def trace(run, parent, children, rate, ids, absent):
     near, norm = (rate - rate[parent]).abs(), sae.directions().norm(dim=1)
     near[parent] = math.inf
 
-    def edited(z, latents, value, where):  # latents [windows, seq] set to value: change of x_hat2
-        chosen = torch.arange(sae.d_sae, device=DEVICE) == latents[..., None]
-        new = torch.where(chosen & where[..., None], value, z)
-        return sae.decode(Latents.from_dense(new)) - sae.decode(Latents.from_dense(z))
+    def edited(z, latent, value, where):  # change of x_hat2 where a latent is set to value
+        chosen = where[..., None] & (torch.arange(sae.d_sae, device=DEVICE) == latent)
+        new = Latents.from_dense(torch.where(chosen, value, z))
+        return sae.decode(new) - sae.decode(Latents.from_dense(z))
 
     batch = run.store.batch(ids)
     z, h = sae.encode(batch).dense(), sae.levels(batch).dense()
@@ -1701,14 +1708,13 @@ def trace(run, parent, children, rate, ids, absent):
     apart = (size - size[..., parent, None]).abs() + near
     apart, rival = apart.nan_to_num(math.inf, math.inf).min(2)
     on = (z[..., parent] > 0) & apart.isfinite()
-    deltas = [edited(z, latent, 0.0, on) for latent in (torch.full_like(rival, parent), rival)]
+    deltas = [edited(z, latent, 0.0, on) for latent in (parent, rival[..., None])]
     deltas += [-(h[..., i] * on)[..., None] * sae.lower.W_dec[i] for i in children]
     changes, value = logit_changes(run, ids, deltas, on), z[..., parent][on].mean()
     batch = run.store.batch(absent)
     z, like = sae.encode(batch).dense(), near.argmin().item()
     where = run.store.valid(absent) & (batch.positions % 8 == 1) & (z[..., parent] == 0)
-    deltas = [edited(z, torch.full(where.shape, i, device=DEVICE), value * norm[parent] / norm[i],
-                     where) for i in (parent, like)]
+    deltas = [edited(z, i, value * norm[parent] / norm[i], where) for i in (parent, like)]
     rises = logit_changes(run, absent, deltas, where)
     fires = [(sae.levels(batch._replace(x=batch.x + delta)).dense()[where][:, children] > 0)
              .float().mean().item() for delta in deltas]
@@ -1761,7 +1767,7 @@ def recovered(run, task, rho):
     stages = [stage._replace(epochs=1) if run.probing else stage
               for stage in planned_stages(type(sae))]
     size = min(BATCH_TOKENS // CONTEXT_LENGTH, store.windows.n_train)
-    with tempfile.TemporaryDirectory() as state, torch.enable_grad():
+    with tempfile.TemporaryDirectory() as state:
         train(sae, store, stages, run.seed, size, math.inf, Path(state) / "checkpoint.pt")
     z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
     scores = corpus.recovery(truth, *np.split(z.toarray(), 2), sae.W_dec.detach().cpu().numpy())
@@ -1790,14 +1796,12 @@ def eval_composition(run):
     places = rng.permutation(windows.heldout_tokens())[:32 if run.probing else COMPOSED_TOKENS]
     row, at = np.divmod(places, CONTEXT_LENGTH - 1)
     batch = run.store.batch(windows.n_train + row)
-    batch = batch._replace(x=batch.x[torch.arange(len(at)), at][:, None], mask=None)
+    x, tokens = (a[torch.arange(len(at)), at][:, None] for a in (batch.x, batch.tokens))
+    batch = batch._replace(x=x, mask=None)
     (ids, f), z = sae.features(batch), sae.encode(batch).dense()[:, 0, sae.d_f:]
-    attention = sae.attention(ids, f).mean(1).cpu().numpy() if "attention" not in ABLATE else None
-    text = load_tokenizer().batch_decode(windows.tokens[windows.n_train + row, 1 + at][:, None])
     metrics, curves = corpus.composition_scores(
-        lambda f: sae.compose(ids, torch.from_numpy(f).to(DEVICE)).cpu().numpy(),
-        ids.cpu().numpy(), f.cpu().numpy(), z.cpu().numpy(), attention, text, rng,
-        min(5, run.live[0]))
+        functools.partial(sae.compose, ids), ids, f, z, sae.attention(ids, f),
+        load_tokenizer().batch_decode(tokens), rng, min(5, run.live[0]))
     return Result(metrics, plain(curves), {})
 
 
@@ -1813,7 +1817,7 @@ def features(run):
     logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
     fires = torch.from_numpy(z[:, latents].tocsr()[:batch.tokens.numel()].toarray() > 0)
     related = run.sae.related(latents, batch, fires.view(*batch.tokens.shape, -1).to(batch.x))
-    return corpus.latents_page(store.windows, load_tokenizer(), latents, firings(z, latents),
+    return corpus.latents_page(store.windows, load_tokenizer(), latents, z,
                                (logits[:-1] - logits[-1]).cpu().numpy(), related, len(live))
 
 

@@ -1665,15 +1665,51 @@ def latent_entry(text, short_text, latent, at, values, rng):
     return entry, np.array(right).reshape(-1, 3)
 
 
-def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
+def leading(weights, names, most=12):
+    """What a latent is related to: the names of the largest of `weights` [n] above 0, and these."""
+    values, at = weights.cpu().topk(min(most, len(weights)))
+    return [(names[i], value) for i, value in zip(at.tolist(), values.tolist()) if value > 0]
+
+
+def children(latents, weights, tokenizer, tokens, h):
+    """Of latents of level 2, weights [d_2, d_1]: the features of level 1 on which no other latent has a larger weight, and
+    those on which one has. A feature is named by its number and the one of tokens [batch, seq] where h [batch, seq, d_1]
+    is largest, if it is anywhere."""
+    most, at = h.flatten(0, 1).max(0)
+    texts = tokenizer.batch_decode(tokens.flatten()[at, None])
+    names = [f"{i} {text}" if value > 0 else str(i) for i, (text, value) in enumerate(zip(texts, most.tolist()))]
+    own, largest = weights[latents], weights.amax(0)
+    return [{"children, features of level 1": leading(row * (row == largest), names),
+             "other features of level 1": leading(row * (row < largest), names)} for row in own]
+
+
+def compositions(latents, reads, fires, ids, f, attention, most=256):
+    """Of latents, features first: how strongly a composition reads features, or which compositions read a feature, reads
+    [d_f, d_c]; and, where attention(ids, f) gives some, the mean attention that features get where the latent fires [batch, seq,
+    latent]: from it or, where it is a composition, from all features of the token, ids [n, k] with values f [n, k]."""
+    n, found = len(reads), []
+    for latent, on in zip(latents.tolist(), fires.flatten(0, 1).T > 0):
+        rows = {"compositions that read it": leading(reads[latent], range(n, n + reads.shape[1]))} if latent < n else {
+            "features that it reads": leading(reads[:, latent - n], range(n))}
+        here, values = ids[on][:most], f[on][:most]
+        if (seen := attention(here, values)) is not None:
+            of = here == latent if latent < n else values > 0
+            weights = torch.einsum("nhij,ni->nj", seen, of.float()).flatten()
+            got = torch.zeros(n, device=f.device).index_add(0, here.flatten(), weights)
+            rows["attention where it fires"] = leading(got / got.sum().clamp_min(1e-9), range(n))
+        found.append(rows)
+    return found
+
+
+def latents_page(windows, tokenizer, latents, z, logits, related, n_live):
     """What features.html shows, and the share of detection tasks that a latent's own strongest contexts solve.
 
-    firings: of each latent the places and values where it fires; logits [latent, vocabulary]: what its decoder row adds, shown
+    z: codes of the held-out tokens, sparse by column; logits [latent, vocabulary]: what a latent's decoder row adds, shown
     for common tokens against their mean (those never trained on share one direction);
     related: of each latent {title: [[label, number], ...]}, a label that is a whole number naming a latent."""
-    texts, page, right = [Passages(windows, size) for size in (EXCERPT, QUESTION)], [], []
+    texts, page, right, named = [Passages(windows, size) for size in (EXCERPT, QUESTION)], [], [], {}
     common = texts[0].common[texts[0].common < logits.shape[1]]
-    for latent, (at, values), logit, relation in zip(latents, firings, logits, related):
+    for latent, (at, values), logit, relation in zip(latents, firings(z, latents), logits, related):
         entry, found = latent_entry(*texts, latent, at, values, np.random.default_rng([0, int(latent)]))
         order = common[np.argsort(logit[common], kind="stable")]
         logit = logit - logit[common].sum() / max(1, len(common))
@@ -1682,6 +1718,8 @@ def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
         if relation:
             entry["related"] = {title: [[label, _short(value)] for label, value in rows[:24]]
                                 for title, rows in relation.items()}
+            others = {label for rows in relation.values() for label, _ in rows[:24] if isinstance(label, int)} - set(named)
+            named |= {i: int(texts[0].flat[at[values.argmax()]]) for i in others for at, values in firings(z, [i]) if len(at)}
         if len(found):
             entry["detected"] = [int(found.shape[0]), *(_short(value) for value in np.nansum(found, 0))]
         page.append(entry)
@@ -1690,7 +1728,7 @@ def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
     for passage in _all_passages(page):
         used.update(passage["tokens"])
         files.add(passage["file"])
-    used.update(token for entry in page for token, _ in entry["promoted"] + entry["suppressed"])
+    used.update(named.values(), (token for entry in page for token, _ in entry["promoted"] + entry["suppressed"]))
     known, names = ({value: i for i, value in enumerate(sorted(values))} for values in (used, files))
     for passage in _all_passages(page):
         passage |= {"tokens": [known[token] for token in passage["tokens"]], "file": names[passage["file"]]}
@@ -1703,7 +1741,8 @@ def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
             metrics[name] = np.nanmean(values)
     return {"schema": "temporal-sae-runner/features/1", "seed": 0, "n_live": int(n_live), "tokens": len(texts[0].places),
             "n_files": len(np.unique(texts[0].files)), "strings": tokenizer.batch_decode([[token] for token in known]),
-            "files": [str(windows.names[file]) for file in names], "latents": page}, metrics
+            "files": [str(windows.names[file]) for file in names], "latents": page,
+            "named": {i: known[token] for i, token in named.items()}}, metrics
 
 
 def _all_passages(page):
@@ -2592,9 +2631,11 @@ def dropped(compose, f, fires, rng, draws=8):
 
 
 def composition_scores(compose, ids, f, codes, attention, text, rng, least):
-    """Metrics and curves of compositions: features ids [n, k] with values f [n, k] of n tokens, text [n]; codes [n, d_c]
-    after the bottleneck; attention [n, k, k] between features, or None; `least`: see reuse."""
-    (token, slot, of, effect), pairs = dropped(compose, f, codes > 0, rng)
+    """Metrics and curves of compositions, compose(f): features ids [n, k] with values f [n, k] of n tokens, text [n]; codes
+    [n, d_c] after the bottleneck; attention [n, heads, k, k] between features, or None; `least`: see reuse."""
+    device, (ids, f, codes) = f.device, (part.cpu().numpy() for part in (ids, f, codes))
+    (token, slot, of, effect), pairs = dropped(
+        lambda f: compose(torch.from_numpy(f).to(device)).cpu().numpy(), f, codes > 0, rng)
     metrics = {"compositions_per_token": (codes > 0).sum(1).mean(), "live_compositions": (codes > 0).any(0).mean()}
     if not len(token):                                      # the features take all of TARGET_L0
         return metrics, {}
@@ -2603,6 +2644,7 @@ def composition_scores(compose, ids, f, codes, attention, text, rng, least):
     found, took, random = reuse(token * codes.shape[1] + of, feature, of, effect, rng, least=least)
     metrics |= found
     if attention is not None:
+        attention = attention.mean(1).cpu().numpy()
         seen = attention[row, a, b] + attention[row, b, a]
         metrics |= interaction_scores(first, second, seen, interaction)
     return metrics, {

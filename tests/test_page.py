@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from scipy.sparse import csc_array
 
 from copies import PROJECT, copy_template, run, write_text_data
 from test_plot import load
@@ -47,8 +48,10 @@ class Letters:
 
 
 def page_of(E, windows, *firings):
-    logits = np.arange(200.0)[None].repeat(len(firings), 0)
-    return E.corpus.latents_page(windows, Letters(), np.arange(len(firings)) * 3, firings, logits, [{}] * len(firings), 99)
+    logits, n = np.arange(200.0)[None].repeat(len(firings), 0), windows.tokens[windows.n_train:, 1:].size
+    z = csc_array((np.concatenate([values for _, values in firings]), np.concatenate([at for at, _ in firings]),
+                   np.repeat(np.cumsum([0] + [len(at) for at, _ in firings]), 3)[2:]), (n, 3 * len(firings)))
+    return E.corpus.latents_page(windows, Letters(), np.arange(len(firings)) * 3, z, logits, [{}] * len(firings), 99)
 
 
 def test_detection_of_planted_latents(E, planted):
