@@ -1350,7 +1350,8 @@ def compute_controls(run):
     bigram_error = corpus.bigram_error(store.windows, lambda ids: store.batch(ids).x.cpu().numpy())
     metrics = {name: np.nanmean(loss) for name, loss in losses.items()} | {
         "bigram_explained_variance": 1 - bigram_error / variance,
-        "untrained_explained_variance": explained_variance(untrained(run), store, variance)}
+        "untrained_explained_variance": explained_variance(untrained(run), store, variance),
+        **reinitialised(run)}
     return {"metrics": metrics, "variance": variance, "variance_by_position": by_position,
             "ce_by_sequence": np.nanmean(own, 1).tolist(),
             "ce_by_position": np.nanmean(own, 0).tolist()}
@@ -1359,6 +1360,15 @@ def compute_controls(run):
 def untrained(run):  # the control of several evaluations
     torch.manual_seed(0)
     return TopK(run.sae.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
+
+
+def reinitialised(run):
+    """How an untrained TopK's latents are told, on what the model gives with random weights."""
+    model, like = corpus.reinitialised(run.get_model()), run.store
+    store = Store(like.folder / "random", like.windows.fewer(256), like.d_in, like.dtype)
+    store.collect(lambda: model, run.layer)
+    control = Run(untrained(run), store, lambda: model, run.layer, run.live, {})
+    return {f"{name}_reinitialised": value for name, value in features(control)[1].items()}
 
 
 def explained_variance(sae, store, variance):
@@ -1690,12 +1700,10 @@ def logit_changes(run, ids, deltas, at):
     return torch.stack(found) - own
 
 
-def trace(run, parent, children, rate, ids, absent):
+def trace(run, parent, children, rates, ids, absent):
     """On windows `ids` ablates a parent, its children singly, and the active parent that is nearest
     to it in rate [d_sae] and size; puts it, and one of like rate, into windows `absent`."""
-    sae, rate = run.sae, rate.clamp_min(1e-9).log()
-    near, norm = (rate - rate[parent]).abs(), sae.directions().norm(dim=1)
-    near[parent] = math.inf
+    sae, norm = run.sae, run.sae.directions().norm(dim=1)
 
     def edited(z, latent, value, where):  # change of x_hat2 where a latent is set to value
         chosen = where[..., None] & (torch.arange(sae.d_sae, device=DEVICE) == latent)
@@ -1704,22 +1712,17 @@ def trace(run, parent, children, rate, ids, absent):
 
     batch = run.store.batch(ids)
     z, h = sae.encode(batch).dense(), sae.levels(batch).dense()
-    size = (z * norm).log()
-    apart = (size - size[..., parent, None]).abs() + near
-    apart, rival = apart.nan_to_num(math.inf, math.inf).min(2)
-    on = (z[..., parent] > 0) & apart.isfinite()
+    on, rival, like = corpus.rivals(z * norm, parent, rates)
     deltas = [edited(z, latent, 0.0, on) for latent in (parent, rival[..., None])]
     deltas += [-(h[..., i] * on)[..., None] * sae.lower.W_dec[i] for i in children]
     changes, value = logit_changes(run, ids, deltas, on), z[..., parent][on].mean()
     batch = run.store.batch(absent)
-    z, like = sae.encode(batch).dense(), near.argmin().item()
+    z = sae.encode(batch).dense()
     where = run.store.valid(absent) & (batch.positions % 8 == 1) & (z[..., parent] == 0)
     deltas = [edited(z, i, value * norm[parent] / norm[i], where) for i in (parent, like)]
     rises = logit_changes(run, absent, deltas, where)
-    fires = [(sae.levels(batch._replace(x=batch.x + delta)).dense()[where][:, children] > 0)
-             .float().mean().item() for delta in deltas]
-    files = run.store.windows.doc_ids[ids][on.nonzero()[:, 0].cpu().numpy()]
-    return corpus.traced(files, changes.cpu().numpy(), rises.cpu().numpy(), fires)
+    h = [sae.levels(batch._replace(x=batch.x + delta)).dense()[where] for delta in deltas]
+    return corpus.traced(run.store.windows.doc_ids[ids], on, changes, rises, h, children)
 
 
 @torch.no_grad()
@@ -1727,26 +1730,23 @@ def eval_hierarchy(run):
     """Mutual information of the levels, clustering by parents, causal tracing of parents."""
     sae, store, windows = run.sae, run.store, run.store.windows
     ids, flat = windows.heldout(), flat_peer(run)
-    (lower, rows, _), (peer, flat_rows, _) = (encode_windows(s, store, ids)
-                                              for s in (sae.lower, flat))
-
-    def levels(sae, z):
-        return corpus.levels(windows, lower, z, sae.parents().cpu().numpy(), run.live)
-
-    both, starts = levels(sae, run.heldout[0]), {}
+    (lower, rows, _), (peer, flat_rows, _) = (
+        encode_windows(s, store, ids) for s in (sae.lower, flat))
+    levels = functools.partial(corpus.levels, windows, run.live, lower)
+    both, starts = levels(run.heldout[0], sae.parents()), {}
     for name in ("untrained", "start"):
         start = copy.deepcopy(sae)
         torch.manual_seed(0)
         start.begin(store.batch(ids[:32]), grouped=name == "start")
-        starts[name] = levels(start, encode_windows(start, store, ids)[0])
+        starts[name] = levels(encode_windows(start, store, ids)[0], start.parents())
     metrics, curves, families = corpus.hierarchy_scores(
-        windows, both, starts, peer, *(s.W_dec.cpu().numpy() for s in (sae.lower, flat)), run.live)
+        windows, both, starts, peer, sae.lower.W_dec, flat.W_dec, run.live)
     rates, variance = both.upper.rates(), controls(run)["variance"]
-    parents, rate = corpus.evenly(families, rates, TRACED), torch.tensor(rates, device=DEVICE)
-    traces = [trace(run, p, families[p], rate, *corpus.windows_with(windows, both.upper, p))
+    parents = corpus.evenly(families, rates, TRACED)
+    traces = [trace(run, p, families[p], rates, *corpus.windows_with(windows, both.upper, p))
               for p in parents]
-    curves["tree"] = corpus.family_tree(windows, load_tokenizer(), both, families, parents,
-                                        sae.W_dec.cpu().numpy(), traces)
+    curves["tree"] = corpus.family_tree(
+        windows, load_tokenizer(), both, families, parents, sae.W_dec, traces)
     causal, per_sequence = corpus.causal_scores(traces, windows)
     metrics |= causal | {"level_1_l0": np.nanmean(rows["l0"]),
                          "level_1_explained_variance": 1 - np.nanmean(rows["error"]) / variance,
@@ -1770,7 +1770,7 @@ def recovered(run, task, rho):
     with tempfile.TemporaryDirectory() as state:
         train(sae, store, stages, run.seed, size, math.inf, Path(state) / "checkpoint.pt")
     z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
-    scores = corpus.recovery(truth, *np.split(z.toarray(), 2), sae.W_dec.detach().cpu().numpy())
+    scores = corpus.recovery(truth, *np.split(z.toarray(), 2), sae.W_dec)
     fvu = np.nanmean(rows["error"]) / variance_by_position(store)[1]
     scores |= {"explained_variance": 1 - fvu, "l0": np.nanmean(rows["l0"])}
     key = fingerprint(made, SYNTHETIC_SAE, Path(corpus.__file__).read_text())

@@ -58,7 +58,8 @@ COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss i
            "smoothness": "smoothness", "smoothness_raw": "raw", "coherence": "coherence",
            "explained_variance_early": "EV, positions 1-63", "explained_variance_late": "EV, 64-127",
            "polysemanticity": "polysemanticity", "probe_token_type": "syntax probe", "probe_context": "context probe",
-           "detection": "detection", "detection_same_token": "among like tokens", "detection_null": "its null"}
+           "detection": "detection", "detection_same_token": "among like tokens", "detection_null": "its null",
+           "detection_reinitialised": "of an untrained TopK, re-initialised model"}
 TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", "stability": "stability", "smoothness": "smoothness",
           "probe_token_type": "syntax probe", "probe_context": "context probe"}        # per file
 PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis 1.0"), "temporal_adaptation": ("standard",)}

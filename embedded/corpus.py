@@ -651,6 +651,12 @@ class Windows(NamedTuple):
         """Names of the domains of windows, [len(ids)]."""
         return np.asarray(self.domains)[self.doc_ids[ids]]
 
+    def fewer(self, n):
+        """With the last n training windows alone."""
+        first = max(0, self.n_train - n)
+        return self._replace(tokens=self.tokens[first:], lengths=self.lengths[first:], doc_ids=self.doc_ids[first:],
+                             n_train=self.n_train - first)
+
     def train_pool(self, which, forget):
         """Ids of the training windows of the domain `forget`, of the rest ("retain"), or of "both"."""
         ids = np.arange(self.n_train)
@@ -1718,8 +1724,9 @@ def latents_page(windows, tokenizer, latents, z, logits, related, n_live):
         if relation:
             entry["related"] = {title: [[label, _short(value)] for label, value in rows[:24]]
                                 for title, rows in relation.items()}
-            others = {label for rows in relation.values() for label, _ in rows[:24] if isinstance(label, int)} - set(named)
-            named |= {i: int(texts[0].flat[at[values.argmax()]]) for i in others for at, values in firings(z, [i]) if len(at)}
+            others = sorted({label for rows in relation.values() for label, _ in rows if isinstance(label, int)})
+            named |= {i: int(texts[0].flat[at[values.argmax()]])
+                      for i, (at, values) in zip(others, firings(z, np.array(others, int))) if len(at)}
         if len(found):
             entry["detected"] = [int(found.shape[0]), *(_short(value) for value in np.nansum(found, 0))]
         page.append(entry)
@@ -1944,10 +1951,10 @@ def grouped(activity, groups):
     return Levels(activity, activity.union(groups), groups, np.arange(len(groups)))
 
 
-def levels(windows, lower, upper, parents, live):
+def levels(windows, live, lower, upper, parents):
     """Levels of codes of the held-out tokens, sparse [token, unit] by column."""
     both = (Activity.of(codes, windows.heldout_tokens()) for codes in (lower, upper))
-    return Levels.of(*both, parents, heldout_files(windows), live)
+    return Levels.of(*both, parents.cpu().numpy(), heldout_files(windows), live)
 
 
 def hierarchy_scores(windows, levels, starts, flat, directions, flat_directions, live):
@@ -1959,7 +1966,7 @@ def hierarchy_scores(windows, levels, starts, flat, directions, flat_directions,
     if not levels.families():                               # no parent has two live children
         return {"groups": 0}, {}, {}
     rng, edges, families = np.random.default_rng(0), levels.edges(), levels.families()
-    units = levels.children
+    units, directions, flat_directions = levels.children, directions.cpu().numpy(), flat_directions.cpu().numpy()
     groups = np.unique(levels.parents[units], return_inverse=True)[1]
     flat = Activity.of(flat, windows.heldout_tokens())
     of_flat = np.flatnonzero(flat.live(files, *live))
@@ -2008,10 +2015,25 @@ def cosines(a, b):
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-def traced(files, changes, rises, fires):
-    """Of one parent, at n tokens of `files` [n], what changes in the logits, [2 + children, n, vocab], where it, its rival,
-    each child is ablated; what in those, [2, m, vocab], where it and its rival are put in; and the share `fires` [2] of the
-    children that then fire. -> cosines with the children's sum [n]; mean rise of the ten tokens that this sum lowers most."""
+def rivals(size, parent, rates):
+    """Of latents of `size` [windows, seq, d_sae]: where the parent is active beside another one, [windows, seq]; which of
+    those is nearest to it in log size and log rate [d_sae] together; and which of all in rate."""
+    size, rate = size.log(), torch.as_tensor(rates, device=size.device).clamp_min(1e-9).log()
+    near = (rate - rate[parent]).abs()
+    near[parent] = math.inf
+    apart = (size - size[..., parent, None]).abs() + near
+    apart, rival = apart.nan_to_num(math.inf, math.inf).min(2)
+    return size[..., parent].isfinite() & apart.isfinite(), rival, near.argmin()
+
+
+def traced(docs, on, changes, rises, h, children):
+    """Of one parent, at the tokens `on` [windows, seq] of documents [windows], n in all, what changes in the logits,
+    [2 + children, n, vocab], where it, its rival, each child is ablated; what in those, [2, m, vocab], where it and its rival
+    are put in; and level 1 there, h [2][m, d_1]. -> cosines with the children's sum [n]; mean rise of the ten tokens that
+    this sum lowers most; share of the children that then fire."""
+    files = docs[on.nonzero()[:, 0].cpu().numpy()]
+    changes, rises = changes.cpu().numpy(), rises.cpu().numpy()
+    fires = [(part[:, children] > 0).float().mean().item() for part in h]
     own, other, *single = changes
     summed = np.sum(single, 0)
     top = np.argsort((summed - summed.mean(1, keepdims=True)).mean(0), kind="stable")[:10]
@@ -2505,7 +2527,7 @@ def recovery(truth, dev, test, dictionary):
     that is best on DEV: of primitives, and of pairs against tokens with exactly one of the two, for pairs seen together
     in training and pairs that never were ("unseen"); and the smaller of the two latents of its primitives instead
     ("minimum"). One latent that is one of the two primitives has .75 there."""
-    cosine = truth.directions @ normalize(dictionary).T
+    cosine = truth.directions @ normalize(plain(dictionary)).T
     rows, columns = linear_sum_assignment(-cosine)
     found = np.zeros(len(cosine))                           # 0 for what no row is left for
     found[rows] = cosine[rows, columns]
@@ -3165,6 +3187,12 @@ def load_pretrained(name, what, **kwargs):
             cause = "gated: accept its licence on the hub and log in with `hf auth login`"
         raise DataError(f"MODEL_NAME = {name!r}: no {what} ({cause}). Names that work: 'embedded/model', "
                         "'EleutherAI/pythia-70m-deduped', a folder.") from None
+
+
+def reinitialised(model):
+    """A model like this one, with random weights."""
+    torch.manual_seed(0)
+    return type(model)(model.config).to(model.device, model.dtype).eval().requires_grad_(False)
 
 
 def load_config(name, layer, context_length):
