@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+import torch
 from scipy.sparse import csc_array
 
 from copies import PROJECT, copy_template, run, write_text_data
@@ -108,6 +109,47 @@ def test_too_few_firings_make_no_question(E, planted):
     assert "question" not in page["latents"][0] and not metrics
 
 
+def test_relatives_are_named_by_their_strongest_tokens(E, planted):
+    windows, fires = planted
+    at, values = fires["token"]
+    strongest, other = at[values.argmax()], fires["any"][0][0]
+    size = windows.tokens[windows.n_train:, 1:].size
+    z = csc_array((np.append(values, [1.0, 2.0]), np.append(at, sorted([strongest, other])), np.array([0, len(at), len(at) + 2, len(at) + 2])),
+                  (size, 3))
+    relatives = {"kin": [(1, 0.5), (2, 0.25), ("<i>", 1.0)], "0": []}
+    page, _ = E.corpus.latents_page(windows, Letters(), np.array([0]), z, np.arange(200.0)[None], [relatives], 3)
+    token = windows.tokens[windows.n_train:, 1:].ravel()[max(strongest, other)]
+    assert {i: page["strings"][string] for i, string in page["named"].items()} == {1: f"t{token}"}       # 2 never fires
+    assert page["latents"][0]["related"] == {"kin": [[1, 0.5], [2, 0.25], ["<i>", 1.0]], "0": []}
+
+
+# --- the control: nothing has learned -----------------------------------------------------------------------------------
+def test_a_reinitialised_model_knows_nothing(E):
+    from transformers import AutoModelForCausalLM
+    config = E.corpus.small_config(E.corpus.load_pretrained("embedded/model", "config.json"))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for p in model.parameters():
+        p.data.fill_(0.5)
+    fresh, again = E.corpus.reinitialised(model), E.corpus.reinitialised(model)
+    assert all((p == 0.5).all() for p in model.parameters())
+    weights = dict(fresh.named_parameters())
+    for name, p in model.named_parameters():
+        assert weights[name].shape == p.shape and weights[name].dtype == p.dtype and not (weights[name] == 0.5).any()
+        assert torch.equal(weights[name], again.get_parameter(name))
+    large = [p.float() for p in weights.values() if p.dim() == 2]
+    assert large and all(p.std() > 0.01 and abs(p.mean()) < 0.1 * p.std() for p in large)
+
+
+def test_fewer_training_windows_leave_the_rest(E, planted):
+    windows, _ = planted
+    few = windows.fewer(3)
+    assert few.n_train == 3 and np.array_equal(few.tokens[:3], windows.tokens[157:160])
+    assert np.array_equal(few.tokens[few.heldout()], windows.tokens[windows.heldout()])
+    assert np.array_equal(few.heldout_tokens(), windows.heldout_tokens())
+    assert np.array_equal(few.doc_ids[few.heldout()], windows.doc_ids[windows.heldout()])
+    assert windows.fewer(999).n_train == 160
+
+
 # --- a run and its page -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
@@ -142,7 +184,7 @@ def test_the_data_of_a_run(lab):
     features = json.loads((lab / "run_1" / "features.json").read_text())
     assert len(features["latents"]) == 50 and features["n_live"] >= 50 and features["seed"] == 0
     info = json.loads((lab / "run_1" / "final_info.json").read_text())["core"]
-    for name in ("detection", "detection_same_token", "detection_null"):
+    for name in ("detection", "detection_same_token", "detection_null", "detection_reinitialised"):
         assert 0 <= info["metrics"][name] <= 1 and f"{name}_mean" not in info["means"]
     for entry in features["latents"][1:]:
         weights = [weight for _, weight in entry["related"]["attention by offset"]]
