@@ -1363,11 +1363,11 @@ def untrained(run):  # the control of several evaluations
 
 
 def reinitialised(run):
-    """How an untrained TopK's latents are told, on what the model gives with random weights."""
+    """How an untrained TopK's latents are told, on the model with random weights."""
     model, like = corpus.reinitialised(run.get_model()), run.store
     store = Store(like.folder / "random", like.windows.fewer(256), like.d_in, like.dtype)
     store.collect(lambda: model, run.layer)
-    control = Run(untrained(run), store, lambda: model, run.layer, run.live, {})
+    control = Run(untrained(run), store, lambda: model, run.layer, run.live, {}, run.probing)
     return {f"{name}_reinitialised": value for name, value in features(control)[1].items()}
 
 
@@ -1811,7 +1811,8 @@ def features(run):
     """What the page shows of 50 live latents, drawn before any look; detection metrics."""
     store, z, ids, model = run.store, run.heldout[0], run.store.heldout(64)[0], run.get_model()
     live = np.flatnonzero(run.live_latents[0])
-    latents = np.sort(np.random.default_rng(0).choice(live, min(50, len(live)), replace=False))
+    n = min(4 if run.probing else 50, len(live))
+    latents = np.sort(np.random.default_rng(0).choice(live, n, replace=False))
     rows = F.pad(run.sae.directions()[latents], (0, 0, 0, 1))[:, None]  # the last is 0
     tokens, batch = store.tokens[:1, :1].expand(len(rows), 1), store.batch(ids)
     logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]

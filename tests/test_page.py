@@ -155,7 +155,8 @@ def test_fewer_training_windows_leave_the_rest(E, planted):
 def lab(tmp_path_factory):
     """A copy with a trained run_1, a run_0 of which the latents come in another order, and hostile tokens in both."""
     base = tmp_path_factory.mktemp("page")
-    folder = copy_template(base / "idea", DATASET=str(write_text_data(base / "texts.jsonl")), EVALS=("core",), SAE_VARIANT="temporal")
+    folder = copy_template(base / "idea", DATASET=str(write_text_data(base / "texts.jsonl")), EVALS=("core",), SAE_VARIANT="temporal",
+                           EPOCHS_SCALE=0.05)
     finished = run(folder, base / "cache")
     assert finished.code == 0, finished.tail
     shutil.copy(PROJECT / "plot.py", folder)
@@ -168,6 +169,7 @@ def lab(tmp_path_factory):
         features["strings"][token] = text
     features["files"][first["file"]] = "<b>file</b>"
     features["latents"][0]["related"] = {"parents": [[features["latents"][1]["latent"], 0.5], [10 ** 6, 0.25], ["<i>", 1]]}
+    features["named"] = {features["latents"][1]["latent"]: list(dict.fromkeys(first["tokens"]))[3]}
     (folder / "run_1" / "features.json").write_text(json.dumps(features))
     (folder / "run_0" / "features.json").write_text(json.dumps(features | {"latents": features["latents"][::-1]}))
     plot = load(folder)
@@ -303,7 +305,9 @@ def test_hostile_tokens_are_text(browser, lab):
     assert not re.search("[\x00-\x08\x1b\u200b\u202e\ufeff]", text)
     assert js(browser, "document.title").startswith(f"Latent {first}") and not js(browser, "document.querySelector('img')")
     assert js(browser, "[...document.querySelectorAll('.from')].some(x => x.title === '<b>file</b>')")
-    assert js(browser, "document.querySelectorAll('#detail a.chip').length") == 1       # of the relatives one is on the page
+    relatives = js(browser, "[...document.querySelectorAll('.cards.wide .chip')].map(x => [x.tagName, x.className, x.innerText])")
+    assert [(tag, name) for tag, name, _ in relatives] == [("A", "chip"), ("SPAN", "chip silent"), ("SPAN", "chip")]
+    assert relatives[0][2].split()[1:] == ["<!--", "0.5"] and relatives[2][2].split()[0] == "<i>"
     press(browser, "r")
     wait(lambda: js(browser, "document.querySelectorAll('#rate .passage').length"))
     silent(browser)
