@@ -702,7 +702,9 @@ class Compositional(TopK):
         return top_k_pairs(x, W_enc[:, :self.d_f], self.b_enc[:self.d_f], self.width())
 
     def attention(self, ids, f):
-        """Weights [n, heads, k, k] of each active feature over those of its token."""
+        """Weights [n, heads, k, k] of each active feature over those of its token, or None."""
+        if "attention" in ABLATE:
+            return None
         q, k = (F.embedding(ids, self.E @ W).unflatten(2, (COMPOSITION_HEADS, -1)) * f[..., None,
                 None] for W in (self.W_q, self.W_k))
         scores = torch.einsum("nihw,njhw->nhij", q, k) / math.sqrt(q.shape[-1])
@@ -728,9 +730,7 @@ class Compositional(TopK):
 
     def encode(self, batch):
         ids, f = self.features(batch)
-        c = self.compose(ids, f)
-        if batch.mask is not None:
-            c = c * batch.mask.reshape(-1, 1)
+        c = valid(batch, self.compose(ids, f).view(*batch.x.shape[:2], -1)).flatten(0, 1)
         own = torch.arange(self.d_f, self.d_sae, device=c.device).expand_as(c)
         values, ids, k = torch.cat([f, c], 1), torch.cat([ids, own], 1), self.width()
         if "bottleneck" not in ABLATE:
@@ -743,6 +743,10 @@ class Compositional(TopK):
 
     def parameters_of_interest(self):
         return {"gate": self.gate.tanh().item()} if hasattr(self, "gate") else {}
+
+    def related(self, latents, batch, fires):
+        return corpus.compositions(latents, self.E @ self.W_c, fires, *self.features(batch),
+                                   self.attention)
 
 
 def consistency(batch, z):
@@ -994,6 +998,10 @@ class Hierarchical(TopK):
     def parameters_of_interest(self):
         parts = (self.lower, self)[:1 + (LEVEL_SPARSITY == "l1")]
         return {f"beta_{i}": part.sparsity_weight.item() for i, part in enumerate(parts, 1)}
+
+    def related(self, latents, batch, fires):
+        h = self.levels(batch).dense()
+        return corpus.children(latents, self.W_dec, load_tokenizer(), batch.tokens, h)
 
 
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
@@ -1362,7 +1370,8 @@ def compute_controls(run):
     bigram_error = corpus.bigram_error(store.windows, lambda ids: store.batch(ids).x.cpu().numpy())
     metrics = {name: np.nanmean(loss) for name, loss in losses.items()} | {
         "bigram_explained_variance": 1 - bigram_error / variance,
-        "untrained_explained_variance": explained_by(untrained(run), store, variance)}
+        "untrained_explained_variance": explained_by(untrained(run), store, variance),
+        **reinitialised(run)}
     return {"metrics": metrics, "variance": variance, "variance_by_position": by_position,
             "ce_by_sequence": np.nanmean(own, 1).tolist(),
             "ce_by_position": np.nanmean(own, 0).tolist()}
@@ -1375,6 +1384,15 @@ def sources(*parts):  # code, of SAEs and of these, on which something kept depe
 def untrained(run):  # the control of several evaluations
     torch.manual_seed(0)
     return TopK(run.sae.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
+
+
+def reinitialised(run):
+    """How an untrained TopK's latents are told, on the model with random weights."""
+    model, like = corpus.reinitialised(run.get_model()), run.store
+    store = Store(like.folder / "random", like.windows.fewer(256), like.d_in, like.dtype)
+    store.collect(lambda: model, run.layer)
+    control = Run(untrained(run), store, lambda: model, run.layer, run.live, {}, run.probing)
+    return {f"{name}_reinitialised": value for name, value in features(control)[1].items()}
 
 
 def explained_variance(rows, variance):
@@ -1703,8 +1721,7 @@ def eval_sparse_probing(run):
 def flat_peer(run):
     """A TopK SAE as wide, as sparse and as long trained, kept beside the activations."""
     store, size = run.store, min(BATCH_TOKENS // CONTEXT_LENGTH, run.store.windows.n_train)
-    torch.manual_seed(0)
-    flat, steps = TopK(store.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE), run.log["step"][-1]
+    flat, steps = untrained(run), run.log["step"][-1]
     key = fingerprint(*sources(TopK, train, train_step), steps, flat.d_sae, TARGET_L0, BATCH_TOKENS,
                       LEARNING_RATE, TRAIN_ON, TRAIN_POSITIONS)
     stage = Stage("flat", steps / (store.windows.n_train // size), PLAIN)
@@ -1721,37 +1738,29 @@ def logit_changes(run, ids, deltas, at):
     return torch.stack(found) - own
 
 
-def trace(run, parent, children, rate, ids, absent):
+def trace(run, parent, children, rates, ids, absent):
     """On windows `ids` ablates a parent, its children singly, and the active parent that is nearest
     to it in rate [d_sae] and size; puts it, and one of like rate, into windows `absent`."""
-    sae, rate = run.sae, rate.clamp_min(1e-9).log()
-    near, norm = (rate - rate[parent]).abs(), sae.directions().norm(dim=1)
-    near[parent] = math.inf
+    sae, norm = run.sae, run.sae.directions().norm(dim=1)
 
-    def edited(z, latents, value, where):  # latents [windows, seq] set to value: change of x_hat2
-        chosen = torch.arange(sae.d_sae, device=DEVICE) == latents[..., None]
-        new = torch.where(chosen & where[..., None], value, z)
-        return sae.decode(Latents.from_dense(new)) - sae.decode(Latents.from_dense(z))
+    def edited(z, latent, value, where):  # change of x_hat2 where a latent is set to value
+        chosen = where[..., None] & (torch.arange(sae.d_sae, device=DEVICE) == latent)
+        new = Latents.from_dense(torch.where(chosen, value, z))
+        return sae.decode(new) - sae.decode(Latents.from_dense(z))
 
     batch = run.store.batch(ids)
     z, h = sae.encode(batch).dense(), sae.levels(batch).dense()
-    size = (z * norm).log()
-    apart = (size - size[..., parent, None]).abs() + near
-    apart, rival = apart.nan_to_num(math.inf, math.inf).min(2)
-    on = (z[..., parent] > 0) & apart.isfinite()
-    deltas = [edited(z, latent, 0.0, on) for latent in (torch.full_like(rival, parent), rival)]
+    on, rival, like = corpus.rivals(z * norm, parent, rates)
+    deltas = [edited(z, latent, 0.0, on) for latent in (parent, rival[..., None])]
     deltas += [-(h[..., i] * on)[..., None] * sae.lower.W_dec[i] for i in children]
     changes, value = logit_changes(run, ids, deltas, on), z[..., parent][on].mean()
     batch = run.store.batch(absent)
-    z, like = sae.encode(batch).dense(), near.argmin().item()
+    z = sae.encode(batch).dense()
     where = run.store.valid(absent) & (batch.positions % 8 == 1) & (z[..., parent] == 0)
-    deltas = [edited(z, torch.full(where.shape, i, device=DEVICE), value * norm[parent] / norm[i],
-                     where) for i in (parent, like)]
+    deltas = [edited(z, i, value * norm[parent] / norm[i], where) for i in (parent, like)]
     rises = logit_changes(run, absent, deltas, where)
-    fires = [(sae.levels(batch._replace(x=batch.x + delta)).dense()[where][:, children] > 0)
-             .float().mean().item() for delta in deltas]
-    files = run.store.windows.doc_ids[ids][on.nonzero()[:, 0].cpu().numpy()]
-    return corpus.traced(files, changes.cpu().numpy(), rises.cpu().numpy(), fires)
+    h = [sae.levels(batch._replace(x=batch.x + delta)).dense()[where] for delta in deltas]
+    return corpus.traced(run.store.windows.doc_ids[ids], on, changes, rises, h, children)
 
 
 @torch.no_grad()
@@ -1759,26 +1768,23 @@ def eval_hierarchy(run):
     """Mutual information of the levels, clustering by parents, causal tracing of parents."""
     sae, store, windows = run.sae, run.store, run.store.windows
     ids, flat = windows.heldout(), flat_peer(run)
-    (lower, rows, _), (peer, flat_rows, _) = (encode_windows(s, store, ids)
-                                              for s in (sae.lower, flat))
-
-    def levels(sae, z):
-        return corpus.levels(windows, lower, z, sae.parents().cpu().numpy(), run.live)
-
-    both, starts = levels(sae, run.heldout[0]), {}
+    (lower, rows, _), (peer, flat_rows, _) = (
+        encode_windows(s, store, ids) for s in (sae.lower, flat))
+    levels = functools.partial(corpus.levels, windows, run.live, lower)
+    both, starts = levels(run.heldout[0], sae.parents()), {}
     for name in ("untrained", "start"):
         start = copy.deepcopy(sae)
         torch.manual_seed(0)
         start.begin(store.batch(ids[:32]), grouped=name == "start")
-        starts[name] = levels(start, encode_windows(start, store, ids)[0])
+        starts[name] = levels(encode_windows(start, store, ids)[0], start.parents())
     metrics, curves, families = corpus.hierarchy_scores(
-        windows, both, starts, peer, *(s.W_dec.cpu().numpy() for s in (sae.lower, flat)), run.live)
+        windows, both, starts, peer, sae.lower.W_dec, flat.W_dec, run.live)
     rates, variance = both.upper.rates(), controls(run)["variance"]
-    parents, rate = corpus.evenly(families, rates, TRACED), torch.tensor(rates, device=DEVICE)
-    traces = [trace(run, p, families[p], rate, *corpus.windows_with(windows, both.upper, p))
+    parents = corpus.evenly(families, rates, TRACED)
+    traces = [trace(run, p, families[p], rates, *corpus.windows_with(windows, both.upper, p))
               for p in parents]
-    curves["tree"] = corpus.family_tree(windows, load_tokenizer(), both, families, parents,
-                                        sae.W_dec.cpu().numpy(), traces)
+    curves["tree"] = corpus.family_tree(
+        windows, load_tokenizer(), both, families, parents, sae.W_dec, traces)
     causal, per_sequence = corpus.causal_scores(traces, windows)
     metrics |= causal | {"level_1_l0": np.nanmean(rows["l0"]),
                          "level_1_explained_variance": explained_variance(rows, variance),
@@ -1799,10 +1805,10 @@ def recovered(run, task, rho):
     stages = [stage._replace(epochs=1) if run.probing else stage
               for stage in planned_stages(type(sae))]
     size = min(BATCH_TOKENS // CONTEXT_LENGTH, store.windows.n_train)
-    with tempfile.TemporaryDirectory() as state, torch.enable_grad():
+    with tempfile.TemporaryDirectory() as state:
         train(sae, store, stages, run.seed, size, math.inf, Path(state) / "checkpoint.pt")
     z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
-    scores = corpus.recovery(truth, *np.split(z.toarray(), 2), sae.W_dec.detach().cpu().numpy())
+    scores = corpus.recovery(truth, *np.split(z.toarray(), 2), sae.W_dec)
     scores |= {"explained_variance": explained_variance(rows, variance_by_position(store)[1]),
                "l0": np.nanmean(rows["l0"])}
     key = fingerprint(made, SYNTHETIC_SAE, Path(corpus.__file__).read_text())
@@ -1828,14 +1834,12 @@ def eval_composition(run):
     places = rng.permutation(windows.heldout_tokens())[:32 if run.probing else COMPOSED_TOKENS]
     row, at = np.divmod(places, CONTEXT_LENGTH - 1)
     batch = run.store.batch(windows.n_train + row)
-    batch = batch._replace(x=batch.x[torch.arange(len(at)), at][:, None], mask=None)
+    x, tokens = (a[torch.arange(len(at)), at][:, None] for a in (batch.x, batch.tokens))
+    batch = batch._replace(x=x, mask=None)
     (ids, f), z = sae.features(batch), sae.encode(batch).dense()[:, 0, sae.d_f:]
-    attention = sae.attention(ids, f).mean(1).cpu().numpy() if "attention" not in ABLATE else None
-    text = load_tokenizer().batch_decode(windows.tokens[windows.n_train + row, 1 + at][:, None])
     metrics, curves = corpus.composition_scores(
-        lambda f: sae.compose(ids, torch.from_numpy(f).to(DEVICE)).cpu().numpy(),
-        ids.cpu().numpy(), f.cpu().numpy(), z.cpu().numpy(), attention, text, rng,
-        min(5, run.live[0]))
+        functools.partial(sae.compose, ids), ids, f, z, sae.attention(ids, f),
+        load_tokenizer().batch_decode(tokens), rng, min(5, run.live[0]))
     return Result(metrics, plain(curves), {})
 
 
@@ -1845,13 +1849,14 @@ def features(run):
     """What the page shows of 50 live latents, drawn before any look; detection metrics."""
     store, z, ids, model = run.store, run.heldout[0], run.store.heldout(64)[0], run.get_model()
     live = np.flatnonzero(run.live_latents[0])
-    latents = np.sort(np.random.default_rng(0).choice(live, min(50, len(live)), replace=False))
+    n = min(4 if run.probing else 50, len(live))
+    latents = np.sort(np.random.default_rng(0).choice(live, n, replace=False))
     rows = F.pad(run.sae.directions()[latents], (0, 0, 0, 1))[:, None]  # the last is 0
     tokens, batch = store.tokens[:1, :1].expand(len(rows), 1), store.batch(ids)
     logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
     fires = torch.from_numpy(z[:, latents].tocsr()[:batch.tokens.numel()].toarray() > 0)
     related = run.sae.related(latents, batch, fires.view(*batch.tokens.shape, -1).to(batch.x))
-    return corpus.latents_page(store.windows, load_tokenizer(), latents, firings(z, latents),
+    return corpus.latents_page(store.windows, load_tokenizer(), latents, z,
                                (logits[:-1] - logits[-1]).cpu().numpy(), related, len(live))
 
 

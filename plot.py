@@ -351,7 +351,7 @@ def load_ratings(folders):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             check_ratings(content, path.parent.name)
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             print(f"{name}: skipped, {error}")
             continue
         for row in content["answers"]:
@@ -410,7 +410,7 @@ def latents_table(runs):
     baseline = "run_0" if "run_0" in ratings else baseline
     table = [["run", "raters", "latents", "interpretable (0 to 1)", "against baseline",
               "alpha", "detection by people", "against baseline", "automatic", "like tokens",
-              "null"]]
+              "null", "control", "control, like tokens"]]
     for run in runs:
         answers, parts = ratings.get(run.folder, {}), []
         for key in ("score", "right"):
@@ -421,14 +421,16 @@ def latents_table(runs):
         scores, alpha = answers.get("score", {}), agreement(answers)
         raters = {rater for row in scores.values() for rater in row}
         machine = [f"{run.metrics[name]:.3f}" if name in run.metrics else "" for name in (
-            "detection", "detection_same_token", "detection_null")]
+            "detection", "detection_same_token", "detection_null", "detection_reinitialised",
+            "detection_same_token_reinitialised")]
         table.append([f"{run.folder}: {run.label}", str(len(raters)), str(len(scores)), *parts[:2],
                       "" if alpha is None else f"{alpha:.3f}", *parts[2:], *machine])
     notes = (f"Means over latents with 95 % bootstrap intervals; baseline: {baseline}; p: "
              f"{RESAMPLES:,} permutations of latents between runs. Alpha: Krippendorff's, ordinal. "
              "Detection: on which of five passages does the latent fire (chance .2)? Automatic: "
              "told by the contexts of its strongest firings in other files; like tokens: the other "
-             "four hold the token on which it fires; null: told by random contexts.")
+             "four hold the token on which it fires; null: told by random contexts; control: as "
+             "automatic, of an untrained TopK on the same model with random weights.")
     how = ("Nobody has rated these latents. Open run_i/features.html in a browser, press Rate, "
            "export the answers into run_i/ as human_ratings_NAME.json, and run plot.py again.")
     text = ["## How well latents are understood", "", *markdown(table), "",
@@ -935,7 +937,8 @@ def fig_latents(runs):
                 axis.annotate("not rated", (0.02, row), va="center", **NOTE)
         for name, mark, text in (("detection", run.marker, "own contexts"),
                                  ("detection_same_token", "|", "among like tokens"),
-                                 ("detection_null", "x", "random contexts")):
+                                 ("detection_null", "x", "random contexts"),
+                                 ("detection_reinitialised", "2", "nothing trained")):
             if name in run.metrics:
                 right.plot(run.metrics[name], row, color=run.color, marker=mark, linestyle="",
                            markersize=5, label=text)
@@ -948,7 +951,7 @@ def fig_latents(runs):
         axis.set_xlim(0, 1)
         axis.tick_params(axis="y", length=0)
     named = dict(zip(*right.get_legend_handles_labels()[::-1]))
-    figure.legend(named.values(), named, loc="outside lower right", ncols=4, fontsize=6.5)
+    figure.legend(named.values(), named, loc="outside lower right", ncols=5, fontsize=6.5)
     return figure
 
 

@@ -43,8 +43,8 @@ ROWS |= {"tsae, as released": {"SAE_VARIANT": "tsae", "TSAE_READING": "code"},
          "batch_topk, as many parameters as temporal": {"SAE_VARIANT": "batch_topk", "EXPANSION": 8.2},
          "batch_topk, layer 4": {"SAE_VARIANT": "batch_topk", "LAYER": 4}, "temporal, layer 4": {"SAE_VARIANT": "temporal", "LAYER": 4},
          "temporal, centred": {"SAE_VARIANT": "temporal", "ATTENTION": "centred"},
-         "batch_topk, re-initialised model": {"SAE_VARIANT": "batch_topk", "MODEL_NAME": "../reinitialised"},
-         "temporal, re-initialised model": {"SAE_VARIANT": "temporal", "MODEL_NAME": "../reinitialised"}}
+         **{f"{name}, re-initialised model": {"SAE_VARIANT": name, "MODEL_NAME": "../reinitialised"}
+            for name in ("topk", "batch_topk", "temporal")}}
 ROWS |= {f"{name}, positions {low}-{high}": {"SAE_VARIANT": name, "TRAIN_POSITIONS": (low, high)}
          for name in ("standard", "temporal", "temporal_adaptation") for low, high in ((1, 63), (64, 127))}
 SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "temporal", "temporal_adaptation"],
@@ -52,7 +52,7 @@ SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "te
         "positions": [row for row in ROWS if ", positions " in row],
         "controls": ["hysteresis 0.25", "hysteresis 0.5", "hysteresis 0.75", "hysteresis 1.0", "tsae, as released",
                      "batch_topk, as many parameters as temporal", "batch_topk, layer 4", "temporal, layer 4", "temporal, centred",
-                     "batch_topk, re-initialised model", "temporal, re-initialised model"]}
+                     *(row for row in ROWS if row.endswith(", re-initialised model"))]}
 COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss increase (nats)", "ce_recovered": "CE recovered vs unigram",
            "ce_recovered_vs_mean": "vs mean", "ce_recovered_vs_zero": "vs zero", "dead_fraction": "dead", "single_token_fraction": "single-token",
            "stability": "stability", "stability_far": "stability, lags 17-32", "stability_unweighted": "unweighted", "stability_token": "of tokens alone", "energy": "E[z²]",
@@ -60,7 +60,8 @@ COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss i
            "explained_variance_early": "EV, positions 1-63", "explained_variance_late": "EV, 64-127",
            "polysemanticity": "polysemanticity", "probe_token_type": "syntax probe", "probe_context": "context probe",
            "theta_final": "θ", "live_fraction": "live",
-           "detection": "detection", "detection_same_token": "among like tokens", "detection_null": "its null"}
+           "detection": "detection", "detection_same_token": "among like tokens", "detection_null": "its null",
+           "detection_reinitialised": "of an untrained TopK, re-initialised model"}
 TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", "stability": "stability",
           "stability_far": "stability, lags 17-32", "smoothness": "smoothness",         # by file; probes: share of tokens right there
           "probe_token_type": "syntax probe, tokens right", "probe_context": "context probe, tokens right"}

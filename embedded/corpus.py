@@ -651,6 +651,12 @@ class Windows(NamedTuple):
         """Names of the domains of windows, [len(ids)]."""
         return np.asarray(self.domains)[self.doc_ids[ids]]
 
+    def fewer(self, n):
+        """With the last n training windows alone."""
+        first = max(0, self.n_train - n)
+        return self._replace(tokens=self.tokens[first:], lengths=self.lengths[first:], doc_ids=self.doc_ids[first:],
+                             n_train=self.n_train - first)
+
     def train_pool(self, which, forget):
         """Ids of the training windows of the domain `forget`, of the rest ("retain"), or of "both"."""
         ids = np.arange(self.n_train)
@@ -1673,15 +1679,51 @@ def latent_entry(text, short_text, latent, at, values, rng):
     return entry, np.array(right).reshape(-1, 3)
 
 
-def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
+def leading(weights, names, most=12):
+    """What a latent is related to: the names of the largest of `weights` [n] above 0, and these."""
+    values, at = weights.cpu().topk(min(most, len(weights)))
+    return [(names[i], value) for i, value in zip(at.tolist(), values.tolist()) if value > 0]
+
+
+def children(latents, weights, tokenizer, tokens, h):
+    """Of latents of level 2, weights [d_2, d_1]: the features of level 1 on which no other latent has a larger weight, and
+    those on which one has. A feature is named by its number and the one of tokens [batch, seq] where h [batch, seq, d_1]
+    is largest, if it is anywhere."""
+    most, at = h.flatten(0, 1).max(0)
+    texts = tokenizer.batch_decode(tokens.flatten()[at, None])
+    names = [f"{i} {text}" if value > 0 else str(i) for i, (text, value) in enumerate(zip(texts, most.tolist()))]
+    own, largest = weights[latents], weights.amax(0)
+    return [{"children, features of level 1": leading(row * (row == largest), names),
+             "other features of level 1": leading(row * (row < largest), names)} for row in own]
+
+
+def compositions(latents, reads, fires, ids, f, attention, most=256):
+    """Of latents, features first: how strongly a composition reads features, or which compositions read a feature, reads
+    [d_f, d_c]; and, where attention(ids, f) gives some, the mean attention that features get where the latent fires [batch, seq,
+    latent]: from it or, where it is a composition, from all features of the token, ids [n, k] with values f [n, k]."""
+    n, found = len(reads), []
+    for latent, on in zip(latents.tolist(), fires.flatten(0, 1).T > 0):
+        rows = {"compositions that read it": leading(reads[latent], range(n, n + reads.shape[1]))} if latent < n else {
+            "features that it reads": leading(reads[:, latent - n], range(n))}
+        here, values = ids[on][:most], f[on][:most]
+        if (seen := attention(here, values)) is not None:
+            of = here == latent if latent < n else values > 0
+            weights = torch.einsum("nhij,ni->nj", seen, of.float()).flatten()
+            got = torch.zeros(n, device=f.device).index_add(0, here.flatten(), weights)
+            rows["attention where it fires"] = leading(got / got.sum().clamp_min(1e-9), range(n))
+        found.append(rows)
+    return found
+
+
+def latents_page(windows, tokenizer, latents, z, logits, related, n_live):
     """What features.html shows, and the share of detection tasks that a latent's own strongest contexts solve.
 
-    firings: of each latent the places and values where it fires; logits [latent, vocabulary]: what its decoder row adds, shown
+    z: codes of the held-out tokens, sparse by column; logits [latent, vocabulary]: what a latent's decoder row adds, shown
     for common tokens against their mean (those never trained on share one direction);
     related: of each latent {title: [[label, number], ...]}, a label that is a whole number naming a latent."""
-    texts, page, right = [Passages(windows, size) for size in (EXCERPT, QUESTION)], [], []
+    texts, page, right, named = [Passages(windows, size) for size in (EXCERPT, QUESTION)], [], [], {}
     common = texts[0].common[texts[0].common < logits.shape[1]]
-    for latent, (at, values), logit, relation in zip(latents, firings, logits, related):
+    for latent, (at, values), logit, relation in zip(latents, firings(z, latents), logits, related):
         entry, found = latent_entry(*texts, latent, at, values, np.random.default_rng([0, int(latent)]))
         order = common[np.argsort(logit[common], kind="stable")]
         logit = logit - logit[common].sum() / max(1, len(common))
@@ -1690,6 +1732,9 @@ def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
         if relation:
             entry["related"] = {title: [[label, _short(value)] for label, value in rows[:24]]
                                 for title, rows in relation.items()}
+            others = sorted({label for rows in relation.values() for label, _ in rows if isinstance(label, int)})
+            named |= {i: int(texts[0].flat[at[values.argmax()]])
+                      for i, (at, values) in zip(others, firings(z, np.array(others, int))) if len(at)}
         if len(found):
             entry["detected"] = [int(found.shape[0]), *(_short(value) for value in np.nansum(found, 0))]
         page.append(entry)
@@ -1698,7 +1743,7 @@ def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
     for passage in _all_passages(page):
         used.update(passage["tokens"])
         files.add(passage["file"])
-    used.update(token for entry in page for token, _ in entry["promoted"] + entry["suppressed"])
+    used.update(named.values(), (token for entry in page for token, _ in entry["promoted"] + entry["suppressed"]))
     known, names = ({value: i for i, value in enumerate(sorted(values))} for values in (used, files))
     for passage in _all_passages(page):
         passage |= {"tokens": [known[token] for token in passage["tokens"]], "file": names[passage["file"]]}
@@ -1711,7 +1756,8 @@ def latents_page(windows, tokenizer, latents, firings, logits, related, n_live):
             metrics[name] = np.nanmean(values)
     return {"schema": "temporal-sae-runner/features/1", "seed": 0, "n_live": int(n_live), "tokens": len(texts[0].places),
             "n_files": len(np.unique(texts[0].files)), "strings": tokenizer.batch_decode([[token] for token in known]),
-            "files": [str(windows.names[file]) for file in names], "latents": page}, metrics
+            "files": [str(windows.names[file]) for file in names], "latents": page,
+            "named": {i: known[token] for i, token in named.items()}}, metrics
 
 
 def _all_passages(page):
@@ -1913,10 +1959,10 @@ def grouped(activity, groups):
     return Levels(activity, activity.union(groups), groups, np.arange(len(groups)))
 
 
-def levels(windows, lower, upper, parents, live):
+def levels(windows, live, lower, upper, parents):
     """Levels of codes of the held-out tokens, sparse [token, unit] by column."""
     both = (Activity.of(codes, windows.heldout_tokens()) for codes in (lower, upper))
-    return Levels.of(*both, parents, heldout_files(windows), live)
+    return Levels.of(*both, parents.cpu().numpy(), heldout_files(windows), live)
 
 
 def hierarchy_scores(windows, levels, starts, flat, directions, flat_directions, live):
@@ -1928,7 +1974,7 @@ def hierarchy_scores(windows, levels, starts, flat, directions, flat_directions,
     if not levels.families():                               # no parent has two live children
         return {"groups": 0}, {}, {}
     rng, edges, families = np.random.default_rng(0), levels.edges(), levels.families()
-    units = levels.children
+    units, directions, flat_directions = levels.children, directions.cpu().numpy(), flat_directions.cpu().numpy()
     groups = np.unique(levels.parents[units], return_inverse=True)[1]
     flat = Activity.of(flat, windows.heldout_tokens())
     of_flat = np.flatnonzero(flat.live(files, *live))
@@ -1977,10 +2023,25 @@ def cosines(a, b):
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-def traced(files, changes, rises, fires):
-    """Of one parent, at n tokens of `files` [n], what changes in the logits, [2 + children, n, vocab], where it, its rival,
-    each child is ablated; what in those, [2, m, vocab], where it and its rival are put in; and the share `fires` [2] of the
-    children that then fire. -> cosines with the children's sum [n]; mean rise of the ten tokens that this sum lowers most."""
+def rivals(size, parent, rates):
+    """Of latents of `size` [windows, seq, d_sae]: where the parent is active beside another one, [windows, seq]; which of
+    those is nearest to it in log size and log rate [d_sae] together; and which of all in rate."""
+    size, rate = size.log(), torch.as_tensor(rates, device=size.device).clamp_min(1e-9).log()
+    near = (rate - rate[parent]).abs()
+    near[parent] = math.inf
+    apart = (size - size[..., parent, None]).abs() + near
+    apart, rival = apart.nan_to_num(math.inf, math.inf).min(2)
+    return size[..., parent].isfinite() & apart.isfinite(), rival, near.argmin()
+
+
+def traced(docs, on, changes, rises, h, children):
+    """Of one parent, at the tokens `on` [windows, seq] of documents [windows], n in all, what changes in the logits,
+    [2 + children, n, vocab], where it, its rival, each child is ablated; what in those, [2, m, vocab], where it and its rival
+    are put in; and level 1 there, h [2][m, d_1]. -> cosines with the children's sum [n]; mean rise of the ten tokens that
+    this sum lowers most; share of the children that then fire."""
+    files = docs[on.nonzero()[:, 0].cpu().numpy()]
+    changes, rises = changes.cpu().numpy(), rises.cpu().numpy()
+    fires = [(part[:, children] > 0).float().mean().item() for part in h]
     own, other, *single = changes
     summed = np.sum(single, 0)
     top = np.argsort((summed - summed.mean(1, keepdims=True)).mean(0), kind="stable")[:10]
@@ -2474,7 +2535,7 @@ def recovery(truth, dev, test, dictionary):
     that is best on DEV: of primitives, and of pairs against tokens with exactly one of the two, for pairs seen together
     in training and pairs that never were ("unseen"); and the smaller of the two latents of its primitives instead
     ("minimum"). One latent that is one of the two primitives has .75 there."""
-    cosine = truth.directions @ normalize(dictionary).T
+    cosine = truth.directions @ normalize(plain(dictionary)).T
     rows, columns = linear_sum_assignment(-cosine)
     found = np.zeros(len(cosine))                           # 0 for what no row is left for
     found[rows] = cosine[rows, columns]
@@ -2600,9 +2661,11 @@ def dropped(compose, f, fires, rng, draws=8):
 
 
 def composition_scores(compose, ids, f, codes, attention, text, rng, least):
-    """Metrics and curves of compositions: features ids [n, k] with values f [n, k] of n tokens, text [n]; codes [n, d_c]
-    after the bottleneck; attention [n, k, k] between features, or None; `least`: see reuse."""
-    (token, slot, of, effect), pairs = dropped(compose, f, codes > 0, rng)
+    """Metrics and curves of compositions, compose(f): features ids [n, k] with values f [n, k] of n tokens, text [n]; codes
+    [n, d_c] after the bottleneck; attention [n, heads, k, k] between features, or None; `least`: see reuse."""
+    device, (ids, f, codes) = f.device, (part.cpu().numpy() for part in (ids, f, codes))
+    (token, slot, of, effect), pairs = dropped(
+        lambda f: compose(torch.from_numpy(f).to(device)).cpu().numpy(), f, codes > 0, rng)
     metrics = {"compositions_per_token": (codes > 0).sum(1).mean(), "live_compositions": (codes > 0).any(0).mean()}
     if not len(token):                                      # the features take all of TARGET_L0
         return metrics, {}
@@ -2611,6 +2674,7 @@ def composition_scores(compose, ids, f, codes, attention, text, rng, least):
     found, took, random = reuse(token * codes.shape[1] + of, feature, of, effect, rng, least=least)
     metrics |= found
     if attention is not None:
+        attention = attention.mean(1).cpu().numpy()
         seen = attention[row, a, b] + attention[row, b, a]
         metrics |= interaction_scores(first, second, seen, interaction)
     return metrics, {
@@ -3139,6 +3203,12 @@ def load_pretrained(name, what, **kwargs):
             cause = "gated: accept its licence on the hub and log in with `hf auth login`"
         raise DataError(f"MODEL_NAME = {name!r}: no {what} ({cause}). Names that work: 'embedded/model', "
                         "'EleutherAI/pythia-70m-deduped', a folder.") from None
+
+
+def reinitialised(model):
+    """A model like this one, with random weights."""
+    torch.manual_seed(0)
+    return type(model)(model.config).to(model.device, model.dtype).eval().requires_grad_(False)
 
 
 def load_config(name, layer, context_length):

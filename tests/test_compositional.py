@@ -75,6 +75,39 @@ def test_latents_equal_the_naive_form(E, monkeypatch, bottleneck):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ablate", [(), ("attention",)])
+def test_what_the_page_shows_beside_a_latent(E, monkeypatch, ablate):
+    """Of a feature the compositions that read it, of a composition its features, both by E W_c; attention from a feature,
+    or from all features of a token, where the latent fires; against loops."""
+    sae, batch = make(E, ablate, monkeypatch), make_batch(E)
+    z, reads = sae.encode(batch).dense(), sae.E @ sae.W_c
+    alive = (z > 0).any(1).any(0).nonzero().flatten()
+    latents = torch.cat([alive[alive < sae.d_f][:3], alive[alive >= sae.d_f][:2], torch.tensor([D_SAE - 1])])
+    found = sae.related(latents.numpy(), batch, (z[..., latents] > 0).float())
+    assert (latents >= sae.d_f).sum() == 3 and (latents < sae.d_f).sum() == 3
+    (ids, f), fires = sae.features(batch), z.flatten(0, 1) > 0
+    for latent, rows in zip(latents.tolist(), found):
+        first, weights = (sae.d_f, reads[latent]) if latent < sae.d_f else (0, reads[:, latent - sae.d_f])
+        shown = rows.pop("compositions that read it" if first else "features that it reads")
+        wanted = sorted(((w, first + i) for i, w in enumerate(weights.tolist()) if w > 0), reverse=True)[:12]
+        assert [name for name, _ in shown] == [name for _, name in wanted]
+        assert [w for _, w in shown] == pytest.approx([w for w, _ in wanted])
+        if ablate:
+            assert not rows
+            continue
+        total = torch.zeros(sae.d_f)
+        for token in fires[:, latent].nonzero().flatten().tolist():
+            weights = sae.attention(ids[token, None], f[token, None])[0]
+            for place in range(K):
+                if f[token, place] > 0 and (latent >= sae.d_f or ids[token, place] == latent):
+                    for head in weights[:, place]:
+                        total.index_add_(0, ids[token], head)
+        assert dict(rows.pop("attention where it fires")) == pytest.approx(
+            {i: total[i].item() / total.sum().item() for i in total.argsort(descending=True)[:12].tolist() if total[i] > 0}, rel=1e-4)
+        assert not rows
+
+
+@torch.no_grad()
 def test_attention_never_crosses_tokens_or_rows(E):
     sae, batch = make(E), make_batch(E)
     z, order = sae.encode(batch).dense(), torch.tensor([2, 0, 3, 1])

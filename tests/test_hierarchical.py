@@ -1,4 +1,5 @@
 """The two-level variant and its evaluation: equations by hand, what is frozen, planted structure of every kind."""
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,6 +65,21 @@ def test_forward_by_hand(E, monkeypatch):
     # cos(d_0, d_1) = 0: both lack .5; feature 2 is alone. Group 0: sqrt 2 * |(2, 1)|; group 1: 1
     torch.testing.assert_close(found["cosine"], torch.tensor(0.5))
     torch.testing.assert_close(found["group"], torch.tensor((2 ** 0.5 * 5 ** 0.5 + 1) / 2))
+
+
+@torch.no_grad()
+def test_a_parent_is_shown_with_its_children(E, make, monkeypatch):
+    """Features 0 and 1 are children of latent 0, feature 2 of latent 1, which has a part in feature 1 too; 3 is nobody's."""
+    sae, batch = make(LEVEL_WIDTHS=(4, 3), k=1), a_batch(E, n=1, seq=3)
+    sae.W_dec.data = torch.tensor([[0.6, 0.8, 0.0, 0.0], [0.0, 0.1, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    h = torch.tensor([[[0.0, 1.0, 3.0, 0.0], [2.0, 0.0, 1.0, 0.0], [1.0, 4.0, 0.0, 0.0]]])
+    monkeypatch.setattr(sae, "levels", lambda batch: E.Latents.from_dense(h))
+    letters = SimpleNamespace(batch_decode=lambda ids: ["abcdefgh"[i] for i, in ids])
+    monkeypatch.setattr(E, "load_tokenizer", lambda: letters)
+    found = sae.related(np.array([0, 1, 2]), batch._replace(tokens=torch.tensor([[5, 6, 7]])), None)
+    own, other = "children, features of level 1", "other features of level 1"
+    assert [{title: [(name, round(weight, 4)) for name, weight in rows] for title, rows in latent.items()} for latent in found] == [
+        {own: [("1 h", 0.8), ("0 g", 0.6)], other: []}, {own: [("2 f", 1.0)], other: [("1 h", 0.1)]}, {own: [], other: []}]
 
 
 @pytest.mark.parametrize("cosine, wanted", [(0.9, 0.0), (0.5, 0.0), (0.2, 0.3), (-1.0, 1.5)])
@@ -385,6 +401,8 @@ def test_a_whole_run(tmp_path, constants):
     metrics, tree = info["hierarchy"]["metrics"], info["hierarchy"]["curves"][0]["tree"]
     assert metrics["causal_cosine"] > metrics["causal_cosine_rival"] and metrics["mutual_information"] > 0
     assert info["core"]["config"]["d_sae"] == (96 if constants else 384)
+    shown = json.loads((folder / "run_1" / "features.json").read_text())["latents"]
+    assert any(entry["related"]["children, features of level 1"] for entry in shown)
     text = (folder / "run_1" / "case_studies.md").read_text()
     assert text.count("## Parent") == len(tree) > 3 and all(len(parent["children"]) > 1 for parent in tree)
     if constants:

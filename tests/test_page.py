@@ -7,6 +7,8 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+import torch
+from scipy.sparse import csc_array
 
 from copies import PROJECT, copy_template, run, write_text_data
 from test_plot import load
@@ -47,8 +49,10 @@ class Letters:
 
 
 def page_of(E, windows, *firings):
-    logits = np.arange(200.0)[None].repeat(len(firings), 0)
-    return E.corpus.latents_page(windows, Letters(), np.arange(len(firings)) * 3, firings, logits, [{}] * len(firings), 99)
+    logits, n = np.arange(200.0)[None].repeat(len(firings), 0), windows.tokens[windows.n_train:, 1:].size
+    z = csc_array((np.concatenate([values for _, values in firings]), np.concatenate([at for at, _ in firings]),
+                   np.repeat(np.cumsum([0] + [len(at) for at, _ in firings]), 3)[2:]), (n, 3 * len(firings)))
+    return E.corpus.latents_page(windows, Letters(), np.arange(len(firings)) * 3, z, logits, [{}] * len(firings), 99)
 
 
 def test_detection_of_planted_latents(E, planted):
@@ -105,12 +109,54 @@ def test_too_few_firings_make_no_question(E, planted):
     assert "question" not in page["latents"][0] and not metrics
 
 
+def test_relatives_are_named_by_their_strongest_tokens(E, planted):
+    windows, fires = planted
+    at, values = fires["token"]
+    strongest, other = at[values.argmax()], fires["any"][0][0]
+    size = windows.tokens[windows.n_train:, 1:].size
+    z = csc_array((np.append(values, [1.0, 2.0]), np.append(at, sorted([strongest, other])), np.array([0, len(at), len(at) + 2, len(at) + 2])),
+                  (size, 3))
+    relatives = {"kin": [(1, 0.5), (2, 0.25), ("<i>", 1.0)], "0": []}
+    page, _ = E.corpus.latents_page(windows, Letters(), np.array([0]), z, np.arange(200.0)[None], [relatives], 3)
+    token = windows.tokens[windows.n_train:, 1:].ravel()[max(strongest, other)]
+    assert {i: page["strings"][string] for i, string in page["named"].items()} == {1: f"t{token}"}       # 2 never fires
+    assert page["latents"][0]["related"] == {"kin": [[1, 0.5], [2, 0.25], ["<i>", 1.0]], "0": []}
+
+
+# --- the control: nothing has learned -----------------------------------------------------------------------------------
+def test_a_reinitialised_model_knows_nothing(E):
+    from transformers import AutoModelForCausalLM
+    config = E.corpus.small_config(E.corpus.load_pretrained("embedded/model", "config.json"))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for p in model.parameters():
+        p.data.fill_(0.5)
+    fresh, again = E.corpus.reinitialised(model), E.corpus.reinitialised(model)
+    assert all((p == 0.5).all() for p in model.parameters())
+    weights = dict(fresh.named_parameters())
+    for name, p in model.named_parameters():
+        assert weights[name].shape == p.shape and weights[name].dtype == p.dtype and not (weights[name] == 0.5).any()
+        assert torch.equal(weights[name], again.get_parameter(name))
+    large = [p.float() for p in weights.values() if p.dim() == 2]
+    assert large and all(p.std() > 0.01 and abs(p.mean()) < 0.1 * p.std() for p in large)
+
+
+def test_fewer_training_windows_leave_the_rest(E, planted):
+    windows, _ = planted
+    few = windows.fewer(3)
+    assert few.n_train == 3 and np.array_equal(few.tokens[:3], windows.tokens[157:160])
+    assert np.array_equal(few.tokens[few.heldout()], windows.tokens[windows.heldout()])
+    assert np.array_equal(few.heldout_tokens(), windows.heldout_tokens())
+    assert np.array_equal(few.doc_ids[few.heldout()], windows.doc_ids[windows.heldout()])
+    assert windows.fewer(999).n_train == 160
+
+
 # --- a run and its page -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     """A copy with a trained run_1, a run_0 of which the latents come in another order, and hostile tokens in both."""
     base = tmp_path_factory.mktemp("page")
-    folder = copy_template(base / "idea", DATASET=str(write_text_data(base / "texts.jsonl")), EVALS=("core",), SAE_VARIANT="temporal")
+    folder = copy_template(base / "idea", DATASET=str(write_text_data(base / "texts.jsonl")), EVALS=("core",), SAE_VARIANT="temporal",
+                           EPOCHS_SCALE=0.05)
     finished = run(folder, base / "cache")
     assert finished.code == 0, finished.tail
     shutil.copy(PROJECT / "plot.py", folder)
@@ -123,6 +169,7 @@ def lab(tmp_path_factory):
         features["strings"][token] = text
     features["files"][first["file"]] = "<b>file</b>"
     features["latents"][0]["related"] = {"parents": [[features["latents"][1]["latent"], 0.5], [10 ** 6, 0.25], ["<i>", 1]]}
+    features["named"] = {features["latents"][1]["latent"]: list(dict.fromkeys(first["tokens"]))[3]}
     (folder / "run_1" / "features.json").write_text(json.dumps(features))
     (folder / "run_0" / "features.json").write_text(json.dumps(features | {"latents": features["latents"][::-1]}))
     plot = load(folder)
@@ -139,7 +186,7 @@ def test_the_data_of_a_run(lab):
     features = json.loads((lab / "run_1" / "features.json").read_text())
     assert len(features["latents"]) == 50 and features["n_live"] >= 50 and features["seed"] == 0
     info = json.loads((lab / "run_1" / "final_info.json").read_text())["core"]
-    for name in ("detection", "detection_same_token", "detection_null"):
+    for name in ("detection", "detection_same_token", "detection_null", "detection_reinitialised"):
         assert 0 <= info["metrics"][name] <= 1 and f"{name}_mean" not in info["means"]
     for entry in features["latents"][1:]:
         weights = [weight for _, weight in entry["related"]["attention by offset"]]
@@ -258,7 +305,9 @@ def test_hostile_tokens_are_text(browser, lab):
     assert not re.search("[\x00-\x08\x1b\u200b\u202e\ufeff]", text)
     assert js(browser, "document.title").startswith(f"Latent {first}") and not js(browser, "document.querySelector('img')")
     assert js(browser, "[...document.querySelectorAll('.from')].some(x => x.title === '<b>file</b>')")
-    assert js(browser, "document.querySelectorAll('#detail a.chip').length") == 1       # of the relatives one is on the page
+    relatives = js(browser, "[...document.querySelectorAll('.cards.wide .chip')].map(x => [x.tagName, x.className, x.innerText])")
+    assert [(tag, name) for tag, name, _ in relatives] == [("A", "chip"), ("SPAN", "chip silent"), ("SPAN", "chip")]
+    assert relatives[0][2].split()[1:] == ["<!--", "0.5"] and relatives[2][2].split()[0] == "<i>"
     press(browser, "r")
     wait(lambda: js(browser, "document.querySelectorAll('#rate .passage').length"))
     silent(browser)

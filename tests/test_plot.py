@@ -96,7 +96,8 @@ def results(variant, fvu, seeds=1, starts=(0,), data="abc", ablate=(), temporal=
     entry = {
         "means": {f"{k}_mean": v for k, v in values.items()}, "final_info_dict": {k: [v] * seeds for k, v in values.items()},
         "metrics": values | {"bigram_explained_variance": 0.7, "untrained_explained_variance": 0.05, "detection": 0.5,
-                             "detection_same_token": 0.3, "detection_null": 0.2},
+                             "detection_same_token": 0.3, "detection_null": 0.2,
+                             "detection_reinitialised": 0.45},
         "curves": [{"training": training, "explained_variance_by_position": [1 - fvu] * 127,
                     "loss_increase_by_position": [fvu] * 126} for _ in range(seeds)],
         "per_sequence": [{"fvu": (fvu * hard * rng.lognormal(0, 0.02, FILES)).tolist(),
