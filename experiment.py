@@ -82,7 +82,6 @@ BUFFER_POSITIONS = "learned"  # or "sinusoidal"
 # compositional
 COMPOSITIONS = 1 / 3  # of the latents; EXPANSION = 384 / d_in: 256 features, 128 compositions
 COMPOSITION_HEADS, COMPOSITION_HEAD_WIDTH = 8, 16  # of its attention
-BOTTLENECK = "joint"  # or "split": COMPOSITIONS is their share of TARGET_L0 too
 # hierarchical
 LEVEL_WIDTHS = None  # e.g. (144, 96), 3/4 and 1/2 of d_in; None: 3/2 and 1 times d_sae
 LEVEL_SPARSITY = "topk"  # of level 2; or "l1", its weight steered to TARGET_L0
@@ -734,10 +733,8 @@ class Compositional(TopK):
         own = torch.arange(self.d_f, self.d_sae, device=c.device).expand_as(c)
         values, ids, k = torch.cat([f, c], 1), torch.cat([ids, own], 1), self.width()
         if "bottleneck" not in ABLATE:
-            n_c = round(COMPOSITIONS * k)
-            places = values.topk(k).indices if BOTTLENECK == "joint" else torch.cat([
-                f.topk(k - n_c).indices, c.topk(n_c).indices + f.shape[1]], 1)
-            values, ids = values.gather(1, places), ids.gather(1, places)
+            values, places = values.topk(k)
+            ids = ids.gather(1, places)
         values = values.flatten()
         return Latents(values, values, Pairs.from_ids(ids), (*batch.x.shape[:2], self.d_sae))
 
@@ -1717,11 +1714,15 @@ def eval_sparse_probing(run):
 
 
 # ---- Hierarchy: level 2 against level 1, and through the model ----
+def batch_windows(store):  # of SAEs trained beside the run's own
+    return min(BATCH_TOKENS // CONTEXT_LENGTH, store.windows.n_train)
+
+
 @torch.enable_grad()
 def flat_peer(run):
     """A TopK SAE as wide, as sparse and as long trained, kept beside the activations."""
-    store, size = run.store, min(BATCH_TOKENS // CONTEXT_LENGTH, run.store.windows.n_train)
-    flat, steps = untrained(run), run.log["step"][-1]
+    store, flat, steps = run.store, untrained(run), run.log["step"][-1]
+    size = batch_windows(store)
     key = fingerprint(*sources(TopK, train, train_step), steps, flat.d_sae, TARGET_L0, BATCH_TOKENS,
                       LEARNING_RATE, TRAIN_ON, TRAIN_POSITIONS)
     stage = Stage("flat", steps / (store.windows.n_train // size), PLAIN)
@@ -1804,9 +1805,8 @@ def recovered(run, task, rho):
     sae = make_sae(store.d_in, width, run.seed, k)
     stages = [stage._replace(epochs=1) if run.probing else stage
               for stage in planned_stages(type(sae))]
-    size = min(BATCH_TOKENS // CONTEXT_LENGTH, store.windows.n_train)
     with tempfile.TemporaryDirectory() as state:
-        train(sae, store, stages, run.seed, size, math.inf, Path(state) / "checkpoint.pt")
+        train(sae, store, stages, run.seed, batch_windows(store), math.inf, Path(state) / "state.pt")
     z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
     scores = corpus.recovery(truth, *np.split(z.toarray(), 2), sae.W_dec)
     scores |= {"explained_variance": explained_variance(rows, variance_by_position(store)[1]),
@@ -1922,7 +1922,7 @@ def check_config():
     choice(SAE_VARIANT=" ".join(SAE_VARIANTS), ATTENTION="causal centred", DRIVE="u z",
            TSAE_READING="paper code", TRAIN_ON="both forget retain", SELECTION="ratio frequency",
            BUFFER_POSITIONS="learned sinusoidal", MATCHER="logistic attention",
-           BOTTLENECK="joint split", LEVEL_SPARSITY="topk l1")
+           LEVEL_SPARSITY="topk l1")
     whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
           "MATCHER_WINDOW COMPOSITION_HEADS COMPOSITION_HEAD_WIDTH")
     positive("COMPOSITIONS", 0.9)

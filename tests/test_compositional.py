@@ -54,18 +54,14 @@ def naive(E, sae, x):
             parts.append(sum(w * values[j][part] for w, j in zip(scores.softmax(0), active)))
         total = total + sae.gate.tanh() * torch.cat(parts) @ sae.W_o
     c = F.relu(total @ sae.W_c + sae.b_enc[sae.d_f:])
-    z, n_c = torch.zeros(D_SAE), round(E.COMPOSITIONS * K)
-    parts = [(torch.cat([f, c]), 0, K)] if E.BOTTLENECK == "joint" else [(f, 0, K - n_c), (c, sae.d_f, n_c)]
-    for values, first, n in parts:
-        at = values.topk(n).indices
-        z[first + at] = values[at]
+    values, z = torch.cat([f, c]), torch.zeros(D_SAE)
+    at = values.topk(K).indices
+    z[at] = values[at]
     return z
 
 
-@pytest.mark.parametrize("bottleneck", ["joint", "split"])
 @torch.no_grad()
-def test_latents_equal_the_naive_form(E, monkeypatch, bottleneck):
-    monkeypatch.setattr(E, "BOTTLENECK", bottleneck)
+def test_latents_equal_the_naive_form(E):
     sae, batch = make(E), make_batch(E)
     z = sae.encode(batch).dense()
     for row in range(2):
@@ -344,7 +340,7 @@ def test_only_what_composes_is_evaluated_so(E, monkeypatch):
 def test_a_whole_run(tmp_path):
     data = str(write_text_data(tmp_path / "library.jsonl"))
     folder = copy_template(tmp_path / "copy", SAE_VARIANT="compositional", DATASET=data, EXPANSION=4, TARGET_L0=12,
-                           BOTTLENECK="split", EVALS=("core", "recovery", "composition"),
+                           EVALS=("core", "recovery", "composition"),
                            SYNTHETIC_TASKS=("grammar",), SYNTHETIC_RHOS=(1.0,), SYNTHETIC_TOKENS=16_384)
     finished = run(folder, tmp_path / "cache")
     assert finished.code == 0 and finished.stderr == "", finished.stderr

@@ -509,7 +509,6 @@ RULES = {                                 # constant -> good values, bad ones, w
     "GROUP_WEIGHT": (ABOVE_0, NOT_ABOVE_0, ("number above 0",)),
     "COMPOSITION_HEADS": ((1, 8, 64), NOT_WHOLE, ("whole number from 1",)),
     "COMPOSITION_HEAD_WIDTH": ((1, 16), (0, -8, 8.0, "8", None), ("whole number from 1",)),
-    "BOTTLENECK": (("joint", "split"), ("both", None), ("joint, split",)),
     "EVAL_FILES": ((2, 300), (1, 0, 2.5, None), ("whole number from 2",)),
 }
 
