@@ -154,7 +154,8 @@ def first_places(ids, n):
 
 
 class Pairs:
-    """The (token, latent) pairs where latents may be non-zero, by token."""
+    """The (token, latent) pairs where latents may be non-zero: by token, in any order within one;
+    every token has its place in `starts`, even with no pair."""
 
     def __init__(self, ids, starts, pre_acts=None):
         self.ids = ids  # [n_pairs] latent of each pair
@@ -323,7 +324,8 @@ class SAE(nn.Module):
         self.register_buffer("sparsity_weight", torch.tensor(1e-3))
 
     def initialise(self, batch):
-        """Before training, with the first batch: begins at L0 = TARGET_L0."""
+        """Before training (not before the preflight's checks), with the first batch: begins at
+        L0 = TARGET_L0."""
         self.b_enc.data.fill_(-self.pre_act_quantile(batch))
 
     def pre_act_quantile(self, batch):  # that TARGET_L0 latents of a token exceed
@@ -1426,7 +1428,7 @@ def eval_core(run):
         whole = control[worst] - control["ce_model"]
         metrics[f"ce_recovered{name}"] = (control[worst] - ce_sae) / whole
     by_position = 1 - np.nanmean(rows["error"], 0) / base["variance_by_position"]
-    curves = {"explained_variance_by_position": by_position, "firing_rates": np.sort(rate)[::-1],
+    curves = {"explained_variance_by_position": by_position,
               "loss_increase_by_position": np.nanmean(losses, 0) - base["ce_by_position"]}
     first = store.windows.sample() - store.windows.n_train
     per_sequence = {"fvu": np.nanmean(rows["error"][first], 1) / variance,
@@ -1436,46 +1438,6 @@ def eval_core(run):
 
 
 # ---- Temporal evaluation, on held-out windows without padding ----
-def positions_apart(active, rate, lags):
-    """active by latent [d, window, seq]; weights of pairs of positions so far apart [seq, seq], 1 in
-    all; mean product of two positions if permuted [d, window]; variance [d, 1]."""
-    a, seq = active.permute(2, 0, 1).float(), active.shape[1]
-    band = torch.ones(seq, seq, device=DEVICE).triu(lags[0]).tril(lags[1])
-    shuffled = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))
-    return a, band / band.sum().clamp_min(1), shuffled, (rate * (1 - rate)).clamp_min(1e-9)[:, None]
-
-
-def stability(active, rate, lags):
-    """Autocorrelation of each latent's activity over that of permuted positions, mean over lags:
-    [window, d].
-
-    active [window, seq, d] is 0 or 1, or the probability of firing; rate [d] its mean."""
-    a, band, shuffled, variance = positions_apart(active, rate, lags)
-    return ((((a @ band) * a).sum(2) - shuffled) / variance).t()
-
-
-def stability_null(active, rate, draws):
-    """The mean stability under random permutations of positions, shared by 64 windows each
-    [draws, d]; autocorrelation by lag [lag, d]."""
-    a, band, shuffled, variance = positions_apart(active, rate, STABILITY_LAGS)
-    n, seq, d = active.shape
-    null, both = a.new_zeros(d, draws), a.new_zeros(d, seq, seq)
-    for part in a.split(64, 1):
-        sums, order = part.transpose(1, 2) @ part, torch.rand(draws, seq, device=DEVICE).argsort(1)
-        null += sums.flatten(1) @ band[order[:, :, None], order[:, None]].flatten(1).t()
-        both += sums
-    null = (null / n - shuffled.mean(1, keepdim=True)) / variance
-    lags = torch.stack([both.diagonal(l, 1, 2).mean(1) / n for l in range(1, min(33, seq))])
-    return null.t(), (lags - rate ** 2) / variance[:, 0]
-
-
-def smoothness(z, x, scale):
-    """max_t |z_t+1 - z_t| / scale / |x_t+1 - x_t|, summed over latents: [window]."""
-    change = x.diff(dim=1).norm(dim=-1, keepdim=True).clamp_min(1e-9)
-    return torch.cat([((a.diff(dim=1).abs() / c).amax(1) / scale).sum(1)
-                      for a, c in zip(z.split(64), change.split(64))])
-
-
 def follow(run):
     """What the training did to the parameters of interest, and the alarm of a collapse."""
     found, sae = corpus.convergence(run.log), run.sae
@@ -1507,13 +1469,13 @@ def latent_statistics(run, z, full, alive, q95):
         dense = dense.view(*tokens.shape, -1)
         active = (dense > 0).float()
         rate, energy = active.mean((0, 1)), dense.square().mean((0, 1))
-        observed, far = (stability(active, rate, lags) for lags in (STABILITY_LAGS, FAR_LAGS))
-        null, r = stability_null(active, rate, NULL_DRAWS)
+        observed, far = (corpus.stability(active, rate, lags) for lags in (STABILITY_LAGS, FAR_LAGS))
+        null, r = corpus.stability_null(active, rate, STABILITY_LAGS, NULL_DRAWS)
         expected = corpus.fire_given_token(z[:, alive[at]] > 0, tokens, fold)
-        token = stability(torch.from_numpy(expected).to(DEVICE), rate, STABILITY_LAGS)
+        token = corpus.stability(torch.from_numpy(expected).to(DEVICE), rate, STABILITY_LAGS)
         found.append((observed.t(), far.t(), null.t(), token.mean(0), r.t(), rate, energy))
-        scaled += smoothness(dense, x, torch.from_numpy(q95[at]).to(DEVICE))
-        raw += smoothness(dense, x, 1.0)
+        scaled += corpus.smoothness(dense, x, torch.from_numpy(q95[at]).to(DEVICE))
+        raw += corpus.smoothness(dense, x, 1.0)
         present += active.amax(1).sum(1)
     windows = [(total / present.clamp_min(1)).cpu().numpy() for total in (scaled, raw)]
     return [torch.cat(part).cpu().double().numpy() for part in zip(*found)] + windows
@@ -1917,7 +1879,7 @@ def write_results(folder, seeds, store, layer, timing):
 
 # ---- Checks at the door ----
 def check_config():
-    """Every constant: what would be right."""
+    """Every constant: what would be right. Constants of your own need no rule."""
     check, choice, whole, positive, text, several, span = corpus.checks(globals())
     choice(SAE_VARIANT=" ".join(SAE_VARIANTS), ATTENTION="causal centred", DRIVE="u z",
            TSAE_READING="paper code", TRAIN_ON="both forget retain", SELECTION="ratio frequency",

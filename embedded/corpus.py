@@ -1010,6 +1010,46 @@ def single_token_fraction(windows, firings, most=40):
     return np.mean([np.bincount(top).max() >= 0.9 * len(top) for top in strongest])
 
 
+def positions_apart(active, rate, lags):
+    """active by latent [d, window, seq]; weights of pairs of positions so far apart [seq, seq], 1 in
+    all; mean product of two positions if permuted [d, window]; variance [d, 1]."""
+    a, seq = active.permute(2, 0, 1).float(), active.shape[1]
+    band = torch.ones(seq, seq, device=active.device).triu(lags[0]).tril(lags[1])
+    shuffled = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))
+    return a, band / band.sum().clamp_min(1), shuffled, (rate * (1 - rate)).clamp_min(1e-9)[:, None]
+
+
+def stability(active, rate, lags):
+    """Autocorrelation of each latent's activity over that of permuted positions, mean over lags:
+    [window, d].
+
+    active [window, seq, d] is 0 or 1, or the probability of firing; rate [d] its mean."""
+    a, band, shuffled, variance = positions_apart(active, rate, lags)
+    return ((((a @ band) * a).sum(2) - shuffled) / variance).t()
+
+
+def stability_null(active, rate, lags, draws):
+    """The mean stability under random permutations of positions, shared by 64 windows each
+    [draws, d]; autocorrelation by lag [lag, d]."""
+    a, band, shuffled, variance = positions_apart(active, rate, lags)
+    n, seq, d = active.shape
+    null, both = a.new_zeros(d, draws), a.new_zeros(d, seq, seq)
+    for part in a.split(64, 1):
+        sums, order = part.transpose(1, 2) @ part, torch.rand(draws, seq, device=active.device).argsort(1)
+        null += sums.flatten(1) @ band[order[:, :, None], order[:, None]].flatten(1).t()
+        both += sums
+    null = (null / n - shuffled.mean(1, keepdim=True)) / variance
+    r = torch.stack([both.diagonal(l, 1, 2).mean(1) / n for l in range(1, min(33, seq))])
+    return null.t(), (r - rate ** 2) / variance[:, 0]
+
+
+def smoothness(z, x, scale):
+    """max_t |z_t+1 - z_t| / scale / |x_t+1 - x_t|, summed over latents: [window]."""
+    change = x.diff(dim=1).norm(dim=-1, keepdim=True).clamp_min(1e-9)
+    return torch.cat([((a.diff(dim=1).abs() / c).amax(1) / scale).sum(1)
+                      for a, c in zip(z.split(64), change.split(64))])
+
+
 def fire_given_token(active, tokens, fold):
     """P(fire | token), as counted in the windows of the other fold [window], with one more firing at the mean rate: [window,
     seq, d]; active sparse [window * seq, d], tokens [window, seq]."""
@@ -2943,11 +2983,16 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-SAELENS = {"standard", "topk", "jumprelu", "gated"}       # the architectures that it knows
+PLAIN_WEIGHTS = {"W_enc", "b_enc", "W_dec", "b_dec"}
+SAELENS = {"standard": PLAIN_WEIGHTS, "topk": PLAIN_WEIGHTS, "jumprelu": PLAIN_WEIGHTS | {"threshold"},
+           "gated": {"W_enc", "W_dec", "b_dec", "b_gate", "r_mag", "b_mag"}}   # the architectures that it knows
 
 
 def save_sae(folder, weights, architecture, k, metadata):
     """SAELens's two files, of weights {name: tensor} that take the model's own activations."""
+    if architecture in SAELENS and (others := sorted(set(weights) ^ SAELENS[architecture])):
+        raise DataError(f"architecture = {architecture!r} is SAELens's, which knows {sorted(SAELENS[architecture])}; {others} "
+                        "differ. Give the class an `architecture` of its own.")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().float().cpu().contiguous() for name, value in weights.items()}
     d_in, d_sae = weights["W_enc"].shape

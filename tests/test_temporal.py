@@ -891,14 +891,13 @@ def by_hand(active, rate, lags, order=None):
 
 
 @pytest.mark.parametrize("kind", ["firing", "probability"])
-def test_stability_against_a_loop(E, settings, kind):
-    settings(STABILITY_LAGS=(2, 4))
+def test_stability_against_a_loop(E, kind):
     rng = np.random.default_rng(0)
     active = rng.random((70, 11, 3)) if kind == "probability" else chains([0.2, 0.5, 0.1], [0.3, 0.5, 0.1], 70, 11)
     active = active.astype(np.float32)
     rate = np.array([0.4, 0.5, 0.45])
     found = torch.from_numpy(active), torch.tensor(rate).float()
-    got, (null, r) = E.stability(*found, (2, 4)), E.stability_null(*found, 1)
+    got, (null, r) = E.corpus.stability(*found, (2, 4)), E.corpus.stability_null(*found, (2, 4), 1)
     assert null.shape == (1, 3) and got.shape == (70, 3)
     for lag in range(1, 11):
         wanted = ((active[:, :-lag] * active[:, lag:]).mean((0, 1)) - rate ** 2) / (rate * (1 - rate))
@@ -906,26 +905,24 @@ def test_stability_against_a_loop(E, settings, kind):
     assert got.numpy() == pytest.approx(by_hand(active, rate, (2, 4)), abs=1e-5)
 
 
-def test_the_null_is_the_mean_over_all_permutations(E, settings):
-    settings(STABILITY_LAGS=(1, 2))
+def test_the_null_is_the_mean_over_all_permutations(E):
     active = np.random.default_rng(0).integers(0, 2, (6, 5, 4)).astype(np.float32)
     rate = np.full(4, 0.5)
     wanted = np.mean([by_hand(active, rate, (1, 2), list(order)) for order in itertools.permutations(range(5))], 0)
     assert wanted == pytest.approx(0, abs=1e-6)         # what stability subtracts is exactly that null
     torch.manual_seed(0)
-    draws, _ = E.stability_null(torch.from_numpy(active), torch.tensor(rate).float(), 4000)
+    draws, _ = E.corpus.stability_null(torch.from_numpy(active), torch.tensor(rate).float(), (1, 2), 4000)
     assert draws.shape == (4000, 4)
     assert (draws.mean(0).abs() < 4 * draws.std(0) / 4000 ** 0.5).all()
 
 
-def test_every_draw_is_a_stability_of_permuted_positions(E, settings):
+def test_every_draw_is_a_stability_of_permuted_positions(E):
     """One permutation for 64 windows and all of their latents; another for the next."""
-    settings(STABILITY_LAGS=(1, 1))
     active = np.array([1, 1, 0, 0], np.float32)[None, :, None].repeat(128, 0).repeat(3, 2)
     possible = {round(float(by_hand(active[:1], 0.5, (1, 1), list(order))[0, 0]), 4)
                 for order in itertools.permutations(range(4))}
     torch.manual_seed(0)
-    draws, _ = E.stability_null(torch.from_numpy(active), torch.full((3,), 0.5), 50)
+    draws, _ = E.corpus.stability_null(torch.from_numpy(active), torch.full((3,), 0.5), (1, 1), 50)
     means = {round((a + b) / 2, 4) for a in possible for b in possible}
     assert torch.equal(draws[:, 0], draws[:, 1]) and torch.equal(draws[:, 0], draws[:, 2])
     assert {round(value, 4) for value in draws[:, 0].tolist()} == means         # the two halves apart
@@ -942,7 +939,7 @@ def test_stability_of_planted_chains(E, dtype):
     active = torch.from_numpy(state).to(dtype)
     rate = active.float().mean((0, 1))
     torch.manual_seed(0)
-    got, (draws, _) = E.stability(active, rate, (5, 16)), E.stability_null(active, rate, 4)
+    got, (draws, _) = E.corpus.stability(active, rate, (5, 16)), E.corpus.stability_null(active, rate, (5, 16), 4)
     assert got.shape == (800, 4) and draws.shape == (4, 4)
     permuted = np.take_along_axis(state, rng.random((800, 100, 1)).argsort(1), 1).astype(np.float32)
     a, p = state.astype(np.float32), rate.numpy()
@@ -965,7 +962,7 @@ def test_stability_of_noise_is_0_within_its_null(E):
     active = torch.from_numpy((rng.random((60, 127, 200)) < rng.random(200) * 0.2 + 0.02).astype(np.float32))
     torch.manual_seed(0)
     found = active.bfloat16(), active.mean((0, 1))
-    got, (draws, _) = E.stability(*found, (5, 16)), E.stability_null(*found, 50)
+    got, (draws, _) = E.corpus.stability(*found, (5, 16)), E.corpus.stability_null(*found, (5, 16), 50)
     z = ((got.mean(0) - draws.mean(0)) / draws.std(0)).numpy()
     assert abs(z.mean()) < 0.3 and 0.8 < z.std() < 1.25 and np.abs(z).max() < 5
     assert got.mean(0).abs().max() < 0.03
@@ -979,7 +976,7 @@ def test_slow_latents_keep_their_stability_when_windows_are_turned(E):
     active = np.stack([np.repeat(b, 32, 0)[s:s + seq] for b, s in zip(blocks, phase)]).astype(np.float32)
     turned = np.stack([np.roll(a, s, 0) for a, s in zip(active, rng.integers(0, seq, 400))])
     wanted = expected_stability(lambda lag: np.maximum(1 - lag / 32, 0), seq, (5, 16))
-    found = [E.stability(torch.from_numpy(a), torch.from_numpy(a).mean((0, 1)), (5, 16)).mean(0).numpy()
+    found = [E.corpus.stability(torch.from_numpy(a), torch.from_numpy(a).mean((0, 1)), (5, 16)).mean(0).numpy()
              for a in (active, turned)]
     assert wanted > 0.4
     assert found[0] == pytest.approx(wanted, abs=0.05)
@@ -1013,7 +1010,7 @@ def test_what_is_a_function_of_the_token_is_explained_by_it(E):
     assert expected.shape == active.shape
     assert (expected[..., :3].float() - by_token).abs().max() < 0.01
     assert (expected[..., 3:].float() - rate[3:]).abs().max() < 0.15
-    observed, surrogate = (E.stability(a, rate, (5, 16)).mean(0) for a in (active, expected))
+    observed, surrogate = (E.corpus.stability(a, rate, (5, 16)).mean(0) for a in (active, expected))
     assert observed.min() > 0.15
     assert surrogate[:3].tolist() == pytest.approx(observed[:3].tolist(), rel=0.02)
     assert surrogate[3:].abs().max() < 0.01
@@ -1049,22 +1046,22 @@ def test_smoothness_by_hand(E):
     """|dx| = 2, 1. Latent 0 moves by 3, 2: at most 2 a unit of x, of a scale of 4. Latent 1 by 0, 4, of 2."""
     z = torch.tensor([[[0.0, 0.0], [3.0, 0.0], [1.0, 4.0]]])
     x = torch.tensor([[[0.0, 0.0], [0.0, 2.0], [1.0, 2.0]]])
-    assert E.smoothness(z, x, 1.0).tolist() == pytest.approx([6.0])
-    assert E.smoothness(z, x, torch.tensor([4.0, 2.0])).tolist() == pytest.approx([2.5])
+    assert E.corpus.smoothness(z, x, 1.0).tolist() == pytest.approx([6.0])
+    assert E.corpus.smoothness(z, x, torch.tensor([4.0, 2.0])).tolist() == pytest.approx([2.5])
 
 
 def test_smoothness_is_that_of_each_window_and_free_of_scale(E):
     g = torch.Generator().manual_seed(0)
     z, x = torch.rand(130, 8, 5, generator=g), torch.randn(130, 8, 3, generator=g)
     scale = torch.rand(5, generator=g) + 0.5
-    got, wanted = E.smoothness(z, x, scale), []
+    got, wanted = E.corpus.smoothness(z, x, scale), []
     for w in range(130):
         wanted.append(sum(max((abs(z[w, t + 1, i] - z[w, t, i]) / (x[w, t + 1] - x[w, t]).norm()).item()
                               for t in range(7)) / scale[i].item() for i in range(5)))
     assert got.tolist() == pytest.approx(wanted, rel=1e-4)
     for factor in (0.01, torch.tensor([1.0, 100.0, 0.1, 3.0, 7.0])):
-        close(E.smoothness(factor * z, x, factor * scale), got, 1e-4)
-    assert not torch.allclose(E.smoothness(0.5 * z, x, 1.0), E.smoothness(z, x, 1.0))
+        close(E.corpus.smoothness(factor * z, x, factor * scale), got, 1e-4)
+    assert not torch.allclose(E.corpus.smoothness(0.5 * z, x, 1.0), E.corpus.smoothness(z, x, 1.0))
 
 
 # ---- Classes and coherence ----
@@ -1489,8 +1486,8 @@ def test_latent_statistics_against_loops(E, settings, text):
         wanted = ((a[:, :-lag] * a[:, lag:]).mean((0, 1)) - p ** 2) / (p * (1 - p))
         assert r[:, lag - 1] == pytest.approx(wanted.numpy(), abs=1e-4)
     present = (a.amax(1) > 0).sum(1)
-    assert scaled == pytest.approx((E.smoothness(z, batch.x, torch.from_numpy(q95)) / present).numpy(), rel=1e-4)
-    assert raw == pytest.approx((E.smoothness(z, batch.x, 1.0) / present).numpy(), rel=1e-4)
+    assert scaled == pytest.approx((E.corpus.smoothness(z, batch.x, torch.from_numpy(q95)) / present).numpy(), rel=1e-4)
+    assert raw == pytest.approx((E.corpus.smoothness(z, batch.x, 1.0) / present).numpy(), rel=1e-4)
     m, mean, weight = E.eval_temporal(run).metrics, observed.mean(1), energy / energy.sum()
     for name, value in (("stability", mean @ weight), ("stability_far", far.mean(1) @ weight), ("stability_unweighted", mean.mean()), ("energy", energy.sum()),
                         ("stability_token", token @ weight),
@@ -1509,7 +1506,7 @@ def test_smoothness_divides_by_the_exact_number_of_present_latents(E, settings, 
     z = sae.encode(batch).dense().detach()[..., torch.from_numpy(alive)]
     present = (z > 0).any(1).sum(1)
     assert present.min() > 257
-    assert found[-1] == pytest.approx((E.smoothness(z, batch.x, 1.0) / present).numpy(), rel=2e-4)
+    assert found[-1] == pytest.approx((E.corpus.smoothness(z, batch.x, 1.0) / present).numpy(), rel=2e-4)
 
 
 def test_a_padded_window_is_left_out(E, settings, text):

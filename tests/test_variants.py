@@ -611,7 +611,7 @@ def test_auxk_revives_latents_whose_pre_activations_are_negative(E, name, auxk):
 # ---- SAELens ----
 SAELENS = {"standard": {"W_enc", "b_enc", "W_dec", "b_dec"}, "topk": {"W_enc", "b_enc", "W_dec", "b_dec"},
            "jumprelu": {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"},
-           "gated": {"W_enc", "W_dec", "b_dec", "b_gate", "r_mag", "b_mag"}}
+           "gated": {"W_enc", "W_dec", "b_dec", "b_gate", "r_mag", "b_mag"}}        # as the package names them
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -639,6 +639,15 @@ def test_saelens_layout_holds_the_weights_of_its_architecture(E, name):
             z = torch.zeros_like(z).scatter(-1, pre.topk(sae.k).indices, F.relu(pre.topk(sae.k).values))
     close(sae.encode(batch).dense().detach(), z.detach())
     assert z.any()
+
+
+def test_a_name_of_saelens_is_for_its_equation_alone(E, tmp_path):
+    weights = {n: p for n, p in make(E, "topk").named_parameters()}
+    E.corpus.save_sae(tmp_path / "right", weights, "topk", 3, {})
+    for wrong in (weights | {"W_q": weights["W_enc"]}, {n: p for n, p in weights.items() if n != "b_enc"}):
+        with pytest.raises(E.RunnerError, match="architecture = 'topk'.*(W_q|b_enc).*of its own"):
+            E.corpus.save_sae(tmp_path / "wrong", wrong, "topk", 3, {})
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_registry(E):
