@@ -1911,7 +1911,7 @@ def check_variant(sae, store, stages):
     batch, dark = store.batch(np.arange(store.windows.n_train)), dict(sae.named_parameters())
     for stage in stages:
         anneal(sae, stage, 0.0)
-        losses = sae.train().losses(batch, sae.encode(batch))
+        losses = corpus.check_losses(sae, batch, SAE_VARIANT)
         if missing := sorted(set(stage.weights) - set(losses)):
             raise RunnerError(f"stage {stage.name!r} weighs {missing}, but `losses` of "
                               f"{SAE_VARIANT} has {sorted(losses)}.")
@@ -1926,15 +1926,9 @@ def check_variant(sae, store, stages):
     if dark:
         raise RunnerError(f"no stage's loss reaches {sorted(dark)}: detached, unused, or named by "
                           "no stage's `trains`.")
-    with torch.no_grad():
-        z = sae.eval().encode(batch).dense()
-        expect_shape("encode(batch).dense()", z, (*batch.x.shape[:2], sae.d_sae))
-        alone = sae.encode(store.batch([len(z) - 1])).dense()
-        if not torch.allclose(alone[0], z[-1], atol=1e-4):
-            raise RunnerError(f"{SAE_VARIANT}: the rows of a batch are different documents; one "
-                              "changes another's latents.")
-        if z[~batch.mask].any():
-            raise RunnerError(f"{SAE_VARIANT} has latents that fire on padding.")
+    z = sae.encode(batch).dense()
+    expect_shape("encode(batch).dense()", z, (*batch.x.shape[:2], sae.d_sae))
+    corpus.check_latents(sae, batch, store.batch([len(z) - 1]), SAE_VARIANT)
 
 
 def preflight(config, cache):

@@ -7,6 +7,7 @@ they are installed. Each package is a labelled domain, each file a document. The
 every machine, so the corpus needs no download and no copy; `corpus_hash` says whether yours is the one of run_0.
 """
 import ast
+import copy
 import ctypes
 import errno
 import fcntl
@@ -3184,6 +3185,46 @@ def checks(constants):
               and 0 < v[0] < v[1] < end, [None])
 
     return check, choice, whole, positive, text, several, span
+
+
+def check_losses(sae, batch, name):
+    """The losses of a training batch, found to be a function of it, of parameters and buffers: of nothing that earlier
+    batches left elsewhere, nor of x at padding; and x stays as it is."""
+    state, totals = copy.deepcopy(sae.state_dict()), []
+    for change in (0.0, 1.0, 0.0):
+        sae.load_state_dict(state)
+        torch.manual_seed(0)
+        x = batch.x + change * ~batch.mask[..., None]
+        given = batch._replace(x=x.clone().requires_grad_())        # then torch refuses edits in place, with the line
+        losses = sae.train().losses(given, sae.encode(given))
+        if not torch.equal(x, given.x):
+            raise DataError(f"{name} changes batch.x in place, which others read too: make a new tensor of it.")
+        if not isinstance(losses, dict):
+            raise DataError(f"`losses` of {name} is a {type(losses).__name__}, wanted a dict {{name: scalar}}.")
+        totals.append(torch.stack([torch.as_tensor(loss).detach().double().cpu().sum() for loss in losses.values()]))
+    first, padded, again = totals
+    for other, why in ((again, "what earlier batches left, or random numbers that are not torch's. Keep state in buffers "
+                        "(self.register_buffer): a resumed run has nothing else"),
+                       (padded, "x at padding: use batch.mask, `valid` or `counted`")):
+        if wrong := [key for key, a, b in zip(losses, first, other) if not torch.allclose(a, b, 1e-3, 1e-6, True)]:
+            raise DataError(f"{name}: the losses {wrong} depend on {why}.")
+    return losses
+
+
+def check_latents(sae, batch, alone, name):
+    """In evaluation, with every parameter moved: a row of the batch is as the batch `alone` of its last row, and padding is
+    silent."""
+    def differ(some, others):      # a tie that rounding breaks may move a token or two
+        return ((some - others).abs() > 1e-4 * (1 + others.abs())).any(-1).sum() > 2
+
+    with torch.no_grad():
+        for p in sae.eval().parameters():      # at first a gate may be shut
+            p += 0.1 * torch.randn_like(p)
+        z = sae.encode(batch).dense()
+        if differ(sae.encode(alone).dense()[0], z[-1]):
+            raise DataError(f"{name}: the rows of a batch are different documents; one changes another's latents.")
+        if z[~batch.mask].any():
+            raise DataError(f"{name} has latents that fire on padding.")
 
 
 @contextmanager
