@@ -1991,7 +1991,7 @@ def main():
         corpus.make_folder(cache, "set SAE_CACHE_DIR to another folder")
         config, layer = corpus.load_config(MODEL_NAME, LAYER, CONTEXT_LENGTH)
     with corpus.publishing(out_dir, HERE) as partial:
-        with doing("preflight"), corpus.silence():
+        with doing("preflight"), corpus.trial():
             preflight(config, cache)
         print(f"preflight passed after {time.time() - began:.1f} s", flush=True)
         store, get_model = open_store(config, layer, cache)

@@ -29,6 +29,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import sys
 import sysconfig
 import threading
@@ -2972,6 +2973,7 @@ class Plan:
 
     def record(self, losses, dead, followed):
         """Appends to the log; the pace since the last time corrects the forecast. A loss that is not finite ends the run."""
+        PATIENCE.renew()
         values = {name: loss.item() for name, loss in losses.items()}
         if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
             raise DataError(f"step {self.step} of stage {self.stages[self.i].name!r}: {', '.join(wrong)}. Look for a log or a "
@@ -3002,6 +3004,20 @@ def load_state(path, parts):
     state = torch.load(path, weights_only=True) if path.exists() else {}
     for name in state:
         parts[name].load_state_dict(state[name])
+
+
+def evaluated(evaluation, run):
+    """Its result as a dict; the SAE is as before it."""
+    PATIENCE.renew()
+    before = copy.deepcopy(run.sae.state_dict())
+    result, after = evaluation(run), run.sae.state_dict()
+    changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    if changed or run.sae.training:
+        what = f"changes {changed} of the SAE" if changed else "leaves the SAE in training mode"
+        raise DataError(f"{evaluation.__name__} {what}: it must work on copy.deepcopy(run.sae).")
+    if not hasattr(result, "_asdict"):
+        raise DataError(f"{evaluation.__name__} returns a {type(result).__name__}, wanted Result(metrics, curves, per_sequence).")
+    return result._asdict()
 
 
 def summarised(per_seed, headlines):
@@ -3240,9 +3256,42 @@ def doing(what, timing=None):
         timing[what] = time.time() - began
 
 
-def silence():
-    """Nothing on stdout."""
-    return redirect_stdout(io.StringIO())
+class Patience:
+    """With work that comes no further: `work` seconds of this thread's own time, or `wait` of anyone's."""
+
+    def __init__(self, work=20, wait=120):
+        self.limits = np.array([work, wait])
+        self.renew()
+
+    def now(self):
+        return np.array([time.thread_time(), time.monotonic()])
+
+    def renew(self):
+        self.since = self.now()
+
+    def look(self, *_):
+        passed = self.now() - self.since
+        if (passed > self.limits).any():
+            self.since = self.now() - self.limits / 2         # time to clean up
+            raise TimeoutError(f"no end after {passed.max():.0f} s, on tiny batches: an endless loop, or one over tokens or "
+                               "latents that should be one operation on tensors.")
+
+
+PATIENCE = Patience()
+
+
+@contextmanager
+def trial():
+    """Nothing on stdout, and an end to what comes no further."""
+    PATIENCE.renew()
+    before = signal.signal(signal.SIGALRM, PATIENCE.look)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def run(main, file, shown, variants, name):
