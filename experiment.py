@@ -1836,7 +1836,7 @@ HEADLINES = {"core": ("final_train_loss", "best_val_loss", "total_train_time",
 def evaluate(run, train_seconds):
     """{evaluation: Result as a dict} of one seed, the templates' training figures first."""
     run.sae.eval()
-    results = {name: EVALUATIONS[name](run)._asdict() for name in EVALS}
+    results = {name: corpus.evaluated(EVALUATIONS[name], run) for name in EVALS}
     page, detection = features(run)
     results[EVALS[0]]["metrics"] |= detection
     return corpus.with_training(results, run.log, train_seconds) | {"features": page}
