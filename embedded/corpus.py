@@ -3203,6 +3203,23 @@ def checks(constants):
     return check, choice, whole, positive, text, several, span
 
 
+def check_parameters(sae, losses, inputs, name):
+    """What the losses would teach are parameters of the SAE."""
+    known, seen = set(map(id, (inputs, *sae.parameters()))), set()
+    nodes = [loss.grad_fn for loss in losses if isinstance(loss, torch.Tensor)]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise DataError(f"{name} uses a tensor of shape {(*leaf.shape,)} that asks for a gradient, but that nothing trains or "
+                            "saves: make it an nn.Parameter and an attribute of the SAE, or several an nn.ParameterList or "
+                            "nn.ModuleList; a plain list hides them.")
+
+
 def check_losses(sae, batch, name):
     """The losses of a training batch, found to be a function of it, of parameters and buffers: of nothing that earlier
     batches left elsewhere, nor of x at padding; and x stays as it is."""
@@ -3218,6 +3235,7 @@ def check_losses(sae, batch, name):
         if not isinstance(losses, dict):
             raise DataError(f"`losses` of {name} is a {type(losses).__name__}, wanted a dict {{name: scalar}}.")
         totals.append(torch.stack([torch.as_tensor(loss).detach().double().cpu().sum() for loss in losses.values()]))
+    check_parameters(sae, losses.values(), given.x, name)
     first, padded, again = totals
     for other, why in ((again, "what earlier batches left, or random numbers that are not torch's. Keep state in buffers "
                         "(self.register_buffer): a resumed run has nothing else"),
