@@ -1895,6 +1895,7 @@ def check_config():
         v) is tuple and [type(x) for x in v] == [int, int] and v[0] >= v[1] >= TARGET_L0, [None])
     several("SEEDS", range(2 ** 31))
     variant = SAE_VARIANTS[SAE_VARIANT]
+    corpus.check_curriculum(variant, SAE_VARIANT)
     evals = [name for name in EVALUATIONS if hasattr(variant, NEEDS.get(name, "encode"))]
     several("EVALS", evals, f" for {SAE_VARIANT}")
     names = set(variant.components).union(*(stage.weights for stage in variant.curriculum))

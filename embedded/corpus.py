@@ -3203,6 +3203,17 @@ def checks(constants):
     return check, choice, whole, positive, text, several, span
 
 
+def check_curriculum(variant, name):
+    """A class with a tuple of stages, each with some epochs."""
+    if not inspect.isclass(variant):
+        raise DataError(f"SAE_VARIANTS[{name!r}] is a {type(variant).__name__}, wanted a class.")
+    stages = variant.curriculum if isinstance(variant.curriculum, tuple) else [None]
+    if not all(hasattr(stage, "epochs") for stage in stages):
+        raise DataError(f"the curriculum of {name} must be a tuple of Stage: (Stage(...),) with its comma.")
+    if none := [stage.name for stage in stages if not stage.epochs > 0]:
+        raise DataError(f"the stages {none} of {name} have no epochs: give them some, or leave them out.")
+
+
 def check_parameters(sae, losses, inputs, name):
     """What the losses would teach are parameters of the SAE."""
     known, seen = set(map(id, (inputs, *sae.parameters()))), set()
@@ -3326,7 +3337,7 @@ def run(main, file, shown, variants, name):
         raise
     except Exception as error:
         variant = variants.get(name) if isinstance(name, str) else None
-        at = f" (line {inspect.getsourcelines(variant)[1]})" if variant else ""
+        at = f" (line {inspect.getsourcelines(variant)[1]})" if inspect.isclass(variant) else ""
         print(report(error, file, f"SAE_VARIANT = {name!r}{at}", shown), file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, DataError) else 1)
 
