@@ -309,6 +309,7 @@ class SAE(nn.Module):
     curriculum = (Stage("autoencoder", 20, PLAIN | {"sparsity": 1.0}),)
     components = ()  # what ABLATE may name besides losses
     architecture = "standard"  # SAELens's name, where it has one
+    causal = True  # latents depend on no later position
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__()
@@ -565,6 +566,7 @@ class Temporal(BatchTopK):
     components, architecture = ("attention", "positions"), "temporal"
     window, before = WINDOW, WINDOW - 1 if ATTENTION == "causal" else WINDOW // 2
     attends = binds = False
+    causal = ATTENTION == "causal"
 
     def __init__(self, *sizes):
         super().__init__(*sizes)

@@ -3257,8 +3257,8 @@ def check_losses(sae, batch, name):
 
 
 def check_latents(sae, batch, alone, name):
-    """In evaluation, with every parameter moved: a row of the batch is as the batch `alone` of its last row, and padding is
-    silent."""
+    """In evaluation, with every parameter moved: the batch's last row is as in the batch `alone`, of it; what is causal does
+    not look ahead; padding is silent."""
     def differ(some, others):      # a tie that rounding breaks may move a token or two
         return ((some - others).abs() > 1e-4 * (1 + others.abs())).any(-1).sum() > 2
 
@@ -3268,6 +3268,11 @@ def check_latents(sae, batch, alone, name):
         z = sae.encode(batch).dense()
         if differ(sae.encode(alone).dense()[0], z[-1]):
             raise DataError(f"{name}: the rows of a batch are different documents; one changes another's latents.")
+        half = batch.x.shape[1] // 2
+        later = batch._replace(x=torch.cat([batch.x[:, :half], batch.x[:, half:] + 1], 1))
+        if sae.causal and differ(sae.encode(later).dense()[:, :half], z[:, :half]):
+            raise DataError(f"{name}: later positions of a window change the latents of earlier ones. Look back only, or say "
+                            "causal = False in the class.")
         if z[~batch.mask].any():
             raise DataError(f"{name} has latents that fire on padding.")
 
