@@ -3214,9 +3214,9 @@ def check_curriculum(variant, name):
         raise DataError(f"the stages {none} of {name} have no epochs: give them some, or leave them out.")
 
 
-def check_parameters(sae, losses, inputs, name):
+def check_parameters(sae, losses, name):
     """What the losses would teach are parameters of the SAE."""
-    known, seen = set(map(id, (inputs, *sae.parameters()))), set()
+    known, seen = set(map(id, sae.parameters())), set()
     nodes = [loss.grad_fn for loss in losses if isinstance(loss, torch.Tensor)]
     while nodes:
         node = nodes.pop()
@@ -3234,20 +3234,23 @@ def check_parameters(sae, losses, inputs, name):
 def check_losses(sae, batch, name):
     """The losses of a training batch, found to be a function of it, of parameters and buffers: of nothing that earlier
     batches left elsewhere, nor of x at padding; and x stays as it is."""
-    state, totals = copy.deepcopy(sae.state_dict()), []
-    for change in (0.0, 1.0, 0.0):
+    def losses_of(x):
         sae.load_state_dict(state)
         torch.manual_seed(0)
-        x = batch.x + change * ~batch.mask[..., None]
-        given = batch._replace(x=x.clone().requires_grad_())        # then torch refuses edits in place, with the line
-        losses = sae.train().losses(given, sae.encode(given))
-        if not torch.equal(x, given.x):
+        given = batch._replace(x=x)
+        return sae.train().losses(given, sae.encode(given))
+
+    state, totals = copy.deepcopy(sae.state_dict()), []
+    for x in (batch.x, batch.x + ~batch.mask[..., None], batch.x.flip(0), batch.x):
+        losses = losses_of(given := x.clone())
+        if given._version or not torch.equal(x, given):
+            losses_of(x.clone().requires_grad_())          # torch refuses, and tells the line
             raise DataError(f"{name} changes batch.x in place, which others read too: make a new tensor of it.")
         if not isinstance(losses, dict):
             raise DataError(f"`losses` of {name} is a {type(losses).__name__}, wanted a dict {{name: scalar}}.")
-        totals.append(torch.stack([torch.as_tensor(loss).detach().double().cpu().sum() for loss in losses.values()]))
-    check_parameters(sae, losses.values(), given.x, name)
-    first, padded, again = totals
+        totals.append([torch.as_tensor(loss).detach().double().sum() for loss in losses.values()])
+    check_parameters(sae, losses.values(), name)
+    first, padded, _, again = totals
     for other, why in ((again, "what earlier batches left, or random numbers that are not torch's. Keep state in buffers "
                         "(self.register_buffer): a resumed run has nothing else"),
                        (padded, "x at padding: use batch.mask, `valid` or `counted`")):
