@@ -380,7 +380,7 @@ def _readable(dataset, rows):
 
 def _unreadable(dataset, error):
     """DataError from a library's error, shortened and without addresses."""
-    text = " ".join(re.sub(r"\w+://\S+", "(address)", str(error)).split())[:300]
+    text = " ".join(without_addresses(str(error)).split())[:300]
     if isinstance(error, UnicodeDecodeError):
         advice = "It is not UTF-8 text: re-encode it."
     elif "zstandard" in text or "zstd" in text.lower():
@@ -2787,8 +2787,12 @@ def keep_freed_memory():
 
 
 def quiet_libraries():
-    """Nothing on stderr but errors: no warnings, no bars while weights load."""
+    """Nothing on stderr but errors: no warnings, no bars, also of what an edit imports."""
+    import huggingface_hub
     import transformers
+    os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}      # imported late, if at all
+    huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)
+    huggingface_hub.utils.disable_progress_bars()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -3017,7 +3021,17 @@ def evaluated(evaluation, run):
         raise DataError(f"{evaluation.__name__} {what}: it must work on copy.deepcopy(run.sae).")
     if not hasattr(result, "_asdict"):
         raise DataError(f"{evaluation.__name__} returns a {type(result).__name__}, wanted Result(metrics, curves, per_sequence).")
-    return result._asdict()
+    metrics = {key: single(value, f"metric {key!r} of {evaluation.__name__}") for key, value in result.metrics.items()}
+    return {"metrics": metrics, "curves": plain(result.curves), "per_sequence": plain(result.per_sequence)}
+
+
+def single(value, name):
+    """A finite float."""
+    with suppress(TypeError, ValueError, RuntimeError):
+        if math.isfinite(number := float(value)):
+            return number
+    shape = f" of shape {(*value.shape,)}" if hasattr(value, "shape") else ""
+    raise DataError(f"{name} is {value if isinstance(value, float) else type(value).__name__ + shape}, wanted one finite number.")
 
 
 def summarised(per_seed, headlines):
@@ -3026,6 +3040,8 @@ def summarised(per_seed, headlines):
     info = {}
     for name in per_seed[0]:
         results = [seed[name] for seed in per_seed]
+        if name not in headlines:
+            raise DataError(f"HEADLINES lacks {name!r}: add the names of the metrics that every agent should read, or ().")
         common = [key for key in results[0]["metrics"] if all(key in r["metrics"] for r in results)]
         values = {key: [r["metrics"][key] for r in results] for key in common}
         shown = {key: values[key] for key in headlines[name] if key in values}
@@ -3040,17 +3056,13 @@ def summarised(per_seed, headlines):
 
 def with_training(results, log, train_seconds):
     """Results {evaluation: {"metrics", "curves", "per_sequence"}} of one seed, the templates' training figures and the log
-    in the first; each metric a finite float, or an error."""
+    in the first."""
     first = next(iter(results.values()))
     training = {"final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]), "best_val_loss": min(log["val_loss"]),
                 "total_train_time": train_seconds}
     first["metrics"] = training | first["metrics"]
     first["curves"] = first["curves"] | {"training": log}
-    for result in results.values():
-        result["metrics"] = {name: float(value) for name, value in result["metrics"].items()}
-        for name, value in result["metrics"].items():
-            if not math.isfinite(value):
-                raise DataError(f"metric {name!r} is {value}.")
+    first["metrics"] = {name: single(value, f"metric {name!r}") for name, value in first["metrics"].items()}
     return results
 
 
@@ -3350,6 +3362,11 @@ def run(main, file, shown, variants, name):
         sys.exit(2 if isinstance(error, DataError) else 1)
 
 
+def without_addresses(text):
+    """An editor might fetch them."""
+    return re.sub(r"\w+://[^\s'\")]+|www\.[^\s'\")]+", "(address)", text)
+
+
 def report(error, file, about, shown):
     """At most 1,400 characters on an error of the script `file`: its notes, what the run was about, lines of the script,
     tensors, the cause, what to try. Of a DataError only the lines in methods of the class `shown`."""
@@ -3359,7 +3376,7 @@ def report(error, file, about, shown):
     found = [f"{Path(file).name} failed in: {', '.join(getattr(error, '__notes__', ['start']))}; {about}"]
     found += [f"  line {line} in {frame.f_code.co_name}: {source[line - 1].strip()[:110]}" for frame, line in frames[-4:]]
     if known:
-        return "\n".join([*found, str(error)[:900]])
+        return without_addresses("\n".join([*found, str(error)[:900]]))
     text, there = " ".join(str(error).split()), frames[-1][0].f_locals if frames else {}
     tensors = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in there.items()
                if hasattr(value, "shape") and hasattr(value, "dtype")]
@@ -3370,4 +3387,4 @@ def report(error, file, about, shown):
         found.append("Try: lower BATCH_TOKENS, EXPANSION or CONTEXT_LENGTH.")
     if getattr(error, "errno", None) == errno.ENOSPC:
         found.append("Try: free disk space, or set SAE_CACHE_DIR to a larger disk.")
-    return "\n".join(found)
+    return without_addresses("\n".join(found))
