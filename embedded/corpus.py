@@ -29,6 +29,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import signal
 import sys
 import sysconfig
@@ -2786,6 +2787,31 @@ def keep_freed_memory():
         libc.mallopt(-1, (1 << 31) - 1)                  # M_TRIM_THRESHOLD
 
 
+def bound_memory():
+    """Memory that the machine has not got is refused, with an error at a line: else the system ends the process, wordless."""
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return
+    found = dict(re.findall(r"^(VmData|MemAvailable|SwapFree):\s+(\d+)", "".join(
+        Path("/proc", name).read_text() for name in ("self/status", "meminfo")), re.M))
+    used, *free = (1024 * int(found[name]) for name in ("VmData", "MemAvailable", "SwapFree"))
+    group, left = Path("/sys/fs/cgroup"), sum(free)
+    with suppress(OSError, ValueError):                      # of a container
+        left = min(left, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = used + max(left, 0)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if most < 0 else min(limit, most), most))
+
+
+@contextmanager
+def unbounded_memory():
+    """For files that are mapped, which need none."""
+    limit, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    yield
+    if limit != most:
+        bound_memory()
+
+
 def quiet_libraries():
     """Nothing on stderr but errors: no warnings, no bars, also of what an edit imports."""
     import huggingface_hub
@@ -2844,7 +2870,8 @@ def opened(shards, row_shape, dtype, device):
     room = torch.cuda.mem_get_info()[0] // 2 if device == "cuda" else 0
     place = device if n_rows * row * dtype.itemsize < room else "cpu"
     maps = (torch.from_file(str(shard.path), size=shard.rows * row, dtype=dtype) for shard in shards)
-    return [part.view(-1, *row_shape).to(place) for part in maps]
+    with unbounded_memory():
+        return [part.view(-1, *row_shape).to(place) for part in maps]
 
 
 @contextmanager
@@ -3346,6 +3373,7 @@ def trial():
 def run(main, file, shown, variants, name):
     """main() of the script `file`; an error becomes a report about the variant `name`, and an exit status."""
     keep_freed_memory()
+    bound_memory()
     quiet_libraries()
     try:
         main()
@@ -3383,7 +3411,7 @@ def report(error, file, about, shown):
     if tensors:
         found.append(f"  there: {', '.join(tensors)[:350]}")
     found.append(f"{type(error).__name__}: {text[:400]}")
-    if "out of memory" in text.lower() or "can't allocate memory" in text:
+    if "out of memory" in text.lower() or "can't allocate memory" in text or isinstance(error, MemoryError):
         found.append("Try: lower BATCH_TOKENS, EXPANSION or CONTEXT_LENGTH.")
     if getattr(error, "errno", None) == errno.ENOSPC:
         found.append("Try: free disk space, or set SAE_CACHE_DIR to a larger disk.")

@@ -555,6 +555,7 @@ def test_a_cache_that_cannot_be(lab):
 @pytest.mark.parametrize("code, said", [(None, True), (0, True), (3, False)])
 def test_leaving_by_exit_is_no_success(E, monkeypatch, code, said):
     monkeypatch.setattr(E.corpus, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(E.corpus, "bound_memory", lambda: None)
     monkeypatch.setattr(E.corpus, "quiet_libraries", lambda: None)
     monkeypatch.setattr("sys.argv", ["experiment.py", "--out_dir=run_1"])
     with pytest.raises(SystemExit) as left:
