@@ -7,6 +7,7 @@ they are installed. Each package is a labelled domain, each file a document. The
 every machine, so the corpus needs no download and no copy; `corpus_hash` says whether yours is the one of run_0.
 """
 import ast
+import atexit
 import copy
 import ctypes
 import errno
@@ -2768,12 +2769,15 @@ def publishing(out_dir, template):
     make_folder(partial, "choose another --out_dir")
     try:
         yield partial
+        if not (partial / "final_info.json").exists():
+            raise DataError("final_info.json was not written: `main` must call write_results(partial, ...).")
         for kept in out_dir.iterdir() if out_dir.exists() else ():
             if not (partial / kept.name).exists():
                 (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, partial / kept.name)
         if out_dir.exists():
             os.replace(out_dir, old)
         os.replace(partial, out_dir)
+        DONE.add("results")
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -3370,13 +3374,30 @@ def trial():
         signal.signal(signal.SIGALRM, before)
 
 
+DONE, SCRIPT = set(), Path(getattr(sys.modules["__main__"], "__file__", "")).name
+
+
+@atexit.register
+def end_of_the_script():
+    """A script that never comes to run() must not pass for a finished one."""
+    if SCRIPT == "experiment.py" and "run" not in DONE and not hasattr(sys, "last_value"):
+        print(f"{SCRIPT} ended without results: its last lines must call corpus.run(main, ...)", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
+
+
 def run(main, file, shown, variants, name):
     """main() of the script `file`; an error becomes a report about the variant `name`, and an exit status."""
+    DONE.clear()
+    DONE.add("run")
     keep_freed_memory()
     bound_memory()
     quiet_libraries()
     try:
         main()
+        if "results" not in DONE:
+            raise DataError("main() came to its end without results: `publishing` and write_results are missing.")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command carries on")
     except SystemExit as stop:  # argparse's, or one in an edit, which must not pass for a finished run
