@@ -1149,6 +1149,7 @@ def scheduled(value, done):
 
 def anneal(sae, stage, done):
     for attribute, value in stage.anneals.items():
+        getattr(sae, attribute)  # or there is none of that name
         setattr(sae, attribute, scheduled(value, done))
 
 

@@ -3014,7 +3014,7 @@ class Plan:
             raise DataError(f"step {self.step} of stage {self.stages[self.i].name!r}: {', '.join(wrong)}. Look for a log or a "
                             "division by zero in `losses`, or lower LEARNING_RATE.")
         self.append(step=self.step, l0=values.pop("l0"), dead_fraction=dead.float().mean().item(), losses=values,
-                    parameters={name: float(value) for name, value in followed.items()})
+                    parameters={name: single(value, f"parameter of interest {name!r}") for name, value in followed.items()})
         (began, first), now = self.since, time.time()
         if self.paced:                      # what comes first is slow
             pace = (now - began) / (self.step - first) / self.seconds[self.i]
@@ -3308,6 +3308,8 @@ def check_latents(sae, batch, alone, name):
     def differ(some, others):      # a tie that rounding breaks may move a token or two
         return ((some - others).abs() > 1e-4 * (1 + others.abs())).any(-1).sum() > 2
 
+    if not sae.W_dec.any(1).all():
+        raise DataError(f"{name}: W_dec has rows of zeros, which no step can bring to unit norm. Begin with random ones.")
     with torch.no_grad():
         for p in sae.eval().parameters():      # at first a gate may be shut
             p += 0.1 * torch.randn_like(p)
