@@ -3260,7 +3260,7 @@ def check_curriculum(variant, name):
 def check_parameters(sae, losses, name):
     """What the losses would teach are parameters of the SAE."""
     known, seen = set(map(id, sae.parameters())), set()
-    nodes = [loss.grad_fn for loss in losses if isinstance(loss, torch.Tensor)]
+    nodes = [loss.grad_fn for loss in losses]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -3284,14 +3284,18 @@ def check_losses(sae, batch, name):
         return sae.train().losses(given, sae.encode(given))
 
     state, totals = copy.deepcopy(sae.state_dict()), []
-    for x in (batch.x, batch.x + ~batch.mask[..., None], batch.x.flip(0), batch.x):
+    for x in (batch.x, batch.x + ~batch.mask[..., None], 2 * batch.x.flip(0), batch.x):
         losses = losses_of(given := x.clone())
         if given._version or not torch.equal(x, given):
             losses_of(x.clone().requires_grad_())          # torch refuses, and tells the line
             raise DataError(f"{name} changes batch.x in place, which others read too: make a new tensor of it.")
         if not isinstance(losses, dict):
             raise DataError(f"`losses` of {name} is a {type(losses).__name__}, wanted a dict {{name: scalar}}.")
-        totals.append([torch.as_tensor(loss).detach().double().sum() for loss in losses.values()])
+        for key, loss in losses.items():
+            if not isinstance(loss, torch.Tensor) or loss.shape:
+                what = f"of shape {(*loss.shape,)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+                raise DataError(f"the loss {key!r} of {name} is {what}, wanted a scalar tensor.")
+        totals.append([loss.detach().double() for loss in losses.values()])
     check_parameters(sae, losses.values(), name)
     first, padded, _, again = totals
     for other, why in ((again, "what earlier batches left, or random numbers that are not torch's. Keep state in buffers "
@@ -3341,7 +3345,7 @@ def doing(what, timing=None):
 class Patience:
     """With work that comes no further: `work` seconds of this thread's own time, or `wait` of anyone's."""
 
-    def __init__(self, work=20, wait=120):
+    def __init__(self, work=20, wait=300):
         self.limits = np.array([work, wait])
         self.renew()
 
