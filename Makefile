@@ -4,7 +4,7 @@ PYTHON ?= python3
 VARIANT ?= temporal
 IDEA ?= $(VARIANT)
 export PYTHON VARIANT IDEA SAE_CACHE_DIR
-.PHONY: help env run test
+.PHONY: help env run test mutations kills
 .DEFAULT_GOAL := help
 
 # What every target begins with: a way to stop with one line, the cache's folder, the path of the environment.
@@ -37,6 +37,8 @@ endef
 help:
 	@echo "make run [VARIANT=temporal] [IDEA=VARIANT]  trains, evaluates and plots VARIANT in a copy under ideas/IDEA"
 	@echo "make test                                   runs the whole test suite"
+	@echo "make mutations                              runs 80 edits of the kind agents make; a table of what comes of each"
+	@echo "make kills                                  kills runs at 20 random moments and compares how they end"
 	@echo "make env                                    makes the virtual environment that both use and says where it is"
 	@echo "All take PYTHON=python3 (3.11 or newer) and SAE_CACHE_DIR=~/.cache/temporal-sae-runner (environment, caches)."
 
@@ -72,3 +74,6 @@ test:
 	        || die "the tests' requirements could not be installed (see above)"; \
 	    : > "$$tested"; fi; \
 	echo "Running python -m pytest tests -q"; "$$python" -m pytest tests -q
+
+mutations kills:
+	@$(BEGIN); $(BUILD); "$$python" tests/$@.py

@@ -310,6 +310,7 @@ class SAE(nn.Module):
     curriculum = (Stage("autoencoder", 20, PLAIN | {"sparsity": 1.0}),)
     components = ()  # what ABLATE may name besides losses
     architecture = "standard"  # SAELens's, if its equation gives the same latents; or a new name
+    causal = True  # latents depend on no later position
 
     def __init__(self, d_in, d_sae, target_l0):
         super().__init__()
@@ -571,6 +572,7 @@ class Temporal(BatchTopK):
               anneals={"attends": True, "binds": True}))
     components, architecture = ("attention", "positions"), "temporal"
     attends = binds = False
+    causal = ATTENTION == "causal"
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -641,7 +643,7 @@ class TemporalContext(Temporal):
     """Temporal's encoder over the last BUFFER positions, from the first step on, without losses
     that bind; P is learned, or sinusoidal and fixed."""
     curriculum = (Stage("autoencoder", 20, PLAIN, anneals={"attends": True}),)
-    losses = BatchTopK.losses
+    losses, causal = BatchTopK.losses, True
 
     def reach(self):
         return BUFFER, BUFFER - 1
@@ -1173,6 +1175,7 @@ def scheduled(value, done):
 
 def anneal(sae, stage, done):
     for attribute, value in stage.anneals.items():
+        getattr(sae, attribute)  # or there is none of that name
         setattr(sae, attribute, scheduled(value, done))
 
 
@@ -1841,7 +1844,7 @@ EVALUATIONS = {
 def evaluate(run, train_seconds):
     """{evaluation: Result as a dict} of one seed, the templates' training figures first."""
     run.sae.eval()
-    results = {name: EVALUATIONS[name][0](run)._asdict() for name in EVALS}
+    results = {name: corpus.evaluated(EVALUATIONS[name][0], run) for name in EVALS}
     page, detection = features(run)
     results[EVALS[0]]["metrics"] |= detection
     return corpus.with_training(results, run.log, train_seconds) | {"features": page}
@@ -1907,6 +1910,7 @@ def check_config():
     several("SYNTHETIC_TASKS", corpus.TASKS)
     several("SEEDS", range(2 ** 31))
     variant = SAE_VARIANTS[SAE_VARIANT]
+    corpus.check_curriculum(variant, SAE_VARIANT)
     evals = [name for name, (_, asks, _) in EVALUATIONS.items() if hasattr(variant, asks)]
     several("EVALS", evals, f" for {SAE_VARIANT}")
     names = set(variant.components).union(*(stage.weights for stage in variant.curriculum))
@@ -1915,7 +1919,7 @@ def check_config():
 
 def expect_shape(name, tensor, wanted):
     if tensor.shape != wanted:
-        raise RunnerError(f"{name} has shape {(*tensor.shape,)}, wanted {wanted or 'a scalar'}.")
+        raise RunnerError(f"{name} has shape {(*tensor.shape,)}, wanted {wanted}.")
 
 
 def check_variant(sae, store, stages):
@@ -1923,12 +1927,10 @@ def check_variant(sae, store, stages):
     batch, dark = store.batch(np.arange(store.windows.n_train)), dict(sae.named_parameters())
     for stage in stages:
         anneal(sae, stage, 0.0)
-        losses = sae.train().losses(batch, sae.encode(batch))
+        losses = corpus.check_losses(sae, batch, SAE_VARIANT)
         if missing := sorted(set(stage.weights) - set(losses)):
             raise RunnerError(f"stage {stage.name!r} weighs {missing}, but `losses` of "
                               f"{SAE_VARIANT} has {sorted(losses)}.")
-        for name in stage.weights:
-            expect_shape(f"the loss {name!r}", losses[name], ())
         total = sum(losses[name] for name in stage.weights)
         if total.requires_grad:
             total.backward()
@@ -1938,15 +1940,9 @@ def check_variant(sae, store, stages):
     if dark:
         raise RunnerError(f"no stage's loss reaches {sorted(dark)}: detached, unused, or named by "
                           "no stage's `trains`.")
-    with torch.no_grad():
-        z = sae.eval().encode(batch).dense()
-        expect_shape("encode(batch).dense()", z, (*batch.x.shape[:2], sae.d_sae))
-        alone = sae.encode(store.batch([len(z) - 1])).dense()
-        if not torch.allclose(alone[0], z[-1], atol=1e-4):
-            raise RunnerError(f"{SAE_VARIANT}: the rows of a batch are different documents; one "
-                              "changes another's latents.")
-        if z[~batch.mask].any():
-            raise RunnerError(f"{SAE_VARIANT} has latents that fire on padding.")
+    z = sae.encode(batch).dense()
+    expect_shape("encode(batch).dense()", z, (*batch.x.shape[:2], sae.d_sae))
+    corpus.check_latents(sae, batch, store.batch([len(z) - 1]), SAE_VARIANT)
 
 
 def preflight(config, cache):
@@ -2007,7 +2003,7 @@ def main():
         corpus.make_folder(cache, "set SAE_CACHE_DIR to another folder")
         config, layer = corpus.load_config(MODEL_NAME, LAYER, CONTEXT_LENGTH)
     with corpus.publishing(out_dir, HERE) as partial:
-        with doing("preflight"), corpus.silence():
+        with doing("preflight"), corpus.trial():
             preflight(config, cache)
         print(f"preflight passed after {time.time() - began:.1f} s", flush=True)
         store, get_model = open_store(config, layer, cache)

@@ -7,6 +7,8 @@ they are installed. Each package is a labelled domain, each file a document. The
 every machine, so the corpus needs no download and no copy; `corpus_hash` says whether yours is the one of run_0.
 """
 import ast
+import atexit
+import copy
 import ctypes
 import errno
 import fcntl
@@ -28,6 +30,8 @@ import os
 import pickle
 import random
 import re
+import resource
+import signal
 import sys
 import sysconfig
 import threading
@@ -378,7 +382,7 @@ def _readable(dataset, rows):
 
 def _unreadable(dataset, error):
     """DataError from a library's error, shortened and without addresses."""
-    text = " ".join(re.sub(r"\w+://\S+", "(address)", str(error)).split())[:300]
+    text = " ".join(without_addresses(str(error)).split())[:300]
     if isinstance(error, UnicodeDecodeError):
         advice = "It is not UTF-8 text: re-encode it."
     elif "zstandard" in text or "zstd" in text.lower():
@@ -2877,12 +2881,15 @@ def publishing(out_dir, template):
     make_folder(partial, "choose another --out_dir")
     try:
         yield partial
+        if not (partial / "final_info.json").exists():
+            raise DataError("final_info.json was not written: `main` must call write_results(partial, ...).")
         for kept in out_dir.iterdir() if out_dir.exists() else ():
             if not (partial / kept.name).exists():
                 (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, partial / kept.name)
         if out_dir.exists():
             os.replace(out_dir, old)
         os.replace(partial, out_dir)
+        DONE.add("results")
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -2896,9 +2903,38 @@ def keep_freed_memory():
         libc.mallopt(-1, (1 << 31) - 1)                  # M_TRIM_THRESHOLD
 
 
+def bound_memory():
+    """Memory that the machine has not got is refused, with an error at a line: else the system ends the process, wordless."""
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return
+    found = dict(re.findall(r"^(VmData|MemAvailable|SwapFree):\s+(\d+)", "".join(
+        Path("/proc", name).read_text() for name in ("self/status", "meminfo")), re.M))
+    used, *free = (1024 * int(found[name]) for name in ("VmData", "MemAvailable", "SwapFree"))
+    group, left = Path("/sys/fs/cgroup"), sum(free)
+    with suppress(OSError, ValueError):                      # of a container
+        left = min(left, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = used + max(left, 0)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if most < 0 else min(limit, most), most))
+
+
+@contextmanager
+def unbounded_memory():
+    """For files that are mapped, which need none."""
+    limit, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    yield
+    if limit != most:
+        bound_memory()
+
+
 def quiet_libraries():
-    """Nothing on stderr but errors: no warnings, no bars while weights load."""
+    """Nothing on stderr but errors: no warnings, no bars, also of what an edit imports."""
+    import huggingface_hub
     import transformers
+    os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}      # imported late, if at all
+    huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)
+    huggingface_hub.utils.disable_progress_bars()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -2950,7 +2986,8 @@ def opened(shards, row_shape, dtype, device):
     room = torch.cuda.mem_get_info()[0] // 2 if device == "cuda" else 0
     place = device if n_rows * row * dtype.itemsize < room else "cpu"
     maps = (torch.from_file(str(shard.path), size=shard.rows * row, dtype=dtype) for shard in shards)
-    return [part.view(-1, *row_shape).to(place) for part in maps]
+    with unbounded_memory():
+        return [part.view(-1, *row_shape).to(place) for part in maps]
 
 
 @contextmanager
@@ -3091,12 +3128,13 @@ class Plan:
 
     def record(self, losses, dead, followed):
         """Appends to the log; the pace since the last time corrects the forecast. A loss that is not finite ends the run."""
+        PATIENCE.renew()
         values = {name: loss.item() for name, loss in losses.items()}
         if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
             raise DataError(f"step {self.step} of stage {self.stages[self.i].name!r}: {', '.join(wrong)}. Look for a log or a "
                             "division by zero in `losses`, or lower LEARNING_RATE.")
         self.append(step=self.step, l0=values.pop("l0"), dead_fraction=dead.float().mean().item(), losses=values,
-                    parameters={name: float(value) for name, value in followed.items()})
+                    parameters={name: single(value, f"parameter of interest {name!r}") for name, value in followed.items()})
         (began, first), now = self.since, time.time()
         if self.paced:                      # what comes first is slow
             pace = (now - began) / (self.step - first) / self.seconds[self.i]
@@ -3123,6 +3161,30 @@ def load_state(path, parts):
         parts[name].load_state_dict(state[name])
 
 
+def evaluated(evaluation, run):
+    """Its result as a dict; the SAE is as before it."""
+    PATIENCE.renew()
+    before = copy.deepcopy(run.sae.state_dict())
+    result, after = evaluation(run), run.sae.state_dict()
+    changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    if changed or run.sae.training:
+        what = f"changes {changed} of the SAE" if changed else "leaves the SAE in training mode"
+        raise DataError(f"{evaluation.__name__} {what}: it must work on copy.deepcopy(run.sae).")
+    if not hasattr(result, "_asdict"):
+        raise DataError(f"{evaluation.__name__} returns a {type(result).__name__}, wanted Result(metrics, curves, per_sequence).")
+    metrics = {key: single(value, f"metric {key!r} of {evaluation.__name__}") for key, value in result.metrics.items()}
+    return {"metrics": metrics, "curves": plain(result.curves), "per_sequence": plain(result.per_sequence)}
+
+
+def single(value, name):
+    """A finite float."""
+    with suppress(TypeError, ValueError, RuntimeError):
+        if math.isfinite(number := float(value)):
+            return number
+    shape = f" of shape {(*value.shape,)}" if hasattr(value, "shape") else ""
+    raise DataError(f"{name} is {value if isinstance(value, float) else type(value).__name__ + shape}, wanted one finite number.")
+
+
 def summarised(per_seed, headlines):
     """final_info.json's entries: of results {evaluation: {"metrics", "curves", "per_sequence"}} of each seed the
     means, the headlines apart; from two seeds on standard errors, std(ddof=1) / sqrt(seeds)."""
@@ -3143,22 +3205,13 @@ def summarised(per_seed, headlines):
 
 def with_training(results, log, train_seconds):
     """Results {evaluation: {"metrics", "curves", "per_sequence"}} of one seed, the templates' training figures and the log
-    in the first; each metric a finite float, or an error."""
+    in the first."""
     first = next(iter(results.values()))
     training = {"final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]), "best_val_loss": min(log["val_loss"]),
                 "total_train_time": train_seconds}
     first["metrics"] = training | first["metrics"]
     first["curves"] = first["curves"] | {"training": log}
-    for evaluation, result in results.items():
-        for name, value in result["metrics"].items():
-            try:
-                result["metrics"][name] = float(value)
-            except (TypeError, ValueError, RuntimeError):
-                shape = f" of shape {(*value.shape,)}" if hasattr(value, "shape") else ""
-                raise DataError(f"evaluation {evaluation!r}: metric {name!r} is a {type(value).__name__}{shape}, wanted one "
-                                "number.") from None
-            if not math.isfinite(result["metrics"][name]):
-                raise DataError(f"evaluation {evaluation!r}: metric {name!r} is {value}.")
+    first["metrics"] = {name: single(value, f"metric {name!r}") for name, value in first["metrics"].items()}
     return results
 
 
@@ -3317,6 +3370,89 @@ def checks(constants):
     return check, choice, whole, positive, text, several, span
 
 
+def check_curriculum(variant, name):
+    """A class with a tuple of stages, each with some epochs."""
+    if not inspect.isclass(variant):
+        raise DataError(f"SAE_VARIANTS[{name!r}] is a {type(variant).__name__}, wanted a class.")
+    stages = variant.curriculum if isinstance(variant.curriculum, tuple) else [None]
+    if not all(hasattr(stage, "epochs") for stage in stages):
+        raise DataError(f"the curriculum of {name} must be a tuple of Stage: (Stage(...),) with its comma.")
+    if none := [stage.name for stage in stages if not stage.epochs > 0]:
+        raise DataError(f"the stages {none} of {name} have no epochs: give them some, or leave them out.")
+
+
+def check_parameters(sae, losses, name):
+    """What the losses would teach are parameters of the SAE."""
+    known, seen = set(map(id, sae.parameters())), set()
+    nodes = [loss.grad_fn for loss in losses]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise DataError(f"{name} uses a tensor of shape {(*leaf.shape,)} that asks for a gradient, but that nothing trains or "
+                            "saves: make it an nn.Parameter and an attribute of the SAE, or several an nn.ParameterList or "
+                            "nn.ModuleList; a plain list hides them.")
+
+
+def check_losses(sae, batch, name):
+    """The losses of a training batch, found to be a function of it, of parameters and buffers: of nothing that earlier
+    batches left elsewhere, nor of x at padding; and x stays as it is."""
+    def losses_of(x):
+        sae.load_state_dict(state)
+        torch.manual_seed(0)
+        given = batch._replace(x=x)
+        return sae.train().losses(given, sae.encode(given))
+
+    state, totals = copy.deepcopy(sae.state_dict()), []
+    for x in (batch.x, batch.x + ~batch.mask[..., None], 2 * batch.x.flip(0), batch.x):
+        losses = losses_of(given := x.clone())
+        if given._version or not torch.equal(x, given):
+            losses_of(x.clone().requires_grad_())          # torch refuses, and tells the line
+            raise DataError(f"{name} changes batch.x in place, which others read too: make a new tensor of it.")
+        if not isinstance(losses, dict):
+            raise DataError(f"`losses` of {name} is a {type(losses).__name__}, wanted a dict {{name: scalar}}.")
+        for key, loss in losses.items():
+            if not isinstance(loss, torch.Tensor) or loss.shape:
+                what = f"of shape {(*loss.shape,)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+                raise DataError(f"the loss {key!r} of {name} is {what}, wanted a scalar tensor.")
+        totals.append([loss.detach().double() for loss in losses.values()])
+    check_parameters(sae, losses.values(), name)
+    first, padded, _, again = totals
+    for other, why in ((again, "what earlier batches left, or random numbers that are not torch's. Keep state in buffers "
+                        "(self.register_buffer): a resumed run has nothing else"),
+                       (padded, "x at padding: use batch.mask, `valid` or `counted`")):
+        if wrong := [key for key, a, b in zip(losses, first, other) if not torch.allclose(a, b, 1e-3, 1e-6, True)]:
+            raise DataError(f"{name}: the losses {wrong} depend on {why}.")
+    return losses
+
+
+def check_latents(sae, batch, alone, name):
+    """In evaluation, with every parameter moved: the batch's last row is as in the batch `alone`, of it; what is causal does
+    not look ahead; padding is silent."""
+    def differ(some, others):      # a tie that rounding breaks may move a token or two
+        return ((some - others).abs() > 1e-4 * (1 + others.abs())).any(-1).sum() > 2
+
+    if not sae.W_dec.any(1).all():
+        raise DataError(f"{name}: W_dec has rows of zeros, which no step can bring to unit norm. Begin with random ones.")
+    with torch.no_grad():
+        for p in sae.eval().parameters():      # at first a gate may be shut
+            p += 0.1 * torch.randn_like(p)
+        z = sae.encode(batch).dense()
+        if differ(sae.encode(alone).dense()[0], z[-1]):
+            raise DataError(f"{name}: the rows of a batch are different documents; one changes another's latents.")
+        half = batch.x.shape[1] // 2
+        later = batch._replace(x=torch.cat([batch.x[:, :half], batch.x[:, half:] + 1], 1))
+        if sae.causal and differ(sae.encode(later).dense()[:, :half], z[:, :half]):
+            raise DataError(f"{name}: later positions of a window change the latents of earlier ones. Look back only, or say "
+                            "causal = False in the class.")
+        if z[~batch.mask].any():
+            raise DataError(f"{name} has latents that fire on padding.")
+
+
 @contextmanager
 def doing(what, timing=None):
     """Adds to an error what was being done; where all went well, its seconds to `timing`."""
@@ -3330,17 +3466,68 @@ def doing(what, timing=None):
         timing[what] = time.time() - began
 
 
-def silence():
-    """Nothing on stdout."""
-    return redirect_stdout(io.StringIO())
+class Patience:
+    """With work that comes no further: `work` seconds of this thread's own time, or `wait` of anyone's."""
+
+    def __init__(self, work=20, wait=300):
+        self.limits = np.array([work, wait])
+        self.renew()
+
+    def now(self):
+        return np.array([time.thread_time(), time.monotonic()])
+
+    def renew(self):
+        self.since = self.now()
+
+    def look(self, *_):
+        passed = self.now() - self.since
+        if (passed > self.limits).any():
+            self.since = self.now() - self.limits / 2         # time to clean up
+            raise TimeoutError(f"no end after {passed.max():.0f} s, on tiny batches: an endless loop, or one over tokens or "
+                               "latents that should be one operation on tensors.")
+
+
+PATIENCE = Patience()
+
+
+@contextmanager
+def trial():
+    """Nothing on stdout, and an end to what comes no further."""
+    PATIENCE.renew()
+    before = signal.signal(signal.SIGALRM, PATIENCE.look)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+DONE, SCRIPT = set(), Path(getattr(sys.modules["__main__"], "__file__", "")).name
+
+
+@atexit.register
+def end_of_the_script():
+    """A script that never comes to run() must not pass for a finished one."""
+    if SCRIPT == "experiment.py" and "run" not in DONE and not hasattr(sys, "last_value"):
+        print(f"{SCRIPT} ended without results: its last lines must call corpus.run(main, ...)", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
 
 
 def run(main, file, shown, variants, name):
     """main() of the script `file`; an error becomes a report about the variant `name`, and an exit status."""
+    DONE.clear()
+    DONE.add("run")
     keep_freed_memory()
+    bound_memory()
     quiet_libraries()
     try:
         main()
+        if "results" not in DONE:
+            raise DataError("main() came to its end without results: `publishing` and write_results are missing.")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command carries on")
     except SystemExit as stop:  # argparse's, or one in an edit, which must not pass for a finished run
@@ -3349,9 +3536,14 @@ def run(main, file, shown, variants, name):
         raise
     except Exception as error:
         variant = variants.get(name) if isinstance(name, str) else None
-        at = f" (line {inspect.getsourcelines(variant)[1]})" if variant else ""
+        at = f" (line {inspect.getsourcelines(variant)[1]})" if inspect.isclass(variant) else ""
         print(report(error, file, f"SAE_VARIANT = {name!r}{at}", shown), file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, DataError) else 1)
+
+
+def without_addresses(text):
+    """An editor might fetch them."""
+    return re.sub(r"\w+://[^\s'\")]+|www\.[^\s'\")]+", "(address)", text)
 
 
 def report(error, file, about, shown):
@@ -3363,15 +3555,15 @@ def report(error, file, about, shown):
     found = [f"{Path(file).name} failed in: {', '.join(getattr(error, '__notes__', ['start']))}; {about}"]
     found += [f"  line {line} in {frame.f_code.co_name}: {source[line - 1].strip()[:110]}" for frame, line in frames[-4:]]
     if known:
-        return "\n".join([*found, str(error)[:900]])
+        return without_addresses("\n".join([*found, str(error)[:900]]))
     text, there = " ".join(str(error).split()), frames[-1][0].f_locals if frames else {}
     tensors = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in there.items()
                if hasattr(value, "shape") and hasattr(value, "dtype")]
     if tensors:
         found.append(f"  there: {', '.join(tensors)[:350]}")
     found.append(f"{type(error).__name__}: {text[:400]}")
-    if "out of memory" in text.lower() or "can't allocate memory" in text:
+    if "out of memory" in text.lower() or "can't allocate memory" in text or isinstance(error, MemoryError):
         found.append("Try: lower BATCH_TOKENS, EXPANSION or CONTEXT_LENGTH.")
     if getattr(error, "errno", None) == errno.ENOSPC:
         found.append("Try: free disk space, or set SAE_CACHE_DIR to a larger disk.")
-    return "\n".join(found)
+    return without_addresses("\n".join(found))

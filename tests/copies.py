@@ -126,6 +126,16 @@ def results(folder, out_dir="run_1"):
     return json.loads((Path(folder) / out_dir / "final_info.json").read_text(), parse_constant=refuse)
 
 
+TIMES = ("total_train_time", "avg_inference_tokens_per_second")         # results that speak of time
+
+
+def timeless(value):
+    """Results without what speaks of time."""
+    if isinstance(value, dict):
+        return {key: timeless(part) for key, part in value.items() if not key.startswith(TIMES)}
+    return [timeless(part) for part in value] if isinstance(value, list) else value
+
+
 DRIVER = """
 import contextlib, io, json, os, runpy, sys, time
 import torch, transformers
@@ -145,13 +155,13 @@ for folder, out_dir in json.loads(sys.argv[1]).items():
 """
 
 
-def run_in_turn(out_dirs, cache):
+def run_in_turn(out_dirs, cache, timeout=600):
     """{folder: Finished} of the same command in each folder, in turn in one process: torch is imported once.
 
     `out_dirs` is {folder: its --out_dir}, or the folders alone.
     """
     out_dirs = {str(folder): dict(out_dirs)[folder] if isinstance(out_dirs, dict) else "run_1" for folder in out_dirs}
     base = Path(next(iter(out_dirs))).parent
-    finished = Process(base, [sys.executable, "-c", DRIVER, json.dumps(out_dirs)], cache).wait(600)
+    finished = Process(base, [sys.executable, "-c", DRIVER, json.dumps(out_dirs)], cache).wait(timeout)
     assert finished.code == 0, finished.stderr[-3_000:]
     return {Path(folder): Finished(*json.loads((Path(folder) / "outcome.json").read_text())) for folder in out_dirs}

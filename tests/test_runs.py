@@ -1,21 +1,22 @@
 """Whole runs, started as a harness starts them: every variant, killed and resumed runs, mistakes of all kinds."""
 import json
 import math
-import random
 import re
+import subprocess
 import time
 import zlib
 
+import kills
 import numpy as np
 import pytest
 import torch
 import transformers
-from copies import PROJECT, TAIL, copy_template, edit, results, run, run_in_turn, start, substitute, write_text_data
+from copies import (PROJECT, TAIL, TIMES, copy_template, edit, results, run, run_in_turn, start, substitute, timeless,
+                    write_text_data)
 from safetensors.torch import load_file
 
 IN_SAELENS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae")
 VARIANTS = (*IN_SAELENS, "temporal", "temporal_adaptation", "temporal_context", "compositional", "hierarchical")
-TIMES = ("total_train_time", "avg_inference_tokens_per_second")         # results that speak of time
 
 
 class Lab:
@@ -46,13 +47,6 @@ def succeeded(finished):
     assert finished.code == 0, finished.stderr
     assert finished.stderr == ""                     # it is no terminal: no bars, and nothing to say
     return finished
-
-
-def timeless(value):
-    """Results without what speaks of time."""
-    if isinstance(value, dict):
-        return {key: timeless(part) for key, part in value.items() if not key.startswith(TIMES)}
-    return [timeless(part) for part in value] if isinstance(value, list) else value
 
 
 def numbers(value):
@@ -254,7 +248,7 @@ def kill_at_step(E, lab, folder, seed, step):
     return finished.stdout
 
 
-SETTINGS = dict(SEEDS=(0, 1), CHECKPOINT_SECONDS=0)
+SETTINGS = kills.SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -265,30 +259,11 @@ def unbroken(lab):
     return folder
 
 
-def same_results(folder, other):
-    assert timeless(results(folder)) == timeless(results(other))
-    for name in ("sae_weights.safetensors", "seed_1/sae_weights.safetensors"):
-        assert (folder / "run_1" / name).read_bytes() == (other / "run_1" / name).read_bytes()
-
-
-def test_a_run_killed_twice_ends_with_the_same_numbers(E, lab, unbroken):
+def test_a_run_killed_at_random_moments_ends_with_the_same_numbers(lab, unbroken, tmp_path):
     folder = lab.copy("killed", **SETTINGS)
-    steps = sum(results(unbroken)["core"]["config"]["steps_done"])
-    chance = random.Random()
-    moments = [(seed, chance.randint(1, 3 * steps // 4)) for seed in (0, 1)]
-    print("killed at", moments)
-    kill_at_step(E, lab, folder, *moments[0])
-    said = kill_at_step(E, lab, folder, *moments[1])
-    carried = re.search(r"seed 0: carrying on at step (\d+)", said)
-    assert carried and moments[0][1] <= int(carried[1]) <= steps, said
-    finished = succeeded(run(folder, lab.cache))
-    carried = re.search(r"seed 1: carrying on at step (\d+)", finished.stdout)
-    assert carried and moments[1][1] <= int(carried[1]) <= steps, finished.stdout
-    assert "afresh" not in finished.stdout
-    same_results(folder, unbroken)
+    told = kills.kill_and_carry_on(folder, tmp_path / "cache", unbroken, ("collecting", "training 0", "evaluation 0", "training 1"))
+    assert sum(said == "killed" for _, said in told) >= 3, told        # one may come too late
     assert {path.name for path in folder.iterdir()} & {"run_1.partial", "run_1.replaced"} == set()
-    state = E.fingerprint(str(folder / "run_1"))
-    assert not list((lab.cache / "runs").glob(f"{state}/*"))                     # nothing is left to resume
 
 
 def test_a_run_killed_in_its_last_stage_ends_with_the_same_numbers(E, lab):
@@ -310,7 +285,7 @@ def test_other_constants_after_a_kill_start_afresh(E, lab, unbroken):
     edit(folder, TARGET_L0=8)
     finished = succeeded(run(folder, lab.cache))
     assert "starting afresh" in finished.stdout and "carrying on" not in finished.stdout
-    same_results(folder, unbroken)
+    kills.same_results(folder, unbroken)
 
 
 def test_a_failure_at_the_end_loses_nothing(lab):
@@ -399,12 +374,19 @@ def test_a_kill_while_publishing_loses_nothing(E, tmp_path, left, fails):
 
 
 # --- the time budget -------------------------------------------------------------------------------------------------
-def test_a_small_time_budget_is_kept(lab):
-    folder = lab.copy("hurry", SAE_VARIANT="topk", TIME_BUDGET_MINUTES=0.6, EPOCHS_SCALE=400.0, SEEDS=(0, 1),
-                      EVALS=("core",))
-    whole = 'curriculum = (Stage("autoencoder", 20, PLAIN),)'
-    substitute(folder, whole, 'curriculum = (Stage("autoencoder", 15, PLAIN), Stage("second", 5, PLAIN))')
-    succeeded(run(folder, lab.cache))
+def test_a_variant_50_times_slower_keeps_the_time_budget(lab):
+    """Every stage of every seed shrinks, none vanishes, and the results say so."""
+    folder = lab.copy("hurry", SAE_VARIANT="slow", TIME_BUDGET_MINUTES=0.8, EPOCHS_SCALE=10.0, SEEDS=(0, 1), EVALS=("core",))
+    substitute(folder, "SAE_VARIANTS = {", '''class Slow(TopK):
+    """TopK, encoded 50 times."""
+    curriculum = (Stage("autoencoder", 15, PLAIN), Stage("second", 5, PLAIN))
+
+    def encode(self, batch):
+        return [super(Slow, self).encode(batch) for _ in range(50)][-1]
+
+
+SAE_VARIANTS = {"slow": Slow, ''')
+    finished = succeeded(run(folder, lab.cache))
     timing, entry = json.loads((folder / "run_1" / "timing.json").read_text()), results(folder)["core"]
     config = entry["config"]
     assert config["budget_hit"] is True
@@ -413,7 +395,8 @@ def test_a_small_time_budget_is_kept(lab):
         training, second = curves["training"], curves["training"]["stage_starts"][1]
         assert training["stages"] == ["autoencoder", "second"]
         assert 0 < second < training["step"][-1]
-    assert timing["total_seconds"] < 1.2 * 60 * 0.6
+    assert timing["total_seconds"] < 1.2 * 60 * 0.8
+    assert re.search(r"seed 0: about 0\.\d min for [\d,]+ steps", finished.stdout)
 
 
 # --- mistakes in the settings ----------------------------------------------------------------------------------------
@@ -580,125 +563,113 @@ def test_a_cache_that_cannot_be(lab):
     assert finished.code == 2 and "SAE_CACHE_DIR" in finished.tail and str(file) in finished.tail, finished.stderr
 
 
+# --- mistakes in the data and the environment -------------------------------------------------------------------------
+def data_files(root):
+    """{what is wrong: (constants, what the message must say)}; the files are written."""
+    def put(name, content):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    def lines(*values):
+        return "".join(json.dumps(value) + "\n" for value in values)
+
+    good = lines(*({"text": f"row {i} " * 100} for i in range(400)))
+    (root / "empty_folder").mkdir(parents=True)
+    (root / "gone.jsonl").symlink_to(root / "nowhere.jsonl")
+    put("mixed/a.jsonl", good), put("mixed/b.csv", "text\nx\n")
+    put("nanogpt/train.bin", b"abcd"), put("nanogpt/val.bin", b"abcd")
+    data = {
+        "no such file": (put("x", "")[:-1] + "none.jsonl", "no such file or folder"),
+        "a dangling link": (str(root / "gone.jsonl"), "no such file or folder"),
+        "no JSON": (put("bad.jsonl", '{"text": "a"}\n{"text": \n'), "cannot be read"),
+        "no JSON at the end": (put("late.jsonl", good + '{"text": \n'), "cannot be read"),
+        "no parquet": (put("bad.parquet", "no parquet"), "cannot be read"),
+        "no gzip": (put("bad.jsonl.gz", "no gzip"), "cannot be read"),
+        "no UTF-8": (put("bad.txt", b"\xff\xfe\x00abc"), "not UTF-8"),
+        "a web page": (put("page.html", "<p>"), "kind that is not read"),
+        "a pickle": (put("data.pkl", b"\x80\x04N."), "kind that is not read"),
+        "nothing": (put("none.txt", ""), "is empty"),
+        "blanks": (put("blank.txt", " \n \n"), "is empty"),
+        "no rows": (put("none.json", "[]"), "is empty"),
+        "rows without text": (put("bare.jsonl", lines(*[{"text": ""}] * 100)), "is empty"),
+        "no column of text": (put("columns.csv", "question,answer,n\na,b,1\n"), "question, answer, n"),
+        "a column of numbers": (put("numbers.jsonl", lines({"text": 1}, {"text": 2})), "column"),
+        "no files": (str(root / "empty_folder"), "no file that can be read"),
+        "files of two kinds": (str(root / "mixed"), "several kinds"),
+        "no vocabulary": (str(root / "nanogpt"), "lacks meta.pkl"),
+        "two words": ("two words", "hub name"),
+        "too little text": (put("short.jsonl", lines(*({"text": f"row {i} " * 20} for i in range(60)))), "ran dry"),
+    }
+    good = put("good.jsonl", good)
+    unlearning = dict(DATASET="embedded", EVALS=("unlearning",), CONTEXT_LENGTH=64)
+    return {name: (dict(DATASET=path), part) for name, (path, part) in data.items()} | {
+        "no domain to forget": (dict(DATASET=good, TRAIN_ON="forget", FORGET="./none.jsonl"), "no domain of DATASET"),
+        "nothing to forget": (dict(DATASET=good, TRAIN_ON="forget", FORGET=put("few.jsonl", lines({"text": "a b c"}))), "ran dry"),
+        "no questions": (unlearning | dict(FORGET_QUESTIONS=put("q.jsonl", lines({"text": "a"}))), "choices (4 texts)"),
+        "questions that are gone": (unlearning | dict(RETAIN_QUESTIONS="./none.json"), "no such file or folder"),
+    }
+
+
+def test_data_that_cannot_be_used(lab):
+    """One paragraph, exit code 2, and an earlier run's folder as it was. Without the preflight, which reads no data."""
+    cases, folders, wrong = data_files(lab.root / "data"), {}, []
+    for name, (constants, _) in cases.items():
+        folders[name] = lab.copy(f"data {name}", **constants)
+        substitute(folders[name], "            preflight(config, cache)\n", "            pass\n")
+        (folders[name] / "run_1").mkdir()
+        (folders[name] / "run_1" / "final_info.json").write_text('{"earlier": 1}')
+    finished = run_in_turn(list(folders.values()), lab.cache)
+    for name, (_, part) in cases.items():
+        one = finished[folders[name]]
+        head, *message = one.stderr.rstrip("\n").split("\n")
+        clean = "://" not in one.stderr and "Traceback" not in one.stderr and len(one.stderr) <= TAIL
+        kept = contents(folders[name] / "run_1") == {"final_info.json": b'{"earlier": 1}'}
+        if one.code != 2 or part not in one.tail or len(message) != 1 or not clean or not kept:
+            wrong.append(f"{name}: exit {one.code}, lacks {part!r}\n    {one.stderr}")
+    assert not wrong, f"{len(wrong)} of {len(cases)}\n" + "\n".join(wrong)
+
+
+def mounted(folder, size, *more):
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join((f"size={size}", *more)), "tmpfs", str(folder)],
+                          capture_output=True).returncode == 0
+
+
+def test_a_disk_that_is_full(lab, tmp_path):
+    """Too small for the activations: told before they are collected. Full at the first checkpoint: told, nothing is lost, and
+    with more room the same command carries on."""
+    cache, folder = tmp_path / "cache", lab.copy("small_disk", SAE_VARIANT="topk", CHECKPOINT_SECONDS=0)
+    cache.mkdir()
+    if not mounted(cache, "7m"):
+        pytest.skip("no file system can be mounted here")
+    try:
+        (folder / "run_1").mkdir()
+        (folder / "run_1" / "final_info.json").write_text('{"earlier": 1}')
+        finished = run(folder, cache)
+        assert finished.code == 2 and "collecting activations" in finished.tail, finished.stderr
+        assert "SAE_CACHE_DIR" in finished.tail and str(cache) in finished.tail, finished.stderr
+        need = float(re.search(r"needs ([\d.]+) GB", finished.tail)[1]) * 1e9
+        used = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+        assert mounted(cache, int(need + used + 2e6), "remount")
+        finished = run(folder, cache)
+        assert finished.code not in (0, None) and "training, seed 0" in finished.tail, finished.stderr
+        assert "free disk space" in finished.tail and "Traceback" not in finished.stderr, finished.stderr
+        assert contents(folder / "run_1") == {"final_info.json": b'{"earlier": 1}'}
+        assert mounted(cache, "64m", "remount")
+        succeeded(run(folder, cache))
+        assert results(folder)["core"]["metrics"]["l0"] > 0
+    finally:
+        subprocess.run(["umount", "-l", str(cache)], check=True)
+
+
 # --- leaving early ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("code, said", [(None, True), (0, True), (3, False)])
 def test_leaving_by_exit_is_no_success(E, monkeypatch, code, said):
     monkeypatch.setattr(E.corpus, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(E.corpus, "bound_memory", lambda: None)
     monkeypatch.setattr(E.corpus, "quiet_libraries", lambda: None)
     monkeypatch.setattr("sys.argv", ["experiment.py", "--out_dir=run_1"])
     with pytest.raises(SystemExit) as left:
         E.corpus.run(lambda: exit(code), "experiment.py", object, {}, "standard")
     assert ("sys.exit() before the results" in str(left.value.code)) == said and left.value.code not in (None, 0)
-
-
-# --- mistakes in the code --------------------------------------------------------------------------------------------
-HEAD = '''class Mine(TopK):
-    """A variant with a mistake."""
-'''
-MISTAKES = {                              # body of the class; what an agent must be shown; text of the line to point at
-    "name": ('''
-    def losses(self, batch, latents):
-        x_hat = self.decode(latents)
-        return {"reconstruction": squared_eror(batch, x_hat), "auxk": self.auxk_loss(batch, x_hat)}
-''', ["NameError", "squared_eror"], "squared_eror("),
-    "attribute": ('''
-    def decode(self, latents):
-        return latents.decode(self.W_decoder) + self.b_dec
-''', ["AttributeError", "W_decoder"], "W_decoder"),
-    "width of x_hat": ('''
-    def decode(self, latents):
-        return latents.decode(self.W_dec)[..., :-1] + self.b_dec[:-1]
-''', ["191", "192", "x_hat"], 'squared_error(batch, x_hat)'),
-    "product": ('''
-    def decode(self, latents):
-        return latents.dense() @ self.W_enc + self.b_dec
-''', ["cannot be multiplied", "384", "192"], "latents.dense() @ self.W_enc"),
-    "not a scalar": ('''
-    def losses(self, batch, latents):
-        return {"reconstruction": (batch.x - self.decode(latents)).square().sum(-1), "auxk": self.b_dec.sum() * 0}
-''', ["scalar"], None),
-    "detached": ('''
-    def losses(self, batch, latents):
-        return {"reconstruction": squared_error(batch, self.decode(latents).detach()), "auxk": self.b_dec.sum() * 0}
-''', ["detached", "W_dec", "W_enc"], None),
-    "all detached": ('''
-    def losses(self, batch, latents):
-        x_hat = self.decode(latents).detach()
-        return {"reconstruction": squared_error(batch, x_hat), "auxk": self.auxk_loss(batch, x_hat)}
-''', ["detach"], None),
-    "not a number": ('''
-    def losses(self, batch, latents):
-        penalty = (self.b_dec.square().sum() - 1).log()
-        return {"reconstruction": squared_error(batch, self.decode(latents)) + penalty, "auxk": penalty}
-''', ["reconstruction = nan"], None),
-    "unknown loss": ('''
-    curriculum = (Stage("autoencoder", 20, {"reconstruction": 1.0, "orthogonality": 0.1}),)
-''', ["orthogonality", "reconstruction", "auxk"], None),
-    "unused parameter": ('''
-    def __init__(self, d_in, d_sae, target_l0):
-        super().__init__(d_in, d_sae, target_l0)
-        self.gate_weight = nn.Parameter(torch.zeros(d_sae))
-''', ["gate_weight"], None),
-    "no latents": ('''
-    def encode(self, batch):
-        return F.relu(batch.x @ self.W_enc + self.b_enc)
-''', ["AttributeError", "Tensor"], None),
-    "documents mixed": ('''
-    def encoder(self, batch):
-        return batch.x + batch.x[:1], self.b_dec, self.W_enc
-''', ["rows", "documents"], None),
-}
-NO_LINE = ("unknown loss", "unused parameter", "documents mixed", "no latents")     # no one line is to blame
-
-
-def add_mistake(folder, name):
-    substitute(folder, "SAE_VARIANTS = {", HEAD + MISTAKES[name][0] + '\n\nSAE_VARIANTS = {"mine": Mine, ')
-    edit(folder, SAE_VARIANT="mine")
-
-
-def shows_the_cause(folder, finished, name):
-    _, parts, pointed = MISTAKES[name]
-    assert finished.code not in (0, None), finished.stdout
-    assert "preflight" in finished.tail and "'mine'" in finished.tail, finished.stderr
-    assert "://" not in finished.stderr and len(finished.stderr) <= TAIL and finished.cpu < 40, finished.stderr
-    for part in parts:
-        assert part in finished.tail, f"{part!r} is not in\n{finished.tail}"
-    lines = (folder / "experiment.py").read_text().splitlines()
-    named = {int(number) for number in re.findall(r"\bline (\d+)", finished.tail)}
-    mine = lines.index(HEAD.splitlines()[0]) + 1
-    inside = any(mine <= number <= mine + 8 for number in named)
-    assert inside or name in NO_LINE, f"no line of Mine in\n{finished.tail}"
-    if pointed:
-        assert any(pointed in lines[number - 1] for number in named), f"no line with {pointed!r} in\n{finished.tail}"
-    assert not (folder / "run_1").exists() and not (folder / "run_1.partial").exists()
-
-
-def test_a_mistake_in_the_code_shows_within_seconds(lab):
-    folder = lab.copy("mistake")
-    add_mistake(folder, "product")
-    shows_the_cause(folder, run(folder, lab.cache), "product")
-
-
-def test_mistakes_in_the_code(lab):
-    folders = {name: lab.copy(f"mistake_{name.replace(' ', '_')}") for name in MISTAKES}
-    for name, folder in folders.items():
-        add_mistake(folder, name)
-    finished, wrong = run_in_turn(list(folders.values()), lab.cache), []
-    for name, folder in folders.items():
-        try:
-            shows_the_cause(folder, finished[folder], name)
-        except AssertionError as error:
-            wrong.append(f"{name}: {error}")
-    assert not wrong, f"{len(wrong)} of {len(MISTAKES)}\n" + "\n\n".join(wrong)
-
-
-def test_a_loss_that_is_no_number_only_later_ends_the_run(lab):
-    """What the preflight's four steps cannot see: the loss breaks late in training."""
-    folder = lab.copy("breaks", SAE_VARIANT="topk")
-    whole = "losses, total = sae.losses(batch, latents), 0.0"
-    substitute(folder, whole, whole + """
-    if done > 0.8:
-        losses = {name: loss * float("nan") for name, loss in losses.items()}""")
-    finished = run(folder, lab.cache)
-    assert finished.code not in (0, None) and "training, seed 0" in finished.tail, finished.stderr
-    assert "reconstruction = nan" in finished.tail and not (folder / "run_1").exists()
