@@ -2017,8 +2017,7 @@ def main():
             with doing("writing the results"):
                 timing["total_seconds"] = time.time() - began
                 info = write_results(partial, seeds, store, layer, timing)
-    print(f"{out_dir.name}: {SAE_VARIANT} in {time.time() - began:.0f} s.",
-          corpus.headlines(info), flush=True)
+    print(f"{out_dir.name}, {time.time() - began:.0f} s:", corpus.summary(info), flush=True)
 
 
 if __name__ == "__main__":

@@ -3241,15 +3241,27 @@ def write_results(folder, per_seed, headlines, config, timing, source):
     np.save(folder / "all_results.npy", {f"seed_{seed}": result for seed, result in zip(config["SEEDS"], per_seed)})
     (folder / "experiment.py").write_text(source)
     (folder / "timing.json").write_text(json.dumps(timing, indent=1))
+    (folder / "summary.md").write_text(summary(info) + "\n")
     with replacing(folder / "final_info.json") as path:
         path.write_text(json.dumps(info, allow_nan=False))
     return info
 
 
-def headlines(info):
-    """The means of final_info.json's content in one line."""
-    means = [item for entry in info.values() for item in entry["means"].items()]
-    return " ".join(f"{name.removesuffix('_mean')} {value:.4g}" for name, value in means)
+def summary(info):
+    """A paragraph on a run: what it trained on what, and the means, of final_info.json's content."""
+    c = next(iter(info.values()))["config"]
+    off = f" without {', '.join(c['ABLATE'])}" if c["ABLATE"] else ""
+    planned, done = sum(c["steps_planned"]), sum(c["steps_done"])
+    cut = f" of {planned:,} planned, cut to the time budget" if c["budget_hit"] else ""
+    means = []
+    for entry in info.values():
+        for name, value in entry["means"].items():
+            name = name.removesuffix("_mean")
+            error = entry.get("stderrs", {}).get(f"{name}_stderr")
+            means.append(f"{name} {value:.4g}" + ("" if error is None else f" ± {error:.2g}"))
+    return (f"{c['SAE_VARIANT']}{off}, {c['d_sae']:,} latents with TARGET_L0 {c['TARGET_L0']}, on {c['MODEL_NAME']} after block "
+            f"{c['layer']}: {done:,} steps{cut} on {c['TRAIN_TOKENS']:,} tokens of {c['DATASET']}, seeds "
+            f"{', '.join(map(str, c['SEEDS']))}; measured on {c['evaluation_files']} held-out files. {', '.join(means)}.")
 
 
 def folder_identity(folder):

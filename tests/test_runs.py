@@ -75,7 +75,7 @@ def test_a_whole_run(lab, variant):
     assert "://" not in finished.stdout
     made, seeds = folder / "run_1", 2 if variant == "topk" else 1
     wanted = {"final_info.json", "all_results.npy", "experiment.py", "sae_weights.safetensors", "cfg.json",
-              "timing.json"}
+              "timing.json", "summary.md"}
     assert wanted <= {path.name for path in made.iterdir()}
     assert (made / "experiment.py").read_bytes() == (folder / "experiment.py").read_bytes()
     assert (made / "sae_weights.safetensors").stat().st_mode & 0o777 == 0o644     # others may read them too
@@ -111,6 +111,11 @@ def test_a_whole_run(lab, variant):
     assert config["steps_done"] == config["steps_planned"] and sum(config["steps_done"]) > 50
     assert config["budget_hit"] is False
     assert config["d_in"] == 192 and config["d_sae"] == 384 and config["layer"] == 2
+    summary = (made / "summary.md").read_text().strip()
+    assert summary in finished.stdout and "\n" not in summary and summary.startswith(f"{variant}, 384 latents with TARGET_L0 8")
+    for entry in info.values():
+        for name, value in entry["means"].items():
+            assert f"{name.removesuffix('_mean')} {value:.4g}" in summary
     timing = json.loads((made / "timing.json").read_text())
     assert all(value >= 0 for _, value in numbers(timing)) and list(numbers(timing))
 
