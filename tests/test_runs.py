@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from copies import (PROJECT, TAIL, TIMES, copy_template, edit, results, run, run_in_turn, start, substitute, timeless,
+from copies import (PROJECT, TAIL, copy_template, edit, results, run, run_in_turn, start, substitute, timeless,
                     write_text_data)
 from safetensors.torch import load_file
 
