@@ -3151,7 +3151,9 @@ class Plan:
 def save_state(path, parts):
     """state_dict() of each of parts {name: part}, in one file."""
     with replacing(path) as partial:
-        torch.save({name: part.state_dict() for name, part in parts.items()}, partial)
+        content = io.BytesIO()          # torch does not tell a full disk
+        torch.save({name: part.state_dict() for name, part in parts.items()}, content)
+        partial.write_bytes(content.getbuffer())
 
 
 def load_state(path, parts):
@@ -3337,7 +3339,7 @@ def check_room(folder, need):
     """Raises where a folder's disk has not `need` bytes left."""
     free = shutil.disk_usage(folder).free
     if free < need * 1.05:
-        raise DataError(f"{folder} needs {need / 1e9:.1f} GB and has {free / 1e9:.1f}. Lower TRAIN_TOKENS or set "
+        raise DataError(f"{folder} needs {need / 1e6:,.0f} MB and has {free / 1e6:,.0f}. Lower TRAIN_TOKENS or set "
                         "SAE_CACHE_DIR.")
 
 
