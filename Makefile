@@ -73,7 +73,7 @@ test:
 	    "$$python" -m pip install -q --disable-pip-version-check -r requirements.txt -r tests/requirements.txt \
 	        || die "the tests' requirements could not be installed (see above)"; \
 	    : > "$$tested"; fi; \
-	echo "Running python -m pytest tests -q"; "$$python" -m pytest tests -q
+	echo "Running python -m pytest tests -q -n 2 --dist loadfile"; "$$python" -m pytest tests -q -n 2 --dist loadfile
 
 mutations kills:
 	@$(BEGIN); $(BUILD); "$$python" tests/$@.py

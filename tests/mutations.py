@@ -354,8 +354,11 @@ MUTATIONS = {
         "run.sae.W_dec.data *= 1.1", "eval_probes", "W_dec", "deepcopy"),
     "an evaluation that leaves training on": probing("run.sae.train()", "eval_probes", "training mode"),
     "an evaluation without a headline": edited(
-        'EVALUATIONS = {', 'def eval_mine(run):\n    return Result({"mine": 1.0}, {}, {})\n\n\nEVALUATIONS = {"mine": eval_mine, ',
-        "HEADLINES", "'mine'", constants={"EVALS": ("core", "mine")}),
+        "EVALUATIONS = {", 'def eval_mine(run):\n    return Result({"mine": 1.0}, {}, {})\n\n\nEVALUATIONS = {"mine": eval_mine, ',
+        "TypeError", "unpack", line="EVALUATIONS.items()", constants={"EVALS": ("core", "mine")}),
+    "an evaluation that is one more": edited(
+        "EVALUATIONS = {", 'def eval_mine(run):\n    return Result({"mine": 1.0}, {}, {})\n\n\nEVALUATIONS = {\n    '
+        '"mine": (eval_mine, "encode", ("mine",)), ', constants={"EVALS": ("core", "mine")}, same=False, also=("mine",)),
     "weights that are not there to be dropped": mine('''
     def exported(self):
         return {}, ("log_threshold",)
