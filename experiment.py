@@ -1685,14 +1685,17 @@ def batch_windows(store):  # of SAEs trained beside the run's own
 
 @torch.enable_grad()
 def flat_peer(run):
-    """A TopK SAE as wide, as sparse and as long trained, kept beside the activations."""
+    """A TopK SAE as wide, as sparse and as long trained, kept beside the activations; the share of
+    its steps that the time for evaluations allowed."""
     store, flat, steps = run.store, untrained(run), run.log["step"][-1]
     size = batch_windows(store)
     key = fingerprint(*sources(TopK, train, train_step), steps, flat.d_sae, TARGET_L0, BATCH_TOKENS,
                       LEARNING_RATE, TRAIN_ON, TRAIN_POSITIONS)
     stage = Stage("flat", steps / (store.windows.n_train // size), PLAIN)
-    train(flat, store, [stage], 0, size, math.inf, store.folder / f"flat-{key}.pt")
-    return flat.eval()
+    deadline = time.time() + 60 * TIME_BUDGET_MINUTES * EVALUATION_RESERVE
+    _, planned, done = train(flat, store, [stage], 0, size, deadline,
+                             store.folder / f"flat-{key}.pt")
+    return flat.eval(), sum(done) / sum(planned)
 
 
 def logit_changes(run, ids, deltas, at):
@@ -1733,7 +1736,7 @@ def trace(run, parent, children, rates, ids, absent):
 def eval_hierarchy(run):
     """Mutual information of the levels, clustering by parents, causal tracing of parents."""
     sae, store, windows = run.sae, run.store, run.store.windows
-    ids, flat = windows.heldout(), flat_peer(run)
+    ids, (flat, share) = windows.heldout(), flat_peer(run)
     (lower, rows, _), (peer, flat_rows, _) = (
         encode_windows(s, store, ids) for s in (sae.lower, flat))
     levels = functools.partial(corpus.levels, windows, run.live, lower)
@@ -1752,7 +1755,7 @@ def eval_hierarchy(run):
     curves["tree"] = corpus.family_tree(
         windows, load_tokenizer(), both, families, parents, sae.W_dec, traces)
     causal, per_sequence = corpus.causal_scores(traces, windows)
-    metrics |= causal | {"level_1_l0": np.nanmean(rows["l0"]),
+    metrics |= causal | {"level_1_l0": np.nanmean(rows["l0"]), "flat_trained": share,
                          "level_1_explained_variance": explained_variance(rows, variance),
                          "flat_explained_variance": explained_variance(flat_rows, variance)}
     return Result(metrics, plain(curves), plain(per_sequence))
