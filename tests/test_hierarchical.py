@@ -154,6 +154,7 @@ def trained(E, make_store, tmp_path, stages=None, **settings):
 
 def test_frozen_levels_keep_every_bit(E, make_store, tmp_path):
     """Stage 1 leaves level 2 alone, stage 2 level 1, with all of its buffers; stage 3 moves every parameter."""
+    torch.manual_seed(0)
     seen, sae, train_step = {}, E.Hierarchical(D_IN, 16, 3), E.train_step
 
     def step(sae, optimizer, batch, stage, done):
