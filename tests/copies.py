@@ -149,6 +149,9 @@ for folder, out_dir in json.loads(sys.argv[1]).items():
             runpy.run_path(os.path.join(folder, "experiment.py"), run_name="__main__")
         except SystemExit as end:
             code = end.code
+            if isinstance(code, str):      # as Python ends
+                print(code, file=sys.stderr)
+                code = 1
     report = [code, out.getvalue(), err.getvalue(), time.process_time() - cpu, time.monotonic() - wall]
     with open(os.path.join(folder, "outcome.json"), "w") as file:
         json.dump(report, file)

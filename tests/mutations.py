@@ -515,9 +515,9 @@ def main():
             folder, finished = outcomes[name]
             try:
                 said = verdict(folder, MUTATIONS[name], finished, unedited)
-            except AssertionError as error:
+            except Exception as error:
                 said, wrong = "**breaks the promise**", wrong + 1
-                print(f"{name}: {error}\n", flush=True)
+                print(f"{name}: {type(error).__name__}: {error}\n", flush=True)
             last = finished.stderr.strip().split("\n")
             shown = next((line for line in reversed(last) if not line.startswith("Try:")), "")
             rows.append((name, said, f"{finished.cpu:.1f}", shown[:140].replace("|", "\\|").replace(root, "...")))
