@@ -1989,7 +1989,8 @@ def open_store(config, layer, cache):
         windows, key = corpus.load_windows(DATASET, load_tokenizer(), corpus.wanted(globals()),
                                            cache / "tokens")
     with doing("collecting activations"):
-        name = fingerprint(key, corpus.model_identity(MODEL_NAME, config), layer, MODEL_DTYPE)
+        name = fingerprint(key, corpus.model_identity(MODEL_NAME, config), layer, MODEL_DTYPE,
+                           SHARD_WINDOWS)
         store = Store(cache / "activations" / name, windows, config.hidden_size, MODEL_DTYPE)
         get_model = functools.cache(load_model)
         store.collect(get_model, layer)
