@@ -1557,7 +1557,7 @@ class Unlearner:
         self.q95 = torch.from_numpy(percentiles_95(z)).to(DEVICE)
         ranked, self.clamped = corpus.ranked_latents(
             z.tocsr()[keep.flatten().cpu().numpy()], forget[keep].cpu().numpy(), SELECTION,
-            RETAIN_FREQUENCY, CLAMPED)
+            1.0 if run.probing else RETAIN_FREQUENCY, CLAMPED)
         self.rest, self.direction = corpus.mean_difference(store.x(ids), keep, forget)
         self.matcher = corpus.Matcher(
             MATCHER, MATCHER_WINDOW, GATE_TOKENS, ranked[:MATCHED], self.q95)
@@ -1986,8 +1986,10 @@ def run_seed(seed, store, layer, get_model, state, deadline, timing):
 def open_store(config, layer, cache):
     """-> store, function that loads the model."""
     with doing("reading the data"):
-        windows, key = corpus.load_windows(DATASET, load_tokenizer(), corpus.wanted(globals()),
-                                           cache / "tokens")
+        wanted = corpus.Wanted(CONTEXT_LENGTH, TRAIN_TOKENS, EVAL_FILES, TRAIN_WINDOWS_PER_FILE,
+                               EVAL_WINDOWS_PER_FILE, MIN_WINDOW, DATA_SEED,
+                               FORGET if "unlearning" in EVALS or TRAIN_ON != "both" else "")
+        windows, key = corpus.load_windows(DATASET, load_tokenizer(), wanted, cache / "tokens")
     with doing("collecting activations"):
         name = fingerprint(key, corpus.model_identity(MODEL_NAME, config), layer, MODEL_DTYPE,
                            SHARD_WINDOWS)

@@ -711,14 +711,6 @@ class Wanted(NamedTuple):
     forget: str = ""        # a domain of the data set, or a second data set; "": neither
 
 
-def wanted(constants):
-    """Wanted, by the runner's constants."""
-    names = ("CONTEXT_LENGTH", "TRAIN_TOKENS", "EVAL_FILES", "TRAIN_WINDOWS_PER_FILE", "EVAL_WINDOWS_PER_FILE", "MIN_WINDOW",
-             "DATA_SEED")
-    unlearns = "unlearning" in constants["EVALS"] or constants["TRAIN_ON"] != "both"
-    return Wanted(*map(constants.get, names), constants["FORGET"] if unlearns else "")
-
-
 def make_windows(dataset: str, tokenizer, bos: int, wanted: Wanted) -> Windows:
     """Windows, a random choice from each document, of the first documents that give what is wanted.
 

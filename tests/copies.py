@@ -158,7 +158,7 @@ for folder, out_dir in json.loads(sys.argv[1]).items():
 """
 
 
-def run_in_turn(out_dirs, cache, timeout=600):
+def run_in_turn(out_dirs, cache, timeout=2_400):
     """{folder: Finished} of the same command in each folder, in turn in one process: torch is imported once.
 
     `out_dirs` is {folder: its --out_dir}, or the folders alone.

@@ -339,7 +339,7 @@ def test_only_what_composes_is_evaluated_so(E, monkeypatch):
 
 def test_a_whole_run(tmp_path):
     data = str(write_text_data(tmp_path / "library.jsonl"))
-    folder = copy_template(tmp_path / "copy", SAE_VARIANT="compositional", DATASET=data, EXPANSION=4, TARGET_L0=12,
+    folder = copy_template(tmp_path / "copy", SAE_VARIANT="compositional", DATASET=data, EXPANSION=4, TARGET_L0=12, ABLATE=("bottleneck",),
                            EVALS=("core", "recovery", "composition"),
                            SYNTHETIC_TASKS=("grammar",), SYNTHETIC_RHOS=(1.0,), SYNTHETIC_TOKENS=16_384)
     finished = run(folder, tmp_path / "cache")
@@ -348,5 +348,5 @@ def test_a_whole_run(tmp_path):
     (row,), metrics = info["recovery"]["curves"][0]["recovery"], info["recovery"]["metrics"]
     assert row["task"] == "grammar" and set(row) == {"task", "rho", "sae", "pca", "nmf", "random"}
     assert row["random"]["cosine_primitives"] < 0.33 < metrics["grammar_1_cosine_primitives"]
-    assert metrics["grammar_1_l0"] <= 8 and info["composition"]["metrics"]["compositions_per_token"] > 0
+    assert info["composition"]["metrics"]["compositions_per_token"] > 0
     assert len(info["composition"]["curves"][0]["patterns"]["effects"]) > 0

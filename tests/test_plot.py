@@ -89,7 +89,7 @@ def results(variant, fvu, seeds=1, starts=(0,), data="abc", ablate=(), temporal=
               "avg_inference_tokens_per_second": 71641.6}
     parameters = {"temporal": ("gate",), "temporal_adaptation": ("beta", "theta", "temperature")}
     training = {"step": steps, "losses": {"reconstruction": [fvu + 1 / s for s in steps]} | (
-                    {"contrastive": [2 / s for s in steps]} if variant == "temporal" else {}),
+                    {"contrastive": [2 / s for s in steps]} if variant in parameters else {}),
                 "l0": [32 + 3000 / s for s in steps], "dead_fraction": [0.0] * len(steps),
                 "parameters": {name: [1 / s for s in steps] for name in parameters.get(variant, ())},
                 "val_step": [200, 400], "val_loss": [fvu + 0.01, fvu], "stage_starts": list(starts), "stages": names}

@@ -381,7 +381,7 @@ def test_a_kill_while_publishing_loses_nothing(E, tmp_path, left, fails):
 # --- the time budget -------------------------------------------------------------------------------------------------
 def test_a_variant_50_times_slower_keeps_the_time_budget(lab):
     """Every stage of every seed shrinks, none vanishes, and the results say so."""
-    folder = lab.copy("hurry", SAE_VARIANT="slow", TIME_BUDGET_MINUTES=0.8, EPOCHS_SCALE=10.0, SEEDS=(0, 1), EVALS=("core",))
+    folder = lab.copy("hurry", SAE_VARIANT="slow", TIME_BUDGET_MINUTES=1.2, EPOCHS_SCALE=20.0, SEEDS=(0, 1), EVALS=("core",))
     substitute(folder, "SAE_VARIANTS = {", '''class Slow(TopK):
     """TopK, encoded 50 times."""
     curriculum = (Stage("autoencoder", 15, PLAIN), Stage("second", 5, PLAIN))
@@ -400,7 +400,7 @@ SAE_VARIANTS = {"slow": Slow, ''')
         training, second = curves["training"], curves["training"]["stage_starts"][1]
         assert training["stages"] == ["autoencoder", "second"]
         assert 0 < second < training["step"][-1]
-    assert timing["total_seconds"] < 1.2 * 60 * 0.8
+    assert timing["total_seconds"] < 1.5 * 60 * 1.2                  # the machine may be busy
     assert re.search(r"seed 0: about 0\.\d min for [\d,]+ steps", finished.stdout)
 
 

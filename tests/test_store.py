@@ -43,7 +43,8 @@ def settings(E, monkeypatch, **constants):
 
 def wanted(E):
     """What the runner's own constants ask for."""
-    return E.corpus.wanted(vars(E))
+    return E.corpus.Wanted(E.CONTEXT_LENGTH, E.TRAIN_TOKENS, E.EVAL_FILES, E.TRAIN_WINDOWS_PER_FILE,
+                           E.EVAL_WINDOWS_PER_FILE, E.MIN_WINDOW, E.DATA_SEED)
 
 
 def make_windows(E, monkeypatch, found, tokenizer=Numbering()):
