@@ -629,7 +629,8 @@ class Temporal(BatchTopK):
         return {} if "attention" in ABLATE else {"gate": self.gate.tanh().abs().mean().item()}
 
     def exported(self):
-        return super().exported()[0] | {name: self.P for name in ("P",) if hasattr(self, name)}, ()
+        added, dropped = super().exported()
+        return added | ({"P": self.P} if hasattr(self, "P") else {}), dropped
 
     def related(self, latents, batch, fires):
         if "attention" in ABLATE:
@@ -1472,7 +1473,8 @@ def latent_statistics(run, z, full, alive, q95):
         dense = dense.view(*tokens.shape, -1)
         active = (dense > 0).float()
         rate, energy = active.mean((0, 1)), dense.square().mean((0, 1))
-        observed, far = (corpus.stability(active, rate, lags) for lags in (STABILITY_LAGS, FAR_LAGS))
+        observed, far = (corpus.stability(active, rate, lags)
+                         for lags in (STABILITY_LAGS, FAR_LAGS))
         null, r = corpus.stability_null(active, rate, STABILITY_LAGS, NULL_DRAWS)
         expected = corpus.fire_given_token(z[:, alive[at]] > 0, tokens, fold)
         token = corpus.stability(torch.from_numpy(expected).to(DEVICE), rate, STABILITY_LAGS)
@@ -1774,7 +1776,8 @@ def recovered(run, task, rho):
     stages = [stage._replace(epochs=1) if run.probing else stage
               for stage in planned_stages(type(sae))]
     with tempfile.TemporaryDirectory() as state:
-        train(sae, store, stages, run.seed, batch_windows(store), math.inf, Path(state) / "state.pt")
+        path, size = Path(state) / "state.pt", batch_windows(store)
+        train(sae, store, stages, run.seed, size, math.inf, path)
     z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
     scores = corpus.recovery(truth, *np.split(z.toarray(), 2), sae.W_dec)
     scores |= {"explained_variance": explained_variance(rows, variance_by_position(store)[1]),
