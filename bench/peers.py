@@ -22,6 +22,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 VARIANTS = ("topk", "standard", "batch_topk", "jumprelu", "gated", "matryoshka")
 GROUPS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)       # Matryoshka prefixes, the same for all
 FP32 = "fp32 state, fp32 arithmetic"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"     # gpu.py alone lets it be seen
 
 
 class Contestant:
@@ -97,9 +98,9 @@ class SAELens(Contestant):
         }[variant]
         options.update(trainer.pop("sae", {}))
         sae = getattr(saes, base + "TrainingSAE")(
-            getattr(saes, base + "TrainingSAEConfig")(d_in=d_in, d_sae=d_sae, **options))
+            getattr(saes, base + "TrainingSAEConfig")(d_in=d_in, d_sae=d_sae, device=DEVICE, **options))
         cfg = SAETrainerConfig(total_training_samples=steps * batch, train_batch_size_samples=batch, lr=lr, lr_end=lr / 10,
-                               logger=LoggingConfig(log_to_wandb=False), **trainer)
+                               device=DEVICE, logger=LoggingConfig(log_to_wandb=False), **trainer)
         self.trainer = SAETrainer(cfg, sae, iter(()))
         self.sae, self.thresholds = sae, getattr(sae, "threshold", None)
 
@@ -139,7 +140,8 @@ class SAELens(Contestant):
 class DictionaryLearning(Contestant):
     name = "dictionary_learning"
 
-    def __init__(self, variant, d_in, d_sae, k, steps=10 ** 6, **options):
+    def __init__(self, variant, d_in, d_sae, k, steps=10 ** 6, autocast=False, **options):
+        self.autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=autocast)
         module, trainer, extra = {
             "topk": ("top_k", "TopKTrainer", dict(k=k)),
             "standard": ("standard", "StandardTrainer", dict(sparsity_warmup_steps=None)),
@@ -150,13 +152,14 @@ class DictionaryLearning(Contestant):
         }[variant]
         self.variant, self.n_steps = variant, 0
         make = getattr(importlib.import_module("dictionary_learning.trainers." + module), trainer)
-        self.trainer = make(steps=steps, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="none", device="cpu",
+        self.trainer = make(steps=steps, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="none", device=DEVICE,
                             **extra | options)
         self.ae = self.trainer.ae
         self.thresholds = self.ae.threshold if variant == "jumprelu" else None
 
     def step(self, x):
-        self.trainer.update(self.n_steps, x)
+        with self.autocast():       # as its trainSAE does with autocast_dtype
+            self.trainer.update(self.n_steps, x)
         self.n_steps += 1
 
     def latents(self, x):
@@ -199,10 +202,10 @@ class Sparsify(Contestant):
         with contextlib.redirect_stdout(sys.stderr):        # it says there whether it has Triton
             from sparsify import SparseCoder, SparseCoderConfig
         assert variant == "topk", "sparsify has TopK alone"
-        self.coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), dtype=torch.float32)
+        self.coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), device=DEVICE, dtype=torch.float32)
         self.adam = torch.optim.Adam(self.coder.parameters(), lr=lr or 2e-4 / (d_sae / 2 ** 14) ** 0.5)
-        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.long)
-        self.did_fire = torch.zeros(d_sae, dtype=torch.bool)
+        self.tokens_since_fired = torch.zeros(d_sae, dtype=torch.long, device=DEVICE)
+        self.did_fire = torch.zeros(d_sae, dtype=torch.bool, device=DEVICE)
         self.auxk_alpha = auxk_alpha
 
     def step(self, x):
@@ -223,7 +226,7 @@ class Sparsify(Contestant):
 
     def latents(self, x):
         values, ids, _ = self.coder.encode(x)
-        return torch.zeros(len(x), self.coder.num_latents).scatter_(1, ids, values)
+        return torch.zeros(len(x), self.coder.num_latents, device=x.device).scatter_(1, ids, values.float())
 
     def reconstruct(self, latents):
         return latents @ self.coder.W_dec + self.coder.b_dec
@@ -251,7 +254,7 @@ class Ours(Contestant):
         self.E = E = load_experiment()
         self.variant, self.seq, self.d_in = variant, seq, d_in
         self.bf16 = E.BENCH_BF16_UNITS if bf16 is None else bf16
-        self.sae = E.SAE_VARIANTS[variant](d_in, d_sae, k)
+        self.sae = E.SAE_VARIANTS[variant](d_in, d_sae, k).to(DEVICE)
         self.adam = E.make_optimizer(self.sae, lr)
         self.stage = self.sae.curriculum[0]
         self.thresholds, self.log_thresholds = getattr(self.sae, "log_threshold", None), True
@@ -262,8 +265,8 @@ class Ours(Contestant):
     def batch(self, x):
         seq = self.seq if len(x) % self.seq == 0 else 1
         x = x.view(-1, seq, self.d_in)
-        return self.E.Batch(x=x, tokens=torch.zeros(x.shape[:2], dtype=torch.long), doc_ids=torch.arange(len(x)),
-                            positions=torch.arange(1, seq + 1), mask=None)
+        return self.E.Batch(x=x, tokens=x.new_zeros(x.shape[:2], dtype=torch.long), mask=None,
+                            doc_ids=torch.arange(len(x), device=x.device), positions=torch.arange(1, seq + 1, device=x.device))
 
     def step(self, x):
         self.E.BF16_UNITS = self.bf16

@@ -39,16 +39,20 @@ import tokenize
 import traceback
 import warnings
 import zipfile
-from contextlib import contextmanager, redirect_stdout, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from datetime import timedelta
 from bisect import bisect_left, bisect_right
-from collections import Counter
+from collections import Counter, deque
 from functools import lru_cache, partial
 from itertools import chain, compress, islice, permutations
 from pathlib import Path
+from queue import Full, Queue
 from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -801,7 +805,8 @@ def load_windows(dataset: str, tokenizer, wanted: Wanted, folder: Path) -> tuple
     with suppress(DataError):                              # a domain's name need not be a data set's
         identities += [data_identity(wanted.forget)] if wanted.forget else []
     key = fingerprint(identities, _identity(tokenizer), bos, wanted, Path(__file__).read_text())
-    return _kept_windows(folder / f"{key}.npz", dataset, lambda: make_windows(dataset, tokenizer, bos, wanted)), key
+    with RANKS.first():
+        return _kept_windows(folder / f"{key}.npz", dataset, lambda: make_windows(dataset, tokenizer, bos, wanted)), key
 
 
 def probing_windows(dataset, tokenizer, sizes, context_length, folder):
@@ -2798,6 +2803,161 @@ def patterns(codes, feature, composition, effect, first, second, of, interaction
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes, threads beside the GPU
+# ---------------------------------------------------------------------------------------------------------------------
+class Ranks:
+    """The processes of a torchrun, each with its share of every batch: `rank` of `size`. One process, and any within
+    `alone`, is 0 of 1, and all of this does nothing."""
+    rank, size = 0, 1
+
+    def join(self):
+        """Of a torchrun: meets the others, takes its GPU, and leaves stdout to rank 0."""
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1 or "MASTER_ADDR" not in os.environ:
+            return
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))     # rank 0 evaluates alone
+        self.rank, self.size = dist.get_rank(), size
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")
+
+    def leave(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @contextmanager
+    def alone(self):
+        before = self.rank, self.size
+        self.rank, self.size = 0, 1
+        try:
+            yield
+        finally:
+            self.rank, self.size = before
+
+    @contextmanager
+    def first(self):
+        """Rank 0 does what it does before the others."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.size > 1 and not self.rank:
+            dist.barrier()
+
+    def share(self, ids):
+        """This process's part of them."""
+        if len(ids) < self.size:
+            raise DataError(f"{len(ids)} windows a step for {self.size} processes: raise BATCH_TOKENS.")
+        return ids[self.rank::self.size]
+
+    def agree(self, value):
+        """Rank 0's value."""
+        if self.size > 1:
+            dist.broadcast_object_list(found := [value], 0)
+            return found[0]
+        return value
+
+    def total(self, value):
+        """Sum over the processes of a tensor or a number."""
+        if self.size == 1:
+            return value
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dist.all_reduce(total := torch.as_tensor(value, device=device).clone())
+        return total
+
+    def reduce(self, sae, n):
+        """Gradients as of the whole batch, of which this process saw n tokens; running means over the processes."""
+        if self.size == 1:
+            return
+        parameters = [p for p in sae.parameters() if p.requires_grad]
+        known = [float(p.grad is not None) for p in parameters]
+        total, *known = self.total(torch.tensor([float(n), *known], dtype=torch.float64)).tolist()
+        for p, there in zip(parameters, known):
+            if there:
+                grad = torch.zeros_like(p) if p.grad is None else p.grad * (n / total)
+                p.grad = self.total(grad)
+        for buffer in sae.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(self.total(buffer) / self.size)
+
+    def same(self, sae):
+        """All as rank 0 has it."""
+        if self.size > 1:
+            for value in (*sae.parameters(), *sae.buffers()):
+                dist.broadcast(value.data, 0)
+
+
+RANKS = Ranks()
+
+
+@contextmanager
+def tf32():
+    """Products of fp32 matrices with 10 bits of mantissa, on a GPU."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def ahead(make, slow):
+    """make, a function of a step that gives a tuple of tensors; where that is slow a thread makes the next step's meanwhile, on
+    a stream of its own."""
+    if not slow:
+        return make
+    pool, waiting = ThreadPoolExecutor(1), {}
+    stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def made(step):
+        with torch.cuda.stream(stream):
+            return make(step), stream and stream.record_event()
+
+    def get(step):
+        wanted = waiting.pop(step, None) or pool.submit(made, step)
+        waiting.clear()
+        waiting[step + 1] = pool.submit(made, step + 1)
+        batch, event = wanted.result()
+        if event:
+            torch.cuda.current_stream().wait_event(event)
+            for part in batch:
+                if torch.is_tensor(part):
+                    part.record_stream(torch.cuda.current_stream())
+        return batch
+    return get
+
+
+def spelled(n_bytes):
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes > 1e8 else f"{n_bytes / 1e6:.0f} MB"
+
+
+def memory_plan(config, dtype, activations, d_in, d_sae, batch_tokens, device):
+    """What will take memory, in one line; where a GPU has less, what to lower and to what."""
+    import transformers
+    with torch.device("meta"), suppress(ValueError):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        parts = {"model": sum(p.numel() for p in model.parameters()) * dtype.itemsize}
+    parts |= {"SAE with its optimiser": 4 * 4 * (2 * d_in + 2) * d_sae,
+              "a training step": 4 * batch_tokens * (3 * d_sae + 8 * d_in)}
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 0
+    text = "memory: " + ", ".join(f"{name} {spelled(size)}" for name, size in parts.items())
+    text += f"; activations {spelled(activations)} on disk"
+    if not free:
+        return text
+    kept_there = activations < free // 2
+    text += f", {'kept on the GPU' * kept_there or 'read as they are needed'}; {spelled(free)} free"
+    need, (*_, sae, step) = sum(parts.values()) + activations * kept_there, parts.values()
+    if need > free:
+        room = free - (need - sae - step)
+        if room > sae > 0:
+            text += f". Too much: BATCH_TOKENS = {max(1, int(batch_tokens * (room - sae) / step))} fits"
+        else:
+            text += f". Too much: EXPANSION = {max(room, 0) / (sae + step) * d_sae / d_in:.2g} fits"
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files and books of a run
 # ---------------------------------------------------------------------------------------------------------------------
 def cache_folder():
@@ -2849,12 +3009,17 @@ def locked(path):
 def resuming(folder, key):
     """A folder, locked, for what a killed run leaves behind: empty at first and where the key has changed, gone when
     all went well."""
+    state = folder / key
+    if RANKS.rank:
+        RANKS.total(0)
+        yield state
+        return
     with locked(folder.with_suffix(".lock")):
-        state = folder / key
         if folder.exists() and not state.exists():
             print("settings or code have changed: starting afresh")
             shutil.rmtree(folder)
         state.mkdir(parents=True, exist_ok=True)
+        RANKS.total(0)                                      # the others may begin
         yield state
         shutil.rmtree(folder)
 
@@ -2862,7 +3027,11 @@ def resuming(folder, key):
 @contextmanager
 def publishing(out_dir, template):
     """A folder that takes out_dir's place only when all went well; files of an earlier run that
-    this one does not write (ratings) are kept."""
+    this one does not write (ratings) are kept. Rank 0 alone publishes."""
+    if RANKS.rank:
+        yield None
+        DONE.add("results")
+        return
     if out_dir == template or out_dir in template.parents or out_dir.exists() and not out_dir.is_dir():
         raise DataError(f"--out_dir={out_dir} must be a folder for the results alone.")
     partial, old = (out_dir.with_name(out_dir.name + end) for end in (".partial", ".replaced"))
@@ -2957,17 +3126,22 @@ def shards(folder, n_rows, size):
 
 @contextmanager
 def missing_shards(shards, row_bytes):
-    """The shards that are not there whole, for which there is room; under a lock that other runs wait for."""
-    folder, began = shards[0].path.parent, time.time()
-    with locked(folder / "lock"):
-        for left in folder.glob("*.partial"):
-            left.unlink()
-        missing = [shard for shard in shards if not intact(shard.path)]
-        size = sum(shard.rows for shard in missing) * row_bytes
+    """The shards that are not there whole, for which there is room, or this process's part; under a lock that other runs
+    wait for."""
+    folder, began, missing = shards[0].path.parent, time.time(), []
+    with nullcontext() if RANKS.rank else locked(folder / "lock"):
+        if not RANKS.rank:
+            for left in folder.glob("*.partial"):
+                left.unlink()
+            missing = [shard for shard in shards if not intact(shard.path)]
+            if missing:
+                check_room(folder, sum(shard.rows for shard in missing) * row_bytes)
+        missing = RANKS.agree(missing)
+        yield tqdm(missing[RANKS.rank::RANKS.size], "collecting", disable=not missing or None)
+        written()
+        RANKS.total(0)                                      # all have come this far
         if missing:
-            check_room(folder, size)
-        yield tqdm(missing, "collecting", disable=not missing or None)
-        if missing:
+            size = sum(shard.rows for shard in missing) * row_bytes
             print(f"collected {size / 1e9:.2f} GB in {time.time() - began:.0f} s", flush=True)
 
 
@@ -2982,15 +3156,59 @@ def opened(shards, row_shape, dtype, device):
         return [part.view(-1, *row_shape).to(place) for part in maps]
 
 
-@contextmanager
-def checked(path):
-    """An open file that becomes `path`, with a checksum beside it, only when it is whole."""
-    with replacing(path) as partial:
-        with open(partial, "wb") as file:
-            yield file
-        checksum = zlib.crc32(np.memmap(partial, np.uint8, "r"))
-    with replacing(path.with_suffix(".crc32")) as partial:
-        partial.write_text(str(checksum))
+WRITERS, WRITING = ThreadPoolExecutor(3), deque()      # the threads, and what they are still at
+
+
+def write(path, parts):
+    """The tensors `parts`, one after another, become the file `path`, with a checksum beside it, only when it is whole. A thread
+    copies and writes, also after the return, while what comes next is computed: `written` waits for it."""
+    stream, waiting = torch.cuda.Stream() if torch.cuda.is_available() else None, Queue(3)
+
+    def work():
+        checksum = 0
+        with replacing(path) as partial:
+            with open(partial, "wb") as file, torch.cuda.stream(stream):
+                for part in iter(waiting.get, None):
+                    if isinstance(part, BaseException):
+                        raise part
+                    tensor, finite, event = part
+                    if event:
+                        event.wait()
+                        tensor.record_stream(stream)
+                    content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+                    if not finite.item():
+                        raise DataError("non-finite activations.")
+                    file.write(content)
+                    checksum = zlib.crc32(content, checksum)
+        with replacing(path.with_suffix(".crc32")) as partial:
+            partial.write_text(str(checksum))
+
+    def send(part):
+        while not done.done():
+            with suppress(Full):
+                return waiting.put(part, timeout=1)
+
+    WRITING.append(done := WRITERS.submit(work))
+    try:
+        for tensor in parts:
+            finite = torch.isfinite(tensor).all()
+            send((tensor, finite, torch.cuda.current_stream().record_event() if stream else None))
+        send(None)
+    except BaseException as error:
+        WRITING.remove(done)
+        send(error)
+        raise
+    written(2)
+
+
+def written(left=0):
+    """Waits until at most so many files are not whole yet."""
+    while len(WRITING) > left:
+        if error := WRITING.popleft().exception():
+            for other in WRITING:
+                other.exception()
+            WRITING.clear()
+            raise error
 
 
 def kept(path, compute):
@@ -3083,7 +3301,7 @@ class Plan:
         """The clock runs: a step of each stage takes so many `seconds` at first."""
         self.seconds, self.deadline, self.paced = seconds, deadline, False
         if not self.step:
-            self.steps = fit_to_deadline(self.planned, 0, seconds, deadline)
+            self.steps = RANKS.agree(fit_to_deadline(self.planned, 0, seconds, deadline))
         left, carrying = steps_left(self.steps, self.step), f"carrying on at step {self.step}, " if self.step else ""
         minutes = sum(n * s for n, s in zip(left, seconds)) / 60
         print(f"{what}: {carrying}about {minutes:.1f} min for {sum(left):,} steps", flush=True)
@@ -3121,7 +3339,7 @@ class Plan:
     def record(self, losses, dead, followed):
         """Appends to the log; the pace since the last time corrects the forecast. A loss that is not finite ends the run."""
         PATIENCE.renew()
-        values = {name: loss.item() for name, loss in losses.items()}
+        values = {name: (RANKS.total(loss) / RANKS.size).item() for name, loss in losses.items()}
         if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
             raise DataError(f"step {self.step} of stage {self.stages[self.i].name!r}: {', '.join(wrong)}. Look for a log or a "
                             "division by zero in `losses`, or lower LEARNING_RATE.")
@@ -3132,7 +3350,7 @@ class Plan:
             pace = (now - began) / (self.step - first) / self.seconds[self.i]
             self.seconds = [s * pace ** 0.3 for s in self.seconds]
         self.paced, self.since = True, (now, self.step)
-        self.steps = fit_to_deadline(self.steps, self.step, self.seconds, self.deadline)
+        self.steps = RANKS.agree(fit_to_deadline(self.steps, self.step, self.seconds, self.deadline))
 
     def finished(self):
         """The whole log, steps planned and done."""
@@ -3141,7 +3359,9 @@ class Plan:
 
 
 def save_state(path, parts):
-    """state_dict() of each of parts {name: part}, in one file."""
+    """state_dict() of each of parts {name: part}, in one file, which rank 0 writes."""
+    if RANKS.rank:
+        return
     with replacing(path) as partial:
         content = io.BytesIO()          # torch does not tell a full disk
         torch.save({name: part.state_dict() for name, part in parts.items()}, content)
@@ -3376,6 +3596,42 @@ def checks(constants):
     return check, choice, whole, positive, text, several, span
 
 
+def check_config(constants, variants, evaluations):
+    """The constants of experiment.py by name: what would be right for each. Others need no rule."""
+    check, choice, whole, positive, text, several, span = checks(constants)
+    choice(SAE_VARIANT=" ".join(variants), ATTENTION="causal centred", DRIVE="u z",
+           TSAE_READING="paper code", TRAIN_ON="both forget retain", SELECTION="ratio frequency",
+           BUFFER_POSITIONS="learned sinusoidal", MATCHER="logistic attention",
+           LEVEL_SPARSITY="topk l1")
+    whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
+          "MATCHER_WINDOW COMPOSITION_HEADS COMPOSITION_HEAD_WIDTH")
+    positive("COMPOSITIONS", 0.9)
+    whole("CONTEXT_LENGTH", 8)
+    whole("EVAL_FILES", 2)
+    whole("BATCH_TOKENS", constants["CONTEXT_LENGTH"])
+    whole("LAYER", 0, [None])
+    positive("EXPANSION TIME_BUDGET_MINUTES EPOCHS_SCALE REGULARISATION CONSISTENCY_WEIGHT "
+             "CONTRAST_WEIGHT DENSITY COSINE_WEIGHT GROUP_WEIGHT")
+    positive("CONSISTENT_FRACTION", 1)
+    positive("LEARNING_RATE", others=[None])
+    positive("TEMPERATURE", others=["learned", "scheduled"])
+    text("MODEL_NAME DATASET FORGET")
+    text("FORGET_QUESTIONS RETAIN_QUESTIONS", [None])
+    span("TRAIN_POSITIONS", constants["CONTEXT_LENGTH"])
+    check("LEVEL_WIDTHS", "(level 1, level 2), falling to TARGET_L0 at least", lambda v: type(
+        v) is tuple and [type(x) for x in v] == [int, int] and v[0] >= v[1] >= constants["TARGET_L0"], [None])
+    check("LIVE STABILITY_LAGS FAR_LAGS PROBING_SIZE SYNTHETIC_SAE", "two whole numbers from 1",
+          lambda v: type(v) is tuple and len(v) == 2 and all(type(x) is int and x > 0 for x in v))
+    several("SYNTHETIC_TASKS", TASKS)
+    several("SEEDS", range(2 ** 31))
+    name = constants["SAE_VARIANT"]
+    variant = variants[name]
+    check_curriculum(variant, name)
+    several("EVALS", [evaluation for evaluation, (_, asks, _) in evaluations.items() if hasattr(variant, asks)], f" for {name}")
+    parts = set(variant.components).union(*(stage.weights for stage in variant.curriculum))
+    several("ABLATE", sorted(parts - {"reconstruction"}), f" for {name}", 0)
+
+
 def check_curriculum(variant, name):
     """A class with a tuple of stages, each with some epochs."""
     if not inspect.isclass(variant):
@@ -3475,7 +3731,7 @@ def doing(what, timing=None):
 class Patience:
     """With work that comes no further: `work` seconds of this thread's own time, or `wait` of anyone's."""
 
-    def __init__(self, work=20, wait=300):
+    def __init__(self, work=60, wait=300):
         self.limits = np.array([work, wait])
         self.renew()
 
@@ -3503,7 +3759,7 @@ def trial():
     before = signal.signal(signal.SIGALRM, PATIENCE.look)
     signal.setitimer(signal.ITIMER_REAL, 1, 1)
     try:
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), RANKS.alone():
             yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -3530,8 +3786,10 @@ def run(main, file, shown, variants, name):
     keep_freed_memory()
     bound_memory()
     quiet_libraries()
+    RANKS.join()
     try:
         main()
+        RANKS.leave()
         if "results" not in DONE:
             raise DataError("main() came to its end without results: `publishing` and write_results are missing.")
     except KeyboardInterrupt:
@@ -3569,7 +3827,10 @@ def report(error, file, about, shown):
         found.append(f"  there: {', '.join(tensors)[:350]}")
     found.append(f"{type(error).__name__}: {text[:400]}")
     if "out of memory" in text.lower() or "can't allocate memory" in text or isinstance(error, MemoryError):
-        found.append("Try: lower BATCH_TOKENS, EXPANSION or CONTEXT_LENGTH.")
+        constants = frames[-1][0].f_globals if frames else {}
+        halved = [f"{name} = {value / 2:g}" for name in ("BATCH_TOKENS", "EXPANSION", "CONTEXT_LENGTH")
+                  if isinstance(value := constants.get(name), (int, float))]
+        found.append(f"Try: {', or '.join(halved) or 'lower BATCH_TOKENS, EXPANSION or CONTEXT_LENGTH'}.")
     if getattr(error, "errno", None) == errno.ENOSPC:
         found.append("Try: free disk space, or set SAE_CACHE_DIR to a larger disk.")
     return without_addresses("\n".join(found))
