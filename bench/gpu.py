@@ -180,7 +180,7 @@ def run(args):
             (folder / name).symlink_to(root / name, target_is_directory=True)
         source = (root / "experiment.py").read_text()
         edits = {"SAE_VARIANT": "topk", "MODEL_NAME": str(folder / "model"), "DATASET": args.text, "TARGET_L0": 64,
-                 "LAYER": 12, "BATCH_TOKENS": 4096, "EVALS": ("core", "temporal")}
+                 "LAYER": 12, "BATCH_TOKENS": 4096, "EVALS": tuple(args.evals)}
         if args.small:
             edits |= {"LAYER": 1, "BATCH_TOKENS": 1024, "TARGET_L0": 8, "TRAIN_TOKENS": 16_384, "EVAL_FILES": 16, "EPOCHS_SCALE": 0.2}
         for name, value in edits.items():
@@ -226,6 +226,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--variants", nargs="+", default=["topk", "standard", "batch_topk"])
+    parser.add_argument("--evals", nargs="+", default=["core", "temporal"], help="EVALS of the run")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--text", default="embedded", help="DATASET of the run")
     parser.add_argument("--scratch", type=Path, default=None, help="a folder with room for the checkpoint, 5 GB")
@@ -233,6 +234,7 @@ def main():
     args = parser.parse_args()
     peers.quiet()
     args.d_in, args.tokens, args.k = (32, 256, 4) if args.small else (2304, 4096, 64)
+    args.text = str(Path(args.text).resolve()) if Path(args.text).exists() else args.text
     args.widths, args.shape = ((128, 256), TINY) if args.small else ((18_432, 65_536), GEMMA)
     found = {"device": device_name()}
     for name in args.parts:

@@ -47,7 +47,7 @@ from collections import Counter, deque
 from functools import lru_cache, partial
 from itertools import chain, compress, islice, permutations
 from pathlib import Path
-from queue import Full, Queue
+from queue import SimpleQueue
 from typing import Iterator, NamedTuple
 
 import numpy as np
@@ -2932,28 +2932,27 @@ def spelled(n_bytes):
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes > 1e8 else f"{n_bytes / 1e6:.0f} MB"
 
 
-def memory_plan(config, dtype, activations, d_in, d_sae, batch_tokens, device):
-    """What will take memory, in one line; where a GPU has less, what to lower and to what."""
+def memory_plan(config, store, expansion, batch_tokens, device):
+    """What will take memory, in one line; where a GPU has too little, what to lower and to what."""
     import transformers
-    with torch.device("meta"), suppress(ValueError):
+    with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-        parts = {"model": sum(p.numel() for p in model.parameters()) * dtype.itemsize}
-    parts |= {"SAE with its optimiser": 4 * 4 * (2 * d_in + 2) * d_sae,
-              "a training step": 4 * batch_tokens * (3 * d_sae + 8 * d_in)}
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 0
-    text = "memory: " + ", ".join(f"{name} {spelled(size)}" for name, size in parts.items())
-    text += f"; activations {spelled(activations)} on disk"
-    if not free:
+    d_in, d_sae = store.d_in, round(expansion * store.d_in)
+    lm = sum(p.numel() for p in model.parameters()) * store.dtype.itemsize
+    sae, step = 16 * (2 * d_in + 2) * d_sae, 4 * batch_tokens * (3 * d_sae + 8 * d_in)
+    activations = store.windows.tokens.size * d_in * store.dtype.itemsize
+    text = (f"memory: model {spelled(lm)}, SAE with its optimiser {spelled(sae)}, a training step {spelled(step)}; "
+            f"activations {spelled(activations)} on disk")
+    if device != "cuda":
         return text
-    kept_there = activations < free // 2
-    text += f", {'kept on the GPU' * kept_there or 'read as they are needed'}; {spelled(free)} free"
-    need, (*_, sae, step) = sum(parts.values()) + activations * kept_there, parts.values()
-    if need > free:
-        room = free - (need - sae - step)
-        if room > sae > 0:
-            text += f". Too much: BATCH_TOKENS = {max(1, int(batch_tokens * (room - sae) / step))} fits"
-        else:
-            text += f". Too much: EXPANSION = {max(room, 0) / (sae + step) * d_sae / d_in:.2g} fits"
+    free = torch.cuda.mem_get_info()[0]
+    kept_there = activations < (free - lm) // 2
+    room = free - lm - activations * kept_there
+    text += f", {'kept on the GPU' if kept_there else 'read as they are needed'}; {spelled(free)} free"
+    if sae + step > room > sae:
+        text += f". Too much: BATCH_TOKENS = {max(1, int(batch_tokens * (room - sae) / step))} would fit"
+    elif sae + step > room:
+        text += f". Too much: EXPANSION = {expansion * max(room, 0) / (sae + step):.2g} would fit"
     return text
 
 
@@ -2979,14 +2978,15 @@ def make_folder(folder, advice):
 
 
 @contextmanager
-def replacing(path):
-    """A partial file that becomes `path` only when it is whole and on the disk."""
+def replacing(path, durable=True):
+    """A partial file that becomes `path` only when it is whole and, where it must be durable, on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -3162,11 +3162,11 @@ WRITERS, WRITING = ThreadPoolExecutor(3), deque()      # the threads, and what t
 def write(path, parts):
     """The tensors `parts`, one after another, become the file `path`, with a checksum beside it, only when it is whole. A thread
     copies and writes, also after the return, while what comes next is computed: `written` waits for it."""
-    stream, waiting = torch.cuda.Stream() if torch.cuda.is_available() else None, Queue(3)
+    stream, waiting = torch.cuda.Stream() if torch.cuda.is_available() else None, SimpleQueue()
 
     def work():
         checksum = 0
-        with replacing(path) as partial:
+        with replacing(path, durable=False) as partial:        # the checksum would tell
             with open(partial, "wb") as file, torch.cuda.stream(stream):
                 for part in iter(waiting.get, None):
                     if isinstance(part, BaseException):
@@ -3183,20 +3183,15 @@ def write(path, parts):
         with replacing(path.with_suffix(".crc32")) as partial:
             partial.write_text(str(checksum))
 
-    def send(part):
-        while not done.done():
-            with suppress(Full):
-                return waiting.put(part, timeout=1)
-
-    WRITING.append(done := WRITERS.submit(work))
+    WRITING.append(WRITERS.submit(work))
     try:
         for tensor in parts:
             finite = torch.isfinite(tensor).all()
-            send((tensor, finite, torch.cuda.current_stream().record_event() if stream else None))
-        send(None)
+            waiting.put((tensor, finite, torch.cuda.current_stream().record_event() if stream else None))
+        waiting.put(None)
     except BaseException as error:
-        WRITING.remove(done)
-        send(error)
+        WRITING.pop()
+        waiting.put(error)
         raise
     written(2)
 
@@ -3531,8 +3526,11 @@ def load_pretrained(name, what, **kwargs):
 
 def reinitialised(model):
     """A model like this one, with random weights."""
+    import transformers
     torch.manual_seed(0)
-    return type(model)(model.config).to(model.device, model.dtype).eval().requires_grad_(False)
+    with torch.device(model.device):
+        other = transformers.AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    return other.eval().requires_grad_(False)
 
 
 def load_config(name, layer, context_length):
