@@ -1049,8 +1049,7 @@ def load_tokenizer():
 
 
 def load_model():
-    model = corpus.load_pretrained(MODEL_NAME, "weights", dtype=MODEL_DTYPE)
-    return model.to(DEVICE).eval().requires_grad_(False)
+    return corpus.load_model(MODEL_NAME, MODEL_DTYPE, DEVICE)
 
 
 def stand_in(config):
@@ -1096,7 +1095,7 @@ def block_output(model, layer, tokens):
 def residual_after(model, layer, tokens):
     """Residual stream after block `layer`: [batch, seq, d_in]."""
     output = block_output(model, layer, tokens)
-    return output[0] if isinstance(output, tuple) else output
+    return (output[0] if isinstance(output, tuple) else output).to(DEVICE)
 
 
 @torch.no_grad()
@@ -1106,13 +1105,16 @@ def logits_from(model, layer, hidden, tokens):
     output = hidden.to(model.dtype)
     if isinstance(usual, tuple):
         output = output, *usual[1:]
+    before = [vars(block).get("forward") for block in skipped]  # of a model on several devices
     for block in skipped:
         block.forward = lambda *args, **kwargs: output
     try:
-        return model(input_ids=tokens, use_cache=False).logits.float()
+        return model(input_ids=tokens, use_cache=False).logits.to(DEVICE, torch.float32)
     finally:
-        for block in skipped:
+        for block, forward in zip(skipped, before):
             del block.forward
+            if forward:
+                block.forward = forward
 
 
 # ---- Activations: collected once, cached by content, shared by all runs ----
@@ -1122,7 +1124,6 @@ class Store:
     def __init__(self, folder, windows, d_in, dtype):
         self.folder, self.windows, self.d_in, self.dtype = folder, windows, d_in, dtype
         self.shards = corpus.shards(folder, len(windows.tokens), SHARD_WINDOWS)
-        self.tokens = torch.from_numpy(windows.tokens.astype(np.int64)).to(DEVICE)
 
     def collect(self, get_model, layer):
         """Fills in missing shards, under a lock that other runs wait for; then opens all."""
@@ -1134,9 +1135,10 @@ class Store:
         self.normalise()
 
     def collect_shard(self, model, layer, shard):
-        windows = self.tokens[shard.start:shard.start + shard.rows].split(32)
-        corpus.write(shard.path, (
-            residual_after(model, layer, tokens).to(self.dtype) for tokens in windows))
+        starts = range(shard.start, shard.start + shard.rows)[::32]
+        corpus.write(shard.path, (residual_after(
+            model, layer, self.tokens(slice(i, min(i + 32, shard.start + shard.rows)))
+        ).to(self.dtype) for i in starts))
 
     def normalise(self):
         """Mean and scale, of the first 2^18 training tokens."""
@@ -1151,6 +1153,9 @@ class Store:
         """By position: sum of x [seq, d_in], of |x|^2 [seq], and tokens [seq]."""
         return corpus.moments((self.batch(ids).x.double(), self.valid(ids)) for ids in chunks)
 
+    def tokens(self, ids):  # [len(ids), CONTEXT_LENGTH]
+        return torch.from_numpy(self.windows.tokens[ids].astype(np.int64)).to(DEVICE)
+
     def valid(self, ids):  # [len(ids), seq] False at padding
         return torch.from_numpy(self.windows.valid(ids)[:, 1:]).to(DEVICE)
 
@@ -1161,7 +1166,7 @@ class Store:
 
     def batch(self, ids):
         doc_ids, valid = self.windows.doc_ids[ids], self.valid(ids)
-        return self.batch_of(self.raw(ids), self.tokens[ids], doc_ids, valid)
+        return self.batch_of(self.raw(ids), self.tokens(ids), doc_ids, valid)
 
     def batch_of(self, raw, tokens, doc_ids, mask):
         """raw [batch, 1 + seq, d_in] and tokens with BOS; mask [batch, seq]."""
@@ -1369,7 +1374,7 @@ def spliced(run, ids, splice):
     residual stream [batch, seq, d_in], unscaled; BOS is left alone."""
     model, store = run.get_model(), run.store
     for part in np.array_split(ids, len(ids) // 16 + 1):
-        tokens, padding = store.tokens[part], ~store.valid(part)[:, 1:]
+        tokens, padding = store.tokens(part), ~store.valid(part)[:, 1:]
         hidden = torch.cat([store.raw(part)[:, :1], splice(store.batch(part))], 1)
         logp = logits_from(model, run.layer, hidden, tokens)[:, 1:-1].log_softmax(-1)
         loss = -logp.gather(2, tokens[:, 2:, None])[..., 0].double()
@@ -1676,7 +1681,7 @@ def eval_unlearning(run):
         {"forget": FORGET_QUESTIONS, "retain": RETAIN_QUESTIONS}, tokenizer, edits, logits)
     full, _ = plan.full(windows)
     metrics |= corpus.repetition({name: sampled(
-        run, edit, store.tokens[full, :CONTEXT_LENGTH // 2]) for name, edit in edits.items()})
+        run, edit, store.tokens(full)[:, :CONTEXT_LENGTH // 2]) for name, edit in edits.items()})
     z = run.sae.encode(batch := store.batch(full)).dense()
     clamped = z[..., unlearner.clamped["forget"]]
     adjacent = consistency(batch, F.normalize(clamped, dim=-1))
@@ -1856,7 +1861,7 @@ def features(run):
     n = min(4 if run.probing else 50, len(live))
     latents = np.sort(np.random.default_rng(0).choice(live, n, replace=False))
     rows = F.pad(run.sae.directions()[latents], (0, 0, 0, 1))[:, None]  # the last is 0
-    tokens, batch = store.tokens[:1, :1].expand(len(rows), 1), store.batch(ids)
+    tokens, batch = store.tokens([0])[:, :1].expand(len(rows), 1), store.batch(ids)
     logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
     fires = torch.from_numpy(z[:, latents].tocsr()[:batch.tokens.numel()].toarray() > 0)
     related = run.sae.related(latents, batch, fires.view(*batch.tokens.shape, -1).to(batch.x))

@@ -101,7 +101,6 @@ def steps(args):
     rows = []
     a, b = (torch.randn(n, n, device=peers.DEVICE, dtype=torch.bfloat16) for n in [512 if args.small else 8192] * 2)
     rate = 2 * len(a) ** 3 / median_seconds(lambda: a @ b, 20)
-    del a, b
     for d_sae in args.widths:
         start, batches = start_of(args, d_sae)
         for variant in args.variants:
@@ -145,7 +144,7 @@ def collect(args):
         for i in range(3):
             store = E.Store(Path(folder) / str(i), table, d_in, E.MODEL_DTYPE)
             began = clock()
-            for part in store.tokens.split(32):
+            for part in store.tokens(slice(None)).split(32):
                 E.block_output(model, layer, part)
             times["bare"].append(clock() - began)
             began = clock()

@@ -59,7 +59,7 @@ def measure_oracle(folder):
         for name, place in (("model", ROOT / "embedded" / "model"), ("oracle", folder)):
             model, losses = AutoModelForCausalLM.from_pretrained(place, dtype=E.torch.float32).eval(), []
             for part in np.array_split(ids, len(ids) // 16 + 1):
-                tokens, keep = store.tokens[part], store.valid(part)[:, 1:]
+                tokens, keep = store.tokens(part), store.valid(part)[:, 1:]
                 logp = model(input_ids=tokens).logits[:, 1:-1].log_softmax(-1)
                 loss = -logp.gather(2, tokens[:, 2:, None])[..., 0] * keep
                 losses.append((loss.sum(1) / keep.sum(1)).numpy())

@@ -15,6 +15,7 @@ import fcntl
 import glob
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import keyword
@@ -743,7 +744,7 @@ def make_windows(dataset: str, tokenizer, bos: int, wanted: Wanted) -> Windows:
         chosen = [starts[c] for c in sorted(rng.permutation(len(starts))[:most[split]])]
         found = [[bos] + ids[start:start + body] for start in chosen]
         seen[split] += bool(found) if split else sum(len(window) - 1 for window in found)
-        rows[split].extend((window, len(names)) for window in found)
+        rows[split].extend((np.array(window, np.int32), len(names)) for window in found)
         if split:
             labels.append(np.full((len(found), wanted.context_length, len(LABELS)), -1, dtype=np.int8))
             of_characters = char_labels(document.text) if labelled and found else None
@@ -2934,11 +2935,7 @@ def spelled(n_bytes):
 
 def memory_plan(config, store, expansion, batch_tokens, device):
     """What will take memory, in one line; where a GPU has too little, what to lower and to what."""
-    import transformers
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    d_in, d_sae = store.d_in, round(expansion * store.d_in)
-    lm = sum(p.numel() for p in model.parameters()) * store.dtype.itemsize
+    d_in, d_sae, lm = store.d_in, round(expansion * store.d_in), model_bytes(config, store.dtype)
     sae, step = 16 * (2 * d_in + 2) * d_sae, 4 * batch_tokens * (3 * d_sae + 8 * d_in)
     activations = store.windows.tokens.size * d_in * store.dtype.itemsize
     text = (f"memory: model {spelled(lm)}, SAE with its optimiser {spelled(sae)}, a training step {spelled(step)}; "
@@ -3524,6 +3521,25 @@ def load_pretrained(name, what, **kwargs):
                         "'EleutherAI/pythia-70m-deduped', a folder.") from None
 
 
+def model_bytes(config, dtype):
+    import transformers
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+
+
+def load_model(name, dtype, device):
+    """The model on the device; where a GPU has no room for it, over all GPUs and the memory, as accelerate places it."""
+    options, free = {}, torch.cuda.mem_get_info()[0] if device == "cuda" else math.inf
+    if free < math.inf and (need := model_bytes(load_pretrained(name, "config.json"), dtype)) > 0.8 * free:
+        if not importlib.util.find_spec("accelerate"):
+            raise DataError(f"MODEL_NAME = {name!r} takes {spelled(need)}, and the GPU has {spelled(free)} free. Take a smaller model, "
+                            "or `pip install accelerate`, which spreads it over GPUs and memory.")
+        options = {"device_map": "auto"}
+    model = load_pretrained(name, "weights", dtype=dtype, **options)
+    return (model if options else model.to(device)).eval().requires_grad_(False)
+
+
 def reinitialised(model):
     """A model like this one, with random weights."""
     import transformers
@@ -3800,7 +3816,10 @@ def run(main, file, shown, variants, name):
         variant = variants.get(name) if isinstance(name, str) else None
         at = f" (line {inspect.getsourcelines(variant)[1]})" if inspect.isclass(variant) else ""
         print(report(error, file, f"SAE_VARIANT = {name!r}{at}", shown), file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, DataError) else 1)
+        code = 2 if isinstance(error, DataError) else 1
+        if WRITING:                                         # threads that may never come to their end
+            os._exit(code)
+        sys.exit(code)
 
 
 def without_addresses(text):

@@ -339,17 +339,17 @@ MUTATIONS = {
     "a metric of three numbers": probing('return Result({"mine": torch.ones(3)}, {}, {})', "'mine'", "eval_probes", "(3,)"),
     "a metric that is None": probing('return Result({"mine": None}, {}, {})', "'mine'", "eval_probes", "NoneType"),
     "metrics as tensors and numpy scalars": edited(
-        "    return Result(metrics, {}, plain(right))",
-        "    metrics |= {'a': torch.tensor(2.0), 'b': np.float32(3)}\n    return Result(metrics, {}, plain(right))",
+        "    return Result(metrics, {}, right)",
+        "    metrics |= {'a': torch.tensor(2.0), 'b': np.float32(3)}\n    return Result(metrics, {}, right)",
         also=("a", "b")),
     "curves as arrays with NaN": edited(
-        "    return Result(metrics, {}, plain(right))",
+        "    return Result(metrics, {}, right)",
         "    return Result(metrics, {'mine': np.array([1.0, np.nan])}, plain(right))"),
     "a metric under two values": edited(
-        "    return Result(metrics, {}, plain(right))",
+        "    return Result(metrics, {}, right)",
         "    return Result(metrics | {'mine': 1.0, 'mine': 2.0}, {}, plain(right))", also=("mine",)),
     "metrics alone in place of a result": edited(
-        "    return Result(metrics, {}, plain(right))", "    return metrics", "eval_probes", "dict", "Result"),
+        "    return Result(metrics, {}, right)", "    return metrics", "eval_probes", "dict", "Result"),
     "an evaluation that changes weights": probing(
         "run.sae.W_dec.data *= 1.1", "eval_probes", "W_dec", "deepcopy"),
     "an evaluation that leaves training on": probing("run.sae.train()", "eval_probes", "training mode"),

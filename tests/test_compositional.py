@@ -332,9 +332,9 @@ def test_gini_by_hand(corpus):
 def test_only_what_composes_is_evaluated_so(E, monkeypatch):
     monkeypatch.setattr(E, "EVALS", ("composition",))
     with pytest.raises(E.RunnerError, match="EVALS"):
-        E.check_config()
+        E.corpus.check_config(vars(E), E.SAE_VARIANTS, E.EVALUATIONS)
     monkeypatch.setattr(E, "SAE_VARIANT", "compositional")
-    E.check_config()
+    E.corpus.check_config(vars(E), E.SAE_VARIANTS, E.EVALUATIONS)
 
 
 def test_a_whole_run(tmp_path):

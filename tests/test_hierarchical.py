@@ -379,9 +379,9 @@ def test_windows_with_and_without_a_unit(E):
 def test_a_variant_without_levels_is_told_at_once(E, monkeypatch):
     monkeypatch.setattr(E, "EVALS", ("core", "hierarchy"))
     with pytest.raises(E.RunnerError, match="EVALS.*for standard"):
-        E.check_config()
+        E.corpus.check_config(vars(E), E.SAE_VARIANTS, E.EVALUATIONS)
     monkeypatch.setattr(E, "SAE_VARIANT", "hierarchical")
-    E.check_config()
+    E.corpus.check_config(vars(E), E.SAE_VARIANTS, E.EVALUATIONS)
 
 
 @pytest.mark.parametrize("name, value", [("LEVEL_WIDTHS", (96, 144)), ("LEVEL_WIDTHS", (96, 4)), ("LEVEL_WIDTHS", 7),
@@ -389,7 +389,7 @@ def test_a_variant_without_levels_is_told_at_once(E, monkeypatch):
 def test_wrong_constants_are_refused(E, monkeypatch, name, value):
     monkeypatch.setattr(E, name, value)
     with pytest.raises(E.RunnerError, match=name):
-        E.check_config()
+        E.corpus.check_config(vars(E), E.SAE_VARIANTS, E.EVALUATIONS)
 
 
 @pytest.mark.parametrize("constants", [{}, {"LEVEL_WIDTHS": (144, 96), "LEVEL_SPARSITY": "l1", "EPOCHS_SCALE": 1.0}])

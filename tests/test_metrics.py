@@ -345,7 +345,7 @@ def spliced_by_hook(model, store, ids, x_hat):
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
     handle = model.gpt_neox.layers[0].register_forward_hook(replace)
     try:
-        return model(input_ids=store.tokens[torch.as_tensor(ids)]).logits.log_softmax(-1)
+        return model(input_ids=store.tokens(ids)).logits.log_softmax(-1)
     finally:
         handle.remove()
 
@@ -362,7 +362,7 @@ def test_next_token_losses_against_a_loop(E, model, spoken):
     losses, kl = E.next_token_losses(run_of(E, store, None, model), splice)
     assert losses.shape == kl.shape == (16, CONTEXT - 2)
     for row, w in enumerate(sample):
-        own = model(input_ids=store.tokens[w:w + 1]).logits.log_softmax(-1)[0]
+        own = model(input_ids=store.tokens([w])).logits.log_softmax(-1)[0]
         got = spliced_by_hook(model, store, [w], store.raw([w])[:, 1:] + noise[[w]])[0]
         for p in range(CONTEXT - 2):                    # the loss after position p + 1 is that of the token at p + 2
             if p + 2 < store.windows.lengths[w]:
@@ -379,9 +379,9 @@ def test_next_token_losses_against_a_loop(E, model, spoken):
 def test_the_identity_spliced_in_changes_nothing(E, model, spoken, lengths):
     store = spoken(lengths)
     own = E.next_token_losses(run_of(E, store, None, model), lambda batch: store.unscaled(batch.x))
-    direct = model(input_ids=store.tokens).logits.log_softmax(-1)
+    direct = model(input_ids=store.tokens(slice(None))).logits.log_softmax(-1)
     sample = store.windows.sample()
-    wanted = -direct[sample, 1:-1].gather(2, store.tokens[sample, 2:, None])[..., 0].numpy()
+    wanted = -direct[sample, 1:-1].gather(2, store.tokens(sample)[:, 2:, None])[..., 0].numpy()
     kept = ~np.isnan(own[0])
     assert kept.sum() == np.maximum(store.windows.lengths[sample] - 2, 0).sum()
     assert own[0][kept] == pytest.approx(wanted[kept], abs=1e-4)
@@ -492,8 +492,8 @@ def test_what_stands_in_the_padding_changes_no_figure(E, model, spoken):
 def test_positions_that_no_held_out_window_reaches(E, model, spoken):
     """Short documents: every held-out window ends early. The results can still be written."""
     store = spoken(np.where(np.arange(56) < N_TRAIN, CONTEXT, 9))
-    result = E.eval_core(run_of(E, store, noisy(E), model, (5, 3)))
-    json.dumps(result._asdict(), allow_nan=False)
+    result = E.corpus.evaluated(E.eval_core, run_of(E, store, noisy(E), model, (5, 3)))
+    json.dumps(result, allow_nan=False)
 
 
 def test_a_dictionary_without_live_latents_is_an_error(E, model, spoken):

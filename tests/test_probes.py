@@ -40,7 +40,7 @@ def test_a_planted_latent_is_found(E, monkeypatch, tmp_path, windows):
     inside = 3.0 * (flat[:, 1] == 1)                                    # docstring
     of_file = np.eye(N_FILES)[np.arange(TOKENS) // (PER_FILE * SEQ)]    # one latent a document
     noise = rng.random((TOKENS, 4)) * (rng.random((TOKENS, 4)) < 0.3)
-    result = E.eval_probes(run_of(E, tmp_path, windows, np.column_stack([inside, of_file, noise])))
+    result = E.Result(*E.corpus.plain([*E.eval_probes(run_of(E, tmp_path, windows, np.column_stack([inside, of_file, noise])))]))
     m = result.metrics
     assert m["probe_docstring"] == 1.0 and m["probe_document"] == 1.0
     for name in ("class", "function", "call"):                          # no latent knows these, nor do tokens
@@ -226,7 +226,7 @@ def test_probing_activations_are_scaled_as_those_of_training(E, make_store, clas
     store = E.probing_store(run, classified)
     assert set(asked) == {("the model", 3)} and store.folder.parent == like.folder.parent != store.folder
     assert torch.equal(store.mean, like.mean) and store.scale == like.scale
-    wanted = (table[store.tokens[:, 1:] % 5000] - like.mean) / like.scale
+    wanted = (table[store.tokens(slice(None))[:, 1:] % 5000] - like.mean) / like.scale
     assert torch.allclose(store.batch(np.arange(52)).x, wanted, atol=1e-6)
     asked.clear()
     E.probing_store(run, classified)
@@ -248,7 +248,7 @@ def test_sparse_probing_as_a_whole(E, make_store, monkeypatch):
         stores[name].mean, stores[name].scale = torch.zeros(8), 1.0
         stores[name].windows = like
     run = E.Run(sae, None, None, 0, (1, 1), {}, lambda run, dataset: stores[dataset])
-    result = E.eval_sparse_probing(run)
+    result = E.Result(**E.corpus.evaluated(E.eval_sparse_probing, run))
     m, c = result.metrics, result.curves["sparse_probing"]
     names = ("channels", "untrained", "tokens", "sae")
     kinds = ("top_1", "top_2", "top_4", "all")

@@ -515,11 +515,11 @@ def test_rules_of_the_settings(E, monkeypatch, name):
         monkeypatch.setattr(E, name, value)
         if name == "CONTEXT_LENGTH":
             monkeypatch.setattr(E, "BATCH_TOKENS", 1024)
-        E.check_config()
+        E.corpus.check_config(vars(E), E.SAE_VARIANTS, E.EVALUATIONS)
     for value in bad:
         monkeypatch.setattr(E, name, value)
         with pytest.raises(E.RunnerError) as error:
-            E.check_config()
+            E.corpus.check_config(vars(E), E.SAE_VARIANTS, E.EVALUATIONS)
         said = str(error.value)
         assert said.startswith(f"{name} = {value!r} ") and all(part in said for part in parts), said
 
@@ -534,10 +534,10 @@ def test_what_may_be_ablated(E, monkeypatch, variant):
     for name in sorted(losses | set(made.components) | {"trace", "attention", "gate", "contrastive", "l0_target"}):
         monkeypatch.setattr(E, "ABLATE", (name,))
         if name != "reconstruction" and name in losses | set(made.components):
-            E.check_config()
+            E.corpus.check_config(vars(E), E.SAE_VARIANTS, E.EVALUATIONS)
         else:
             with pytest.raises(E.RunnerError, match="ABLATE"):
-                E.check_config()
+                E.corpus.check_config(vars(E), E.SAE_VARIANTS, E.EVALUATIONS)
 
 
 def test_an_out_dir_that_cannot_be(lab):

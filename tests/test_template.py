@@ -114,7 +114,7 @@ def test_every_planned_run_passes_the_checks_of_the_settings(E, monkeypatch, sys
         with monkeypatch.context() as patch:
             for name, value in constants.items():
                 patch.setattr(E, name, value)
-            E.check_config()
+            E.corpus.check_config(vars(E), E.SAE_VARIANTS, E.EVALUATIONS)
 
 
 @pytest.fixture(scope="module")

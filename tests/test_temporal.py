@@ -1400,7 +1400,7 @@ def test_eval_temporal_end_to_end(E, settings, text, name, ablate, own, drawn):
     sae = dictionary(E, name)
     if name == "temporal":
         sae.attends = True
-    result = E.eval_temporal(run_of(E, store, sae))
+    result = E.Result(**E.corpus.evaluated(E.eval_temporal, run_of(E, store, sae)))
     assert METRICS | own <= set(result.metrics) and CURVES | drawn <= set(result.curves)
     assert all(math.isfinite(float(value)) for value in result.metrics.values())
     assert is_plain(result.curves) and is_plain(result.per_sequence)
@@ -1515,7 +1515,7 @@ def test_a_padded_window_is_left_out(E, settings, text):
     lengths = np.full(52, CONTEXT)
     lengths[[12, 13, 14]] = 20, 33, 39                  # both windows of the first file, one of the second
     store, sae = text(lengths=lengths), dictionary(E)
-    result = E.eval_temporal(run_of(E, store, sae))
+    result = E.Result(**E.corpus.evaluated(E.eval_temporal, run_of(E, store, sae)))
     assert result.per_sequence["stability"][0] is None and result.per_sequence["smoothness"][0] is None
     assert all(value is not None for values in result.per_sequence.values() for value in values[1:])
     json.dumps(result[1:], allow_nan=False)

@@ -761,7 +761,7 @@ def test_scores_under_an_edit_are_those_of_the_edited_model(E, spoken):
     loss, own = scores(E, run, ids, no_clozes(E), edit)[0], scores(E, run, ids, no_clozes(E))[0]
     for i, got in zip(ids, loss):
         with torch.no_grad():
-            assert padded_loss(E, run, run.store.tokens[i:i + 1], CONTEXT - 2, edit) == pytest.approx(got, rel=1e-4)
+            assert padded_loss(E, run, run.store.tokens([i]), CONTEXT - 2, edit) == pytest.approx(got, rel=1e-4)
     assert (np.abs(loss - own) > 1e-4).all()
 
 
@@ -1169,7 +1169,7 @@ NAMES_OF_EDITS = ("standard", "pattern", "hybrid", "random_latents", "random_dir
 def test_the_evaluation_end_to_end(E, spoken, settings):  # noqa: F811
     run = whole(E, spoken, settings)
     settings(FORGETTING=0.02)                           # a random model has little to forget
-    result = E.eval_unlearning(run)
+    result = E.Result(**E.corpus.evaluated(E.eval_unlearning, run))
     m, frontier = result.metrics, result.curves["frontier"]
     assert all(math.isfinite(value) for value in m.values()) and list(frontier) == list(NAMES_OF_EDITS)
     for name, rows in frontier.items():
