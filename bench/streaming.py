@@ -4,16 +4,13 @@
 
 One process for each size, 10, 30 and 100 times --share MB of activations on disk: it collects them with the embedded model, then
 trains a TopK for some steps on windows drawn from all of them. Its memory is the peak of its anonymous pages: files that are
-mapped hold none that others need. Under RLIMIT_DATA (rougher: it counts what is reserved) it may have what the process of the
-smallest corpus had and 4 shares more. tokens/s are of CPU time, so that a busy machine does not show. Writes streaming.json and
-streaming.png to bench/results; fails where memory grows by a share, or speed falls by a tenth.
+mapped hold none that others need. tokens/s are of CPU time, so that a busy machine does not show. Writes streaming.json and streaming.png to
+bench/results; fails where memory grows by a share, or speed falls by a tenth.
 """
 import argparse
-import contextlib
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,15 +28,15 @@ def status(field):
 
 
 class Peak:
-    """Largest anonymous memory, and largest of what RLIMIT_DATA counts, of this process since `begin`, in MB."""
+    """Largest anonymous memory of this process, in MB."""
 
     def __init__(self):
-        self.anonymous = self.data = 0.0
+        self.anonymous = 0.0
         threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self):
         while True:
-            self.anonymous, self.data = max(self.anonymous, status("RssAnon")), max(self.data, status("VmData"))
+            self.anonymous = max(self.anonymous, status("RssAnon"))
             time.sleep(0.01)
 
 
@@ -56,19 +53,7 @@ def child(args):
     n = args.tokens // length
     windows = E.corpus.Windows(tokens=rng.integers(1, 4096, (n, length)).astype(np.int32), lengths=np.full(n, length),
                                doc_ids=np.arange(n), n_train=n, names=[], domains=np.zeros(n, np.int8))
-    mapped = n * length * d_in * 4
-
-    @contextlib.contextmanager
-    def for_files():                    # a mapped file counts as data, though it holds none
-        limit, most = resource.getrlimit(resource.RLIMIT_DATA)
-        if limit != resource.RLIM_INFINITY:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit + mapped, most))
-        yield
-
-    E.corpus.unbounded_memory = for_files
     E.SHARD_WINDOWS = 64
-    if args.limit:
-        resource.setrlimit(resource.RLIMIT_DATA, (args.limit << 20, resource.RLIM_INFINITY))
     peak = Peak()
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         store = E.Store(Path(folder), windows, d_in, torch.float32)
@@ -83,9 +68,9 @@ def child(args):
             began = time.process_time()
             E.train_step(sae, optimizer, store.batch(rng.integers(0, n, size)), stage, 0.5)
             step_seconds.append(time.process_time() - began)
-        print(json.dumps({"activations_mb": mapped / 1e6, "tokens": n * length, "collected_per_second": n * length / collecting,
+        print(json.dumps({"activations_mb": n * length * d_in * 4 / 1e6, "tokens": n * length, "collected_per_second": n * length / collecting,
                           "trained_per_second": size * (length - 1) / float(np.median(step_seconds)),
-                          "anonymous_mb": peak.anonymous, "data_mb": peak.data - (mapped >> 20), "limit_mb": args.limit}))
+                          "anonymous_mb": peak.anonymous}))
 
 
 def draw(rows, path):
@@ -108,13 +93,12 @@ def draw(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--share", type=int, default=32, help="MB of activations in the smallest corpus, and above its peak")
+    parser.add_argument("--share", type=int, default=32, help="MB of activations; the largest corpus has 100")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--small", action="store_true", help="up to 4 shares of 24 MB, 20 steps")
     parser.add_argument("--scratch", default=None, help="a folder on the disk to use")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--limit", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tokens:
         return child(args)
@@ -122,16 +106,14 @@ def main():
     rows, d_in = [], json.loads((ROOT / "embedded" / "model" / "config.json").read_text())["hidden_size"]
     for factor in times:
         tokens = factor * share * 10 ** 6 // (4 * d_in)
-        limit = int(rows[0]["data_mb"] + 4 * share) if rows else 0
-        command = [sys.executable, __file__, "--tokens", str(tokens), "--limit", str(limit), "--steps", str(steps)]
+        command = [sys.executable, __file__, "--tokens", str(tokens), "--steps", str(steps)]
         command += ["--scratch", args.scratch] if args.scratch else []
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
             sys.exit(f"{factor} shares: {done.stderr[-1500:]}")
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         row = rows[-1]
-        print(f"{row['activations_mb']:,.0f} MB of activations: peak {row['anonymous_mb']:.0f} MB"
-              + (f" (limit on data {row['limit_mb']} MB)" if row["limit_mb"] else "") + f", {row['collected_per_second']:,.0f} tokens/s "
+        print(f"{row['activations_mb']:,.0f} MB of activations: peak {row['anonymous_mb']:.0f} MB, {row['collected_per_second']:,.0f} tokens/s "
               f"collected, {row['trained_per_second']:,.0f} trained on", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "streaming.json").write_text(json.dumps(rows, indent=1) + "\n")
