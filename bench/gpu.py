@@ -201,12 +201,13 @@ PARTS = {"exact": exact, "steps": steps, "collect": collect, "run": run}
 
 
 def table(found):
-    lines = [f"On {found['device']}, torch {torch.__version__}"]
+    lines = [f"On {found['device']}, torch {found['torch']}"]
     if "exact" in found:
         lines.append("gradients: " + ", ".join(f"{name} {value:.1e}" for name, value in found["exact"].items()))
     if "steps" in found:
         lines += [f"\nbf16 matrix products: {found['steps']['bf16_tflops']:.0f} TFLOP/s\n",
                   "| variant | d_sae | contestant | ms | relative to ours | L0 | share of bf16 rate |", "|---|---|---|---|---|---|---|"]
+        base = None
         for row in found["steps"]["rows"]:
             base = row if row["contestant"] == "ours" else base
             about = row.get("failed") or f"{row['ms']:.2f} | {row['ms'] / base['ms']:.2f} | {row['l0']:.0f} | " + (
@@ -235,7 +236,7 @@ def main():
     args.d_in, args.tokens, args.k = (32, 256, 4) if args.small else (2304, 4096, 64)
     args.text = str(Path(args.text).resolve()) if Path(args.text).exists() else args.text
     args.widths, args.shape = ((128, 256), TINY) if args.small else ((18_432, 65_536), GEMMA)
-    found = {"device": device_name()}
+    found = {"device": device_name(), "torch": torch.__version__}
     for name in args.parts:
         began = time.time()
         try:

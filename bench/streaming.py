@@ -1,11 +1,12 @@
-"""A corpus far beyond memory: what a run holds, and its tokens/s, while the corpus grows a hundredfold.
+"""A corpus far beyond memory: what a run holds, and its tokens/s, for corpora of 10 to 100 times a share of memory.
 
     python bench/streaming.py                    about 10 minutes on two cores, 3.5 GB of disk; --small shows that it works
 
 One process for each size, 10, 30 and 100 times --share MB of activations on disk: it collects them with the embedded model, then
 trains a TopK for some steps on windows drawn from all of them. Its memory is the peak of its anonymous pages: files that are
 mapped hold none that others need. tokens/s are of CPU time, so that a busy machine does not show. Writes streaming.json and streaming.png to
-bench/results; fails where memory grows by a share, or speed falls by a tenth.
+bench/results; fails where memory grows by a tenth of what the corpus does, or speed falls by a tenth. (Peaks differ by
+some 200 MB from one time to another: freed buffers are kept, and threads interleave.)
 """
 import argparse
 import json
@@ -122,7 +123,7 @@ def main():
     grown = last["anonymous_mb"] - first["anonymous_mb"]
     slower = [name for name in ("collected_per_second", "trained_per_second") if last[name] < 0.9 * first[name]]
     print(f"memory grew by {grown:.0f} MB, the corpus by {last['activations_mb'] - first['activations_mb']:,.0f}")
-    if grown > share or slower and not args.small:
+    if not args.small and (slower or grown > 0.1 * (last["activations_mb"] - first["activations_mb"])):
         sys.exit(f"not flat: {slower or 'memory'}")
 
 

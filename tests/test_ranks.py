@@ -1,6 +1,8 @@
 """Several processes by torchrun, and what threads and GPUs do beside the computation, all on the CPU."""
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from copies import Process, copy_template, results, start, write_text_data
+from copies import PROJECT, Process, copy_template, environment, results, start, write_text_data
 from safetensors.torch import load_file
 
 
@@ -170,6 +172,26 @@ def test_batch_topk_keeps_the_same_latents_whatever_the_last_step_kept(E, last):
     fresh = sae.encode(batch).dense()
     sae.last.fill_(last)
     assert torch.equal(sae.encode(batch).dense(), fresh) and (fresh != 0).sum() <= 4 * 16
+
+
+# --- the benchmarks of GPUs and memory, small -----------------------------------------------------------------------------
+def bench(name, tmp_path, *arguments):
+    done = subprocess.run([sys.executable, str(PROJECT / "bench" / name), "--small", *arguments, str(tmp_path)], capture_output=True,
+                          text=True, env=environment(tmp_path / "cache"), timeout=300)
+    assert done.returncode == 0, done.stderr[-1500:]
+    return done.stdout
+
+
+def test_the_gpu_benchmark_works_without_a_gpu(tmp_path):
+    said = bench("gpu.py", tmp_path / "gpu.json", "--parts", "exact", "collect", "--out")
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["exact"]["ours_vs_dense"] < 1e-4 and found["collect"]["tokens_per_second"] > 0
+    assert "of the bare forward pass" in said
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    said = bench("streaming.py", tmp_path, "--out")
+    assert "memory grew by" in said and (tmp_path / "streaming.png").stat().st_size > 10_000
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------
