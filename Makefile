@@ -4,7 +4,7 @@ PYTHON ?= python3
 VARIANT ?= temporal
 IDEA ?= $(VARIANT)
 export PYTHON VARIANT IDEA SAE_CACHE_DIR
-.PHONY: help env run test mutations kills
+.PHONY: help env run test mutations kills interop
 .DEFAULT_GOAL := help
 
 # What every target begins with: a way to stop with one line, the cache's folder, the path of the environment.
@@ -39,6 +39,7 @@ help:
 	@echo "make test                                   runs the whole test suite"
 	@echo "make mutations                              runs 88 edits of the kind agents make; a table of what comes of each"
 	@echo "make kills                                  kills runs at 20 random moments and compares how they end"
+	@echo "make interop                                loads and measures SAEs of every variant in SAELens and SAEBench"
 	@echo "make env                                    makes the virtual environment that both use and says where it is"
 	@echo "All take PYTHON=python3 (3.11 or newer) and SAE_CACHE_DIR=~/.cache/temporal-sae-runner (environment, caches)."
 
@@ -77,3 +78,8 @@ test:
 
 mutations kills:
 	@$(BEGIN); $(BUILD); "$$python" tests/$@.py
+
+# The peers have an environment of their own, beside the runner's
+interop:
+	@$(BEGIN); peers="$$(bench/setup_interop.sh | tail -1)" || die "the peers' environment could not be made (see above)"; \
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false "$$peers" bench/interop.py

@@ -600,7 +600,7 @@ class Temporal(BatchTopK):
         Stage("consistency", 5, PLAIN | {"consistency": CONSISTENCY_WEIGHT,
                                          "contrastive": CONTRAST_WEIGHT},
               anneals={"attends": True, "binds": True}))
-    components, architecture = ("attention", "positions"), "temporal"
+    components, architecture = ("attention", "positions"), "temporal_attention"
     attends = binds = False
     causal = ATTENTION == "causal"
 

@@ -3234,7 +3234,8 @@ def save_sae(folder, weights, architecture, k, metadata):
                         "differ. Give the class an `architecture` of its own.")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().float().cpu().contiguous() for name, value in weights.items()}
-    d_in, d_sae = weights["W_enc"].shape
+    d_in, d_sae = len(weights.get("lower.W_enc", weights["W_enc"])), len(weights["W_dec"])
+    metadata = metadata | {"sae_lens_version": "6.54.12"}           # of the layout; without it SAELens drops the metadata
     cfg = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu",
            "apply_b_dec_to_input": True, "metadata": metadata, "normalize_activations": "none", "reshape_activations": "none"}
     if architecture == "topk":

@@ -1,6 +1,8 @@
 """Each variant against a plain dense form of its published equation, and the properties all share."""
 import copy
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -648,6 +650,27 @@ def test_a_name_of_saelens_is_for_its_equation_alone(E, tmp_path):
         with pytest.raises(E.RunnerError, match="architecture = 'topk'.*(W_q|b_enc).*of its own"):
             E.corpus.save_sae(tmp_path / "wrong", wrong, "topk", 3, {})
     assert not (tmp_path / "wrong").exists()
+
+
+SAELENS_S_NAMES = {"standard", "gated", "topk", "abstopk", "jumprelu", "transcoder", "skip_transcoder", "jumprelu_transcoder",
+                   "jumprelu_skip_transcoder", "temporal", "matching_pursuit"}      # 6.54.12; bench/interop.py asks it
+
+
+def test_a_layout_of_its_own_has_a_name_that_saelens_does_not_know(E):
+    assert set(SAELENS) < SAELENS_S_NAMES
+    for name, variant in E.SAE_VARIANTS.items():
+        assert (variant.architecture in SAELENS_S_NAMES) == (variant.architecture in E.corpus.SAELENS), name
+
+
+@pytest.mark.parametrize("name", ["topk", "compositional", "hierarchical"])
+def test_cfg_has_the_sae_s_sizes_and_metadata_that_saelens_keeps(E, tmp_path, name):
+    """SAELens drops the metadata of a cfg.json that names no version from 6 on."""
+    store = SimpleNamespace(mean=torch.zeros(D_IN), scale=2.0)
+    E.export(E.SAE_VARIANTS[name](D_IN, D_SAE, K), store, 1, tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    assert (cfg["d_in"], cfg["d_sae"]) == (D_IN, D_SAE)
+    assert int(cfg["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_post"
 
 
 def test_registry(E):
