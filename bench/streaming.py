@@ -86,7 +86,11 @@ def draw(rows, path):
     for i, (name, label) in enumerate((("collected_per_second", "collected"), ("trained_per_second", "trained on"))):
         right.semilogx(size, [row[name] / rows[0][name] for row in rows], "o-", color=f"C{i + 1}", label=label)
     right.set(xlabel="activations on disk (MB)", ylabel="of the smallest corpus'", title="tokens/s", ylim=(0, 1.3))
+    left.set_yticks([300, 1000, 3000], ["300", "1,000", "3,000"])
+    left.minorticks_off()
     for axes in (left, right):
+        axes.set_xticks(size, [f"{mb:,.0f}" for mb in size])
+        axes.minorticks_off()
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=150)
