@@ -21,6 +21,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -85,8 +86,9 @@ def train(folders):
 
 # ---- SAELens ----
 def deviation(theirs, ours):
-    """The largest of |theirs - ours| / |ours| over rows."""
-    return ((theirs - ours).norm(dim=-1) / ours.norm(dim=-1).clamp_min(1e-30)).max().item()
+    """The largest of |theirs - ours| / |ours| over rows; infinite where there are none."""
+    relative = (theirs - ours).norm(dim=-1) / ours.norm(dim=-1).clamp_min(1e-30)
+    return relative.max().item() if len(relative) else math.inf
 
 
 @torch.no_grad()
@@ -220,11 +222,11 @@ def figures(metrics, reported, x, size):
     squares, variance = x.square().sum(1).mean(), (x - x.mean(0)).square().sum(1).mean()
     quality, performance = metrics["reconstruction_quality"], metrics["model_performance_preservation"]
     ours = reported["explained_variance"]
-    legacy = squares - x.square().mean() ** 2
+    divisor = squares - x.square().mean() ** 2
     return {
         "L0": (metrics["sparsity"]["l0"], reported["l0"]),
         "explained variance": (1 - (quality["mse"] * of_batch / variance).item(), ours),
-        "its explained variance": (quality["explained_variance"], 1 - ((1 - ours) * variance / legacy).item()),
+        "its explained variance": (quality["explained_variance"], 1 - ((1 - ours) * variance / divisor).item()),
         "CE": (performance["ce_loss_without_sae"], reported["ce_model"]),
         "CE with the SAE": (performance["ce_loss_with_sae"], reported["ce_sae"])}
 
@@ -234,7 +236,7 @@ def disagreements(found):
     for name, (theirs, ours) in found.items():
         allowed = TOLERANCES[name.removeprefix("its ")] * (ours if name == "L0" else 1)
         if not abs(theirs - ours) <= allowed:
-            wrong.append(f"SAEBench's {name} is {theirs:.5f}, ours {ours:.5f}")
+            wrong.append(f"SAEBench: {name} {theirs:.5f}, ours {ours:.5f}")
     return wrong
 
 
@@ -275,6 +277,7 @@ def measured_in(temporary, variants):
         loaded[variant], saes[variant] = "SAELens" if sae else "BenchSAE", sae or bench_sae(folder, cfg)
         found[variant] = compare(saes[variant], noted)
         wrong += [f"{variant}: {problem}" for problem in problems + too_far(found[variant])]
+        print("".join(f"{variant}: {problem}\n" for problem in problems), end="", flush=True)     # SAEBench may fail on them
         reported[variant] = copies.results(folder)["core"]["metrics"]
     model, tokenizer = collect.load_model(peers.PROJECT / "embedded" / "model")
     metrics, size = in_saebench(saes, noted["tokens"], model, tokenizer, temporary)
