@@ -2874,13 +2874,18 @@ class Ranks:
         parameters = [p for p in sae.parameters() if p.requires_grad]
         known = [float(p.grad is not None) for p in parameters]
         total, *known = self.total(torch.tensor([float(n), *known], dtype=torch.float64)).tolist()
+        gradients = []
         for p, there in zip(parameters, known):
             if there:
-                grad = torch.zeros_like(p) if p.grad is None else p.grad * (n / total)
-                p.grad = self.total(grad)
-        for buffer in sae.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(self.total(buffer) / self.size)
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.mul_(n / total)
+                gradients.append(p.grad)
+        buffers = [buffer for buffer in sae.buffers() if buffer.is_floating_point()]
+        for buffer in buffers:
+            buffer.div_(self.size)
+        parts = gradients + buffers                             # at once: each exchange has its price
+        whole = self.total(torch.cat([part.flatten() for part in parts]))
+        for part, sums in zip(parts, whole.split([part.numel() for part in parts])):
+            part.copy_(sums.view_as(part))
 
     def same(self, sae):
         """All as rank 0 has it."""
