@@ -1260,7 +1260,7 @@ def validation_loss(sae, store):
 
 def seconds_per_step(sae, store, stages, size):
     """Seconds of one step of each stage, the second one on a copy."""
-    seconds, batch = [], store.batch(np.arange(size))
+    seconds, batch = [], store.batch(RANKS.share(np.arange(size)))
     for stage in stages:
         trial = copy.deepcopy(sae).train()
         optimizer = make_optimizer(trial, 1e-4)
