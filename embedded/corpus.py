@@ -3179,7 +3179,8 @@ def write(path, parts):
                         tensor.record_stream(stream)
                     content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
                     if not finite.item():
-                        raise DataError("non-finite activations.")
+                        raise DataError("non-finite activations: the model overflows before LAYER ends. Take MODEL_DTYPE = torch.float32, or "
+                                        "an earlier LAYER.")
                     file.write(content)
                     checksum = zlib.crc32(content, checksum)
         with replacing(path.with_suffix(".crc32")) as partial:
@@ -3230,10 +3231,14 @@ def plain(value):
 PLAIN_WEIGHTS = {"W_enc", "b_enc", "W_dec", "b_dec"}
 SAELENS = {"standard": PLAIN_WEIGHTS, "topk": PLAIN_WEIGHTS, "jumprelu": PLAIN_WEIGHTS | {"threshold"},
            "gated": {"W_enc", "W_dec", "b_dec", "b_gate", "r_mag", "b_mag"}}   # the architectures that it knows
+SAELENS_OTHERS = {"abstopk", "matching_pursuit", "temporal", "transcoder", "skip_transcoder", "jumprelu_transcoder",
+                  "jumprelu_skip_transcoder"}                           # and those whose equations are none of ours
 
 
 def save_sae(folder, weights, architecture, k, metadata):
     """SAELens's two files, of weights {name: tensor} that take the model's own activations."""
+    if architecture in SAELENS_OTHERS:
+        raise DataError(f"architecture = {architecture!r} is another SAE of SAELens's: give the class a name of its own.")
     if architecture in SAELENS and (others := sorted(set(weights) ^ SAELENS[architecture])):
         raise DataError(f"architecture = {architecture!r} is SAELens's, which knows {sorted(SAELENS[architecture])}; {others} "
                         "differ. Give the class an `architecture` of its own.")

@@ -130,13 +130,6 @@ def test_a_failure_ahead_is_told(E):
         get(1)
 
 
-def test_activations_from_disk_train_the_same_sae(E, monkeypatch):
-    """`ahead` changes nothing but when batches are made: what train sees is the same."""
-    pool = [torch.randn(3, generator=torch.Generator().manual_seed(step)) for step in range(9)]
-    get = E.corpus.ahead(lambda step: (pool[step % 9],), slow=True)
-    assert all(torch.equal(get(step)[0], pool[step % 9]) for step in range(9))
-
-
 @pytest.mark.filterwarnings("ignore:Sparse")
 def test_products_of_sparse_matrices_are_those_of_bags(E):
     """What CUDA computes, on the CPU."""

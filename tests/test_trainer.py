@@ -417,6 +417,19 @@ def test_same_seed_same_bits_other_seed_others(E, store, tmp_path, name):
     assert not torch.equal(results[0][0]["W_enc"], results[2][0]["W_enc"])
 
 
+@pytest.mark.parametrize("name", ["topk", "standard"])
+def test_batches_made_ahead_train_the_same_sae(E, store, tmp_path, monkeypatch, name):
+    """As on a GPU whose memory the activations do not fit into: a thread reads the next batch."""
+    direct, ahead, asked = {}, E.corpus.ahead, []
+    for slow in (False, True):
+        monkeypatch.setattr(E.corpus, "ahead", lambda make, _, slow=slow: asked.append(slow) or ahead(make, slow))
+        sae, stages = problem(E, name)
+        log, *_ = run(E, store, sae, stages, tmp_path, name=f"{slow}.pt")
+        direct[slow] = sae.state_dict(), log
+    same_bits(direct[True][0], direct[False][0])
+    assert direct[True][1] == direct[False][1] and asked == [False, True]
+
+
 @pytest.mark.parametrize("name", VARIANTS + ["annealed"])
 def test_a_killed_run_carries_on_to_the_same_bits(E, store, tmp_path, monkeypatch, name):
     """Killed at the start, at an epoch's end and after it, in the second stage and before the last step."""

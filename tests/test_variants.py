@@ -649,6 +649,8 @@ def test_a_name_of_saelens_is_for_its_equation_alone(E, tmp_path):
     for wrong in (weights | {"W_q": weights["W_enc"]}, {n: p for n, p in weights.items() if n != "b_enc"}):
         with pytest.raises(E.RunnerError, match="architecture = 'topk'.*(W_q|b_enc).*of its own"):
             E.corpus.save_sae(tmp_path / "wrong", wrong, "topk", 3, {})
+    with pytest.raises(E.RunnerError, match="another SAE of SAELens's"):        # it would load and mean something else
+        E.corpus.save_sae(tmp_path / "wrong", weights, "temporal", 3, {})
     assert not (tmp_path / "wrong").exists()
 
 
@@ -657,7 +659,7 @@ SAELENS_S_NAMES = {"standard", "gated", "topk", "abstopk", "jumprelu", "transcod
 
 
 def test_a_layout_of_its_own_has_a_name_that_saelens_does_not_know(E):
-    assert set(SAELENS) < SAELENS_S_NAMES
+    assert E.corpus.SAELENS_OTHERS == SAELENS_S_NAMES - set(SAELENS)
     for name, variant in E.SAE_VARIANTS.items():
         assert (variant.architecture in SAELENS_S_NAMES) == (variant.architecture in E.corpus.SAELENS), name
 
