@@ -739,10 +739,12 @@ class Compositional(TopK):
         """Weights [n, heads, k, k] of each active feature over those of its token, or None."""
         if "attention" in ABLATE:
             return None
-        q, k = (F.embedding(ids, self.E @ W).unflatten(2, (COMPOSITION_HEADS, -1)) * f[..., None,
-                None] for W in (self.W_q, self.W_k))
-        scores = torch.einsum("nihw,njhw->nhij", q, k) / math.sqrt(q.shape[-1])
-        return scores.masked_fill((f <= 0)[:, None, None], NEVER).softmax(-1)
+        scaled = (f * COMPOSITION_HEAD_WIDTH ** -0.25)[..., None]
+        q, k = ((F.embedding(ids, self.E @ W) * scaled).unflatten(2, (COMPOSITION_HEADS, -1))
+                .transpose(1, 2).flatten(0, 1) for W in (self.W_q, self.W_k))
+        silent = (NEVER * (f <= 0)).repeat_interleave(COMPOSITION_HEADS, 0)[:, None]
+        weights = torch.baddbmm(silent, q, k.transpose(1, 2)).softmax(-1)
+        return weights.unflatten(0, (-1, COMPOSITION_HEADS))
 
     def compose(self, ids, f):
         """c [n, d_c] of features ids [n, k] with values f [n, k]."""
@@ -751,7 +753,8 @@ class Compositional(TopK):
             if self.combined and self.combined < f.shape[1]:
                 f, places = f.topk(self.combined)
                 ids = ids.gather(1, places)
-            seen = (self.attention(ids, f) * (f > 0)[:, None, :, None]).sum(2) * f[:, None]
+            on = (f > 0).to(f)[:, None, None]
+            seen = (on @ self.attention(ids, f))[:, :, 0] * f[:, None]  # [n, heads, k]
             values = F.embedding(ids, self.E @ self.W_v).unflatten(2, (COMPOSITION_HEADS, -1))
             mixed = torch.einsum("nhj,njhw->nhw", seen, values).flatten(1) @ self.W_o
             total = total + (1.0 if "gate" in ABLATE else self.gate.tanh()) * mixed
