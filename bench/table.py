@@ -47,14 +47,17 @@ ROWS |= {"tsae, as released": {"SAE_VARIANT": "tsae", "TSAE_READING": "code"},
             for name in ("topk", "batch_topk", "temporal")}}
 ROWS |= {f"{name}, positions {low}-{high}": {"SAE_VARIANT": name, "TRAIN_POSITIONS": (low, high)}
          for name in ("standard", "temporal", "temporal_adaptation") for low, high in ((1, 63), (64, 127))}
-RECOVERY = {"EXPANSION": 2, "TARGET_L0": 32, "EVALS": ("core", "recovery")}         # compositional's own widths and their flat peers
-ROWS |= {f"{name}, own widths": {"SAE_VARIANT": name, **RECOVERY} for name in ("standard", "topk", "batch_topk")}
-COMPOSED = {"SAE_VARIANT": "compositional", **RECOVERY, "EVALS": ("core", "recovery", "composition")}
-ROWS |= {"compositional, own widths": COMPOSED} | {f"compositional, own widths, no {part}": {**COMPOSED, "ABLATE": (part,)}
-                                                   for part in ("attention", "gate", "curriculum", "bottleneck")}
-ROWS |= {"compositional, own widths, the idea's batch and rate": {**COMPOSED, "BATCH_TOKENS": 512, "LEARNING_RATE": 3e-4}}
+OWN = {"EXPANSION": 2, "TARGET_L0": 32}                             # compositional's own widths, 256 + 128; flat peers of 384
+ROWS |= {f"{name}, own widths": {"SAE_VARIANT": name, **OWN, "EVALS": ("core", "recovery")} for name in ("standard", "topk", "batch_topk")}
+ROWS |= {"compositional, own widths": {"SAE_VARIANT": "compositional", **OWN, "EVALS": ("core", "recovery", "composition")}}
+ROWS |= {"compositional, own widths, the idea's batch and rate":
+         {**ROWS["compositional, own widths"], "BATCH_TOKENS": 512, "LEARNING_RATE": 3e-4}}
+RECOVERY = {"SAE_VARIANT": "compositional", "EVALS": ("recovery",), "SYNTHETIC_TASKS": ("boolean",), "SYNTHETIC_RHOS": (1.0,),
+            "EXPANSION": 2, "TARGET_L0": 8, "TRAIN_TOKENS": 16_384}         # of a small SAE on text: recovery trains its own
+ROWS |= {"compositional, recovery": RECOVERY} | {f"compositional, recovery, no {part}": {**RECOVERY, "ABLATE": (part,)}
+                                                 for part in ("attention", "gate", "curriculum", "bottleneck")}
 ROWS |= {"compositional": {"SAE_VARIANT": "compositional", "EVALS": ("core", "temporal", "probes", "composition")}}
-ROWS |= {f"compositional, no {part}": {**ROWS["compositional"], "ABLATE": (part,)} for part in ("attention", "bottleneck")}
+ROWS |= {"compositional, no attention": {**ROWS["compositional"], "ABLATE": ("attention",)}}
 HIERARCHY = {"SAE_VARIANT": "hierarchical", "EVALS": ("core", "hierarchy")}
 ROWS |= {"hierarchical": HIERARCHY, "hierarchical, own widths": {**HIERARCHY, "LEVEL_WIDTHS": (144, 96), "TARGET_L0": 12},
          **{f"hierarchical, no {part}": {**HIERARCHY, "ABLATE": (part,)} for part in ("cosine", "group", "start")}}

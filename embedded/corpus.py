@@ -901,6 +901,7 @@ def bigram_error(windows, activations, n_tokens=2 ** 18):
 def moments(parts):
     """Of activations x [n, seq, d_in] with keep [n, seq], in parts, by position: sum of x [seq, d_in], of |x|^2 [seq],
     and tokens [seq]."""
+    PATIENCE.renew()
     sums = [[part.sum(0) for part in (x * keep[..., None], (x ** 2).sum(-1) * keep, keep)] for x, keep in parts]
     return map(sum, zip(*sums))
 
@@ -2581,6 +2582,7 @@ def recovery(truth, dev, test, dictionary):
     rows, columns = linear_sum_assignment(-cosine)
     found = np.zeros(len(cosine))                           # 0 for what no row is left for
     found[rows] = cosine[rows, columns]
+    PATIENCE.renew()
     scores = {"cosine_primitives": found[:PRIMITIVES].mean(), "cosine_compositions": found[PRIMITIVES:].mean()}
     on = [truth.amounts[part] > 0 for part in truth.parts()[1:]]
     few = DataError("too few synthetic tokens: no pair of primitives is there often enough.")
@@ -3212,7 +3214,9 @@ def written(left=0):
 def kept(path, compute):
     """compute() as it stands in the file at `path`, written where there is none."""
     if not path.exists():
+        PATIENCE.renew()
         found = compute()
+        PATIENCE.renew()
         with replacing(path) as partial:
             partial.write_text(json.dumps(found))
     return json.loads(path.read_text())
@@ -3305,6 +3309,7 @@ class Plan:
         self.seconds, self.deadline, self.paced = seconds, deadline, False
         if not self.step:
             self.steps = RANKS.agree(fit_to_deadline(self.planned, 0, seconds, deadline))
+        PATIENCE.renew()
         left, carrying = steps_left(self.steps, self.step), f"carrying on at step {self.step}, " if self.step else ""
         minutes = sum(n * s for n, s in zip(left, seconds)) / 60
         print(f"{what}: {carrying}about {minutes:.1f} min for {sum(left):,} steps", flush=True)
@@ -3652,6 +3657,10 @@ def check_config(constants, variants, evaluations):
     name = constants["SAE_VARIANT"]
     variant = variants[name]
     check_curriculum(variant, name)
+    for evaluation, entry in evaluations.items():
+        if not (isinstance(entry, tuple) and len(entry) == 3 and callable(entry[0]) and isinstance(entry[2], tuple)):
+            raise DataError(f"EVALUATIONS[{evaluation!r}] is a {type(entry).__name__}, wanted (function, what it asks of a variant, "
+                            "(names of headline metrics,)), with all commas.")
     several("EVALS", [evaluation for evaluation, (_, asks, _) in evaluations.items() if hasattr(variant, asks)], f" for {name}")
     parts = set(variant.components).union(*(stage.weights for stage in variant.curriculum))
     several("ABLATE", sorted(parts - {"reconstruction"}), f" for {name}", 0)
@@ -3694,6 +3703,7 @@ def check_losses(sae, batch, name):
         given = batch._replace(x=x)
         return sae.train().losses(given, sae.encode(given))
 
+    PATIENCE.renew()
     state, totals = copy.deepcopy(sae.state_dict()), []
     for x in (batch.x, batch.x + ~batch.mask[..., None], 2 * batch.x.flip(0), batch.x):
         losses = losses_of(given := x.clone())
@@ -3723,6 +3733,7 @@ def check_latents(sae, batch, alone, name):
     def differ(some, others):      # a tie that rounding breaks may move a token or two
         return ((some - others).abs() > 1e-4 * (1 + others.abs())).any(-1).sum() > 2
 
+    PATIENCE.renew()
     if not sae.W_dec.any(1).all():
         raise DataError(f"{name}: W_dec has rows of zeros, which no step can bring to unit norm. Begin with random ones.")
     with torch.no_grad():
@@ -3756,7 +3767,7 @@ def doing(what, timing=None):
 class Patience:
     """With work that comes no further: `work` seconds of this thread's own time, or `wait` of anyone's."""
 
-    def __init__(self, work=60, wait=300):
+    def __init__(self, work=15, wait=300):
         self.limits = np.array([work, wait])
         self.renew()
 
