@@ -7,7 +7,7 @@ preflight passes the variant through every stage and evaluation first. A killed 
 
 To add a variant: (A) copy a small class from "Variants", state its equation in the docstring and
 override what differs: `encode` (or `select`, `activate`), `decode`, `losses`, `curriculum`, and
-`architecture` where it computes latents in a way of its own; (B) add one line to SAE_VARIANTS;
+`architecture` where it computes latents in a way of its own; (B) add its name to SAE_VARIANTS;
 (C) name it in SAE_VARIANT. To add a metric, or an evaluation: see EVALUATIONS.
 """
 import argparse
@@ -317,7 +317,7 @@ def top_k_pairs(x, W_enc, b_enc, k):
 
 # ---- Variants. One contiguous block each; a curriculum is data ----
 class Stage(NamedTuple):
-    """Of a curriculum. The stages of every variant add up to 20 epochs."""
+    """Of a curriculum. Its stages add up to 20 epochs."""
     name: str
     epochs: float
     weights: dict  # loss -> a number, or a function of the stage's progress in [0, 1)
@@ -345,7 +345,8 @@ class SAE(nn.Module):
         self.d_in, self.d_sae, self.k = d_in, d_sae, target_l0
         directions = F.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_dec = nn.Parameter(directions)  # [d_sae, d_in]
-        self.W_enc = nn.Parameter(directions.clone().t())  # [d_in, d_sae], columns contiguous
+        if not hasattr(type(self), "W_enc"):  # a property: tied
+            self.W_enc = nn.Parameter(directions.clone().t())  # [d_in, d_sae]
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.long))
@@ -1777,7 +1778,7 @@ def trace(run, parent, children, rates, ids, absent):
 
 @torch.no_grad()
 def eval_hierarchy(run):
-    """Mutual information of the levels, clustering by parents, causal tracing of parents."""
+    """Mutual information of the levels, clustering, causal tracing of parents."""
     sae, store, windows = run.sae, run.store, run.store.windows
     ids, (flat, share) = windows.heldout(), flat_peer(run)
     (lower, rows, _), (peer, flat_rows, _) = (
@@ -1792,7 +1793,7 @@ def eval_hierarchy(run):
     metrics, curves, families = corpus.hierarchy_scores(
         windows, both, starts, peer, sae.lower.W_dec, flat.W_dec, run.live)
     rates, variance = both.upper.rates(), controls(run)["variance"]
-    parents = corpus.evenly(families, rates, TRACED)
+    parents = corpus.evenly(families, rates, 2 if run.probing else TRACED)
     traces = [trace(run, p, families[p], rates, *corpus.windows_with(windows, both.upper, p))
               for p in parents]
     curves["tree"] = corpus.family_tree(
@@ -1873,7 +1874,7 @@ def features(run):
 
 
 # name: function, what it asks of a variant, the metrics of which the means go into every agent's
-# prompt (16 in all). EVALS picks; a new metric goes into the Result of one of these
+# prompt: keep them few. EVALS picks; a new metric goes into the Result of one of these
 EVALUATIONS = {
     "core": (eval_core, "encode", (
         "final_train_loss", "best_val_loss", "total_train_time", "avg_inference_tokens_per_second",

@@ -528,7 +528,7 @@ def draw_bars(axis, runs, evaluation, metric):
     ends = [0.0]
     for row, run in enumerate(runs):
         entry = run.entries.get(evaluation, {"means": {}})
-        value = entry["means"].get(f"{metric}_mean")
+        value = entry["means"].get(f"{metric}_mean", entry.get("metrics", {}).get(metric))
         if value is None:
             axis.annotate("not measured", (0, row), (3, 0), textcoords="offset points",
                           va="center", **NOTE)

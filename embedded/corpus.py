@@ -3239,6 +3239,18 @@ SAELENS_OTHERS = {"abstopk", "matching_pursuit", "temporal", "transcoder", "skip
                   "jumprelu_skip_transcoder"}                           # and those whose equations are none of ours
 
 
+def saelens_latents(weights, architecture, k, x):
+    """What SAELens would make of x [..., d_in] with a run's weights: [..., d_sae]."""
+    pre = (x - weights["b_dec"]) @ weights["W_enc"]
+    if architecture == "gated":
+        return torch.relu(weights["r_mag"].exp() * pre + weights["b_mag"]) * (pre + weights["b_gate"] > 0)
+    pre = pre + weights["b_enc"]
+    if architecture == "topk":
+        values, ids = pre.topk(k)
+        return torch.zeros_like(pre).scatter(-1, ids, torch.relu(values))
+    return torch.relu(pre) * (pre > weights.get("threshold", 0.0))
+
+
 def save_sae(folder, weights, architecture, k, metadata):
     """SAELens's two files, of weights {name: tensor} that take the model's own activations."""
     if architecture in SAELENS_OTHERS:
@@ -3450,12 +3462,19 @@ def resolved(constants, windows, steps):
                     "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+NOT_IN_PREFLIGHT = {"final_train_loss", "best_val_loss", "total_train_time",    # in the first evaluation, whichever it is
+                    "probe_token_type"}                                         # too few tokens
+
+
 def write_results(folder, per_seed, headlines, config, timing, source):
     """final_info.json, whole or not at all, and what stands beside it -> its content."""
     for seed, result in zip(config["SEEDS"], per_seed):
         place = folder if seed == config["SEEDS"][0] else folder / f"seed_{seed}"
         (place / "features.json").write_text(json.dumps(result["features"], separators=",:"))
     per_seed = [{name: result[name] for name in config["EVALS"]} for result in per_seed]
+    for name, result in per_seed[0].items() if not timing else ():          # in the preflight
+        if lacking := set(headlines[name]) - set(result["metrics"]) - NOT_IN_PREFLIGHT:
+            raise DataError(f"EVALUATIONS has {sorted(lacking)} among the headlines of {name!r}, whose Result has no such metric.")
     if "hierarchy" in per_seed[0]:
         (folder / "case_studies.md").write_text(case_studies(per_seed[0]["hierarchy"]["curves"]["tree"]))
     info = summarised(per_seed, headlines)
@@ -3666,6 +3685,9 @@ def check_config(constants, variants, evaluations):
     several("ABLATE", sorted(parts - {"reconstruction"}), f" for {name}", 0)
 
 
+EPOCHS = 20     # of a curriculum
+
+
 def check_curriculum(variant, name):
     """A class with a tuple of stages, each with some epochs."""
     if not inspect.isclass(variant):
@@ -3675,6 +3697,8 @@ def check_curriculum(variant, name):
         raise DataError(f"the curriculum of {name} must be a tuple of Stage: (Stage(...),) with its comma.")
     if none := [stage.name for stage in stages if not stage.epochs > 0]:
         raise DataError(f"the stages {none} of {name} have no epochs: give them some, or leave them out.")
+    if (epochs := sum(stage.epochs for stage in stages)) != EPOCHS:
+        print(f"note: the stages of {name} add up to {epochs:g} epochs; runs compare at {EPOCHS} (EPOCHS_SCALE scales all alike)")
 
 
 def check_parameters(sae, losses, name):
@@ -3749,6 +3773,15 @@ def check_latents(sae, batch, alone, name):
                             "causal = False in the class.")
         if z[~batch.mask].any():
             raise DataError(f"{name} has latents that fire on padding.")
+        added, dropped = sae.exported()
+        weights = dict(sae.named_parameters()) | {"W_enc": sae.W_enc} | added
+        for part in dropped:
+            weights.pop(part, None)
+        if set(weights) == SAELENS.get(sae.architecture):          # otherwise save_sae says so
+            theirs = saelens_latents(weights, sae.architecture, sae.k, batch.x)
+            if differ(theirs[batch.mask], z[batch.mask]):
+                raise DataError(f"architecture = {sae.architecture!r} of {name} promises SAELens's equation, whose latents differ "
+                                "from encode's. Give the class an `architecture` of its own.")
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Process:
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self):
-        self.process.send_signal(signal.SIGKILL)
+        os.kill(self.process.pid, signal.SIGKILL)           # it may have ended; Popen.send_signal would take its status away
 
     def wait(self, timeout=300):
         """Finished; beyond the timeout it is killed, with its children, and the test fails."""

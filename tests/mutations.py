@@ -356,9 +356,30 @@ MUTATIONS = {
     "an evaluation without a headline": edited(
         "EVALUATIONS = {", 'def eval_mine(run):\n    return Result({"mine": 1.0}, {}, {})\n\n\nEVALUATIONS = {"mine": eval_mine, ',
         "EVALUATIONS['mine'] is a function", "headline", constants={"EVALS": ("core", "mine")}),
+    "a headline that is misspelt": edited(
+        '("stability", "smoothness")', '("stabillity", "smoothness")', "stabillity", "'temporal'", constants={"EVALS": ("core", "temporal")}),
     "an evaluation that is one more": edited(
         "EVALUATIONS = {", 'def eval_mine(run):\n    return Result({"mine": 1.0}, {}, {})\n\n\nEVALUATIONS = {\n    '
         '"mine": (eval_mine, "encode", ("mine",)), ', constants={"EVALS": ("core", "mine")}, same=False, also=("mine",)),
+    "an encoder that is the decoder's transpose": mine('''
+    @property
+    def W_enc(self):
+        return self.W_dec.t()
+''', same=False),
+    "a stale encoder, exported in place of the one in use": mine('''
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        W = self.W_enc.detach().clone()
+        del self.W_enc
+        self.register_buffer("W_enc", W)
+
+    def encoder(self, batch):
+        return batch.x, self.b_dec, self.W_dec.t()
+''', "architecture", "of its own"),
+    "a constant context under SAELens's name": mine('''
+    def encoder(self, batch):
+        return batch.x + 0.3 * F.pad(batch.x, (0, 0, 1, -1)), self.b_dec, self.W_enc
+''', "architecture", "of its own"),
     "weights that are not there to be dropped": mine('''
     def exported(self):
         return {}, ("log_threshold",)
