@@ -7,7 +7,7 @@
 One run per row and seed, each in its own copy of the template under ideas/table, edited as an agent edits it. What a run
 found is kept in bench/results/runs/ROW.SEED.json; a run is not made again while the edited experiment.py and corpus.py are the
 same, and a killed one carries on: the same command may be started any number of times. Takes 3 to 8 minutes a run on two cores (--jobs 2
-trains two at a time). Writes bench/results/table.md, or table_ROWS.md.
+trains two at a time). Writes bench/results/table.md, or ROWS.md of another set.
 """
 import argparse
 import hashlib
@@ -62,7 +62,7 @@ HIERARCHY = {"SAE_VARIANT": "hierarchical", "EVALS": ("core", "hierarchy")}
 ROWS |= {"hierarchical": HIERARCHY, "hierarchical, own widths": {**HIERARCHY, "LEVEL_WIDTHS": (144, 96), "TARGET_L0": 12},
          **{f"hierarchical, no {part}": {**HIERARCHY, "ABLATE": (part,)} for part in ("cosine", "group", "start")}}
 SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "temporal", "temporal_adaptation"],
-        "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if ", no " in row or ", T " in row],
+        "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if row.startswith("temporal") and (row in VARIANTS or ", no " in row or ", T " in row)],
         "positions": [row for row in ROWS if ", positions " in row],
         "controls": ["hysteresis 0.25", "hysteresis 0.5", "hysteresis 0.75", "hysteresis 1.0", "tsae, as released",
                      "batch_topk, as many parameters as temporal", "batch_topk, layer 4", "temporal, layer 4", "temporal, centred",
@@ -80,7 +80,7 @@ TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", 
           "stability_far": "stability, lags 17-32", "smoothness": "smoothness",         # by file; probes: share of tokens right there
           "probe_token_type": "syntax probe, tokens right", "probe_context": "context probe, tokens right"}
 PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis 1.0"), "temporal_adaptation": ("standard",)}
-PEERS |= {row: (row.split(",")[0],) for row in ROWS if ", no " in row}
+PEERS |= {row: (row.split(", no ")[0].split(", T ")[0],) for row in ROWS if ", no " in row or ", T " in row}
 
 
 def edited(source, **constants):
@@ -158,6 +158,8 @@ def tests(found):
             if row in found and peer in found:
                 n = min(len(found[row]), len(found[peer]))
                 for metric, title in TESTED.items():
+                    if not all(metric in run["per_file"] for name in (row, peer) for run in found[name][:n]):
+                        continue
                     a, b = (np.array([run["per_file"][metric] for run in found[name][:n]], dtype=float) for name in (row, peer))
                     both = ~np.isnan(a + b).any(0)
                     claims.append((row, peer, title, *plot.paired_test(a[:, both], b[:, both])))
@@ -199,8 +201,8 @@ def main():
               f"{m['ce_mean']:.3f}, zero ablation {m['ce_zero']:.3f}. Explained variance of the bigram lookup {m['bigram_explained_variance']:.3f}, "
               f"of an untrained TopK {m['untrained_explained_variance']:.3f}."]
     text = "\n".join(lines + tests(found)) + "\n"
-    suffix = "" if args.rows == ["variants"] else "_" + "_".join(re.sub("[^a-z0-9_]+", "-", row.lower()) for row in args.rows)
-    (ROOT / "bench" / "results" / f"table{suffix}.md").write_text(text)
+    if len(args.rows) == 1 and args.rows[0] in SETS:
+        (ROOT / "bench" / "results" / ("table.md" if args.rows == ["variants"] else f"{args.rows[0]}.md")).write_text(text)
     print(text)
 
 
