@@ -135,7 +135,8 @@ def train_ours(data, args, seed):
         ids = torch.as_tensor(np.asarray(ids))
         return E.Batch(x[ids], torch.zeros(len(ids), length, dtype=torch.long), ids, torch.arange(1, length + 1),
                        None if mask[ids].all() else mask[ids])
-    store = SimpleNamespace(windows=SimpleNamespace(n_train=n), d_in=d_in, batch=batch,
+    windows = SimpleNamespace(n_train=n, train_pool=lambda *_: np.arange(n))
+    store = SimpleNamespace(windows=windows, d_in=d_in, batch=batch, maps=[x],
                             heldout=lambda size: [np.arange(i, min(i + size, len(x))) for i in range(n, len(x), size)])
     E.CONTEXT_LENGTH, E.LEARNING_RATE = length + 1, None
     torch.manual_seed(seed)
