@@ -37,7 +37,7 @@ endef
 help:
 	@echo "make run [VARIANT=temporal] [IDEA=VARIANT]  trains, evaluates and plots VARIANT in a copy under ideas/IDEA"
 	@echo "make test                                   runs the whole test suite"
-	@echo "make mutations                              runs 88 edits of the kind agents make; a table of what comes of each"
+	@echo "make mutations                              runs 93 edits of the kind agents make; a table of what comes of each"
 	@echo "make kills                                  kills runs at 20 random moments and compares how they end"
 	@echo "make interop                                loads and measures SAEs of every variant in SAELens and SAEBench"
 	@echo "make env                                    makes the virtual environment that both use and says where it is"
