@@ -3195,8 +3195,8 @@ def write(path, parts):
             waiting.put((tensor, finite, torch.cuda.current_stream().record_event() if stream else None))
         waiting.put(None)
     except BaseException as error:
-        WRITING.pop()
         waiting.put(error)
+        WRITING.pop().exception()                               # the thread has taken the partial file away
         raise
     written(2)
 
