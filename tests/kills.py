@@ -79,7 +79,8 @@ def kill_and_carry_on(folder, cache, unbroken, kinds):
         assert finished.code == -9, (told, finished)
     else:
         finished = run(folder, cache)
-    assert finished.code in (0, -9) and (folder / "run_1").exists() and finished.stderr == "" and "afresh" not in finished.stdout, (told, finished)
+        assert finished.code == 0, (told, finished)
+    assert (folder / "run_1").exists() and finished.stderr == "" and "afresh" not in finished.stdout, (told, finished)
     carried = re.findall(r"carrying on at step (\d+)", finished.stdout)
     assert carried or len(told) == 1 or "training" not in kinds[len(told) - 1], (told, finished.stdout)
     same_results(folder, unbroken)
