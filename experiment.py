@@ -81,6 +81,7 @@ BUFFER_POSITIONS = "learned"  # or "sinusoidal"
 # compositional
 COMPOSITIONS = 1 / 3  # of the latents; EXPANSION = 384 / d_in: 256 features, 128 compositions
 COMPOSITION_HEADS, COMPOSITION_HEAD_WIDTH = 8, 16  # of its attention
+COMPOSITION_SLOTS = 1 / 4  # of TARGET_L0, for compositions before features
 # hierarchical
 LEVEL_WIDTHS = None  # e.g. (144, 96), 3/4 and 1/2 of d_in; None: 3/2 and 1 times d_sae
 LEVEL_SPARSITY = "topk"  # of level 2; or "l1", its weight steered to TARGET_L0
@@ -691,17 +692,18 @@ class TemporalContext(Temporal):
 class Compositional(TopK):
     """f = TopK_k(ReLU((x - b_dec) W_enc + b_enc)); of a token's active features u_i = f_i e_i;
     U' = U + tanh(g) MHA(U), g = 0 at first; c = ReLU(W_c sum_i U'_i + b_c); z = TopK_k([f; c]),
-    L = |x - z W_dec - b_dec|^2 + 1/32 auxk. e and W_c begin so that c reads its rows of W_dec.
+    COMPOSITION_SLOTS of it for the largest c, or those fall silent beside features that read the
+    same; L = |x - z W_dec - b_dec|^2 + 1/32 auxk. c begins with a tenth of what its rows read.
 
     In the first half k falls from 4 TARGET_L0, and attention combines a token's 2, 3, then 4
-    largest features, later all. ABLATE "attention": U' = U; "gate": U' = U + MHA(U);
-    "bottleneck": z = [f; c]. The idea's batch and rate: BATCH_TOKENS 512, LEARNING_RATE 3e-4."""
+    largest features, later all. ABLATE "attention": U' = U; "gate": U' = U + MHA(U); "slots": the
+    k largest; "bottleneck": z = [f; c]. The idea's BATCH_TOKENS: 512, LEARNING_RATE: 3e-4."""
     curriculum = (Stage("combinations", 10, PLAIN, anneals={
         "widening": lambda done: 4 ** (1 - done), "combined": lambda done: 2 + int(3 * done)}),
         Stage("all", 10, PLAIN, anneals={"widening": 1.0, "combined": None}))
     if "curriculum" in str(ABLATE):
         curriculum = (Stage("all", 20, PLAIN),)
-    components = ("attention", "gate", "curriculum", "bottleneck")
+    components = ("attention", "gate", "curriculum", "slots", "bottleneck")
     architecture, widening, combined = "compositional", 1.0, None
 
     def __init__(self, *sizes):
@@ -712,20 +714,12 @@ class Compositional(TopK):
         places = nn.init.orthogonal_(torch.empty(self.d_in, width))
         features, compositions = self.W_dec.data.split([self.d_f, self.d_sae - self.d_f])
         self.E = nn.Parameter(features @ places)  # [d_f, width]
-        self.W_c = nn.Parameter(places.t() @ compositions.t())  # [width, d_c]
+        self.W_c = nn.Parameter(0.1 * places.t() @ compositions.t())  # [width, d_c]
         if "attention" not in ABLATE:
             self.W_q, self.W_k, self.W_v, self.W_o = (
                 nn.Parameter(torch.randn(width, width) * width ** -0.5) for _ in range(4))
             if "gate" not in ABLATE:
                 self.gate = nn.Parameter(torch.zeros(()))
-
-    @torch.no_grad()
-    def initialise(self, batch):
-        """Compositions begin as large as features."""
-        usual = ((counted(batch, batch.x) - self.b_dec) @ self.W_enc).std()
-        ids, f = self.features(batch)
-        read = F.embedding_bag(ids, self.E, per_sample_weights=f, mode="sum") @ self.W_c
-        self.W_c.mul_(usual / read.std())
 
     def encoder(self, batch):  # of compositions, for auxk, what they read of x
         return batch.x, self.b_dec, torch.cat([self.W_enc, self.W_enc @ self.E @ self.W_c], 1)
@@ -769,11 +763,15 @@ class Compositional(TopK):
     def encode(self, batch):
         ids, f = self.features(batch)
         c = valid(batch, self.compose(ids, f).view(*batch.x.shape[:2], -1)).flatten(0, 1)
-        own = torch.arange(self.d_f, self.d_sae, device=c.device).expand_as(c)
-        values, ids, k = torch.cat([f, c], 1), torch.cat([ids, own], 1), self.width()
+        k, n = self.width(), c.shape[1]
+        if not {"slots", "bottleneck"} & set(ABLATE):
+            n = min(n, max(1, round(k * COMPOSITION_SLOTS)))
+        c, own = c.topk(n)
+        values, ids = torch.cat([f, c], 1), torch.cat([ids, own + self.d_f], 1)
         if "bottleneck" not in ABLATE:
-            values, places = values.topk(k)
-            ids = ids.gather(1, places)
+            first = c if "slots" in ABLATE else torch.where(c > 0, torch.inf, 0.0)
+            places = torch.cat([f, first], 1).topk(k).indices
+            values, ids = values.gather(1, places), ids.gather(1, places)
         values = values.flatten()
         return Latents(values, values, Pairs.from_ids(ids), (*batch.x.shape[:2], self.d_sae))
 
@@ -1901,14 +1899,11 @@ def evaluate(run, train_seconds):
 def export(sae, store, layer, folder):
     """SAELens's two files, the inputs' centring and scaling folded in; where other parameters than
     SAELens knows may read inputs, both stand beside them."""
-    added, dropped = sae.exported()
     lower = getattr(sae, "lower", sae)  # what touches x
     scaled = {"W_enc": lower.W_enc / store.scale, "W_dec": lower.W_dec * store.scale,
               "b_dec": lower.b_dec * store.scale + store.mean}
-    weights = dict(sae.named_parameters()) | added | {
-        "lower." * (lower is not sae) + name: value for name, value in scaled.items()}
-    for name in dropped:
-        del weights[name]
+    weights = corpus.exported(sae, {"lower." * (lower is not sae) + name: value
+                                    for name, value in scaled.items()})
     if sae.architecture not in corpus.SAELENS:
         weights |= {"input_mean": store.mean, "input_scale": torch.tensor(store.scale)}
     corpus.save_sae(folder, weights, sae.architecture, sae.k, {

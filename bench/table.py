@@ -48,14 +48,16 @@ ROWS |= {"tsae, as released": {"SAE_VARIANT": "tsae", "TSAE_READING": "code"},
 ROWS |= {f"{name}, positions {low}-{high}": {"SAE_VARIANT": name, "TRAIN_POSITIONS": (low, high)}
          for name in ("standard", "temporal", "temporal_adaptation") for low, high in ((1, 63), (64, 127))}
 OWN = {"EXPANSION": 2, "TARGET_L0": 32}                             # compositional's own widths, 256 + 128; flat peers of 384
-ROWS |= {f"{name}, own widths": {"SAE_VARIANT": name, **OWN, "EVALS": ("core", "recovery")} for name in ("standard", "topk", "batch_topk")}
-ROWS |= {"compositional, own widths": {"SAE_VARIANT": "compositional", **OWN, "EVALS": ("core", "recovery", "composition")}}
+ROWS |= {f"{name}, own widths": {"SAE_VARIANT": name, **OWN, "EVALS": ("core",)} for name in ("standard", "topk", "batch_topk")}
+ROWS |= {"compositional, own widths": {"SAE_VARIANT": "compositional", **OWN, "EVALS": ("core", "composition")}}
+ROWS |= {f"compositional, own widths, no {part}": {**ROWS["compositional, own widths"], "ABLATE": (part,)} for part in ("attention", "slots")}
 ROWS |= {"compositional, own widths, the idea's batch and rate":
          {**ROWS["compositional, own widths"], "BATCH_TOKENS": 512, "LEARNING_RATE": 3e-4}}
-RECOVERY = {"SAE_VARIANT": "compositional", "EVALS": ("recovery",), "SYNTHETIC_TASKS": ("boolean",), "SYNTHETIC_RHOS": (1.0,),
-            "EXPANSION": 2, "TARGET_L0": 8, "TRAIN_TOKENS": 16_384}         # of a small SAE on text: recovery trains its own
-ROWS |= {"compositional, recovery": RECOVERY} | {f"compositional, recovery, no {part}": {**RECOVERY, "ABLATE": (part,)}
-                                                 for part in ("attention", "gate", "curriculum", "bottleneck")}
+RECOVERY = {"EVALS": ("recovery",), "EXPANSION": 2, "TARGET_L0": 8, "TRAIN_TOKENS": 16_384}  # a small SAE on text: recovery trains its own
+ROWS |= {f"{name}, recovery": {**RECOVERY, "SAE_VARIANT": name} for name in ("standard", "topk", "batch_topk", "compositional")}
+ROWS |= {f"compositional, recovery, no {part}": {**ROWS["compositional, recovery"], "SYNTHETIC_TASKS": ("boolean",),
+                                                 "SYNTHETIC_RHOS": (1.0, 0.5), "ABLATE": (part,)}
+         for part in ("attention", "gate", "curriculum", "slots", "bottleneck")}
 ROWS |= {"compositional": {"SAE_VARIANT": "compositional", "EVALS": ("core", "temporal", "probes", "composition")}}
 ROWS |= {"compositional, no attention": {**ROWS["compositional"], "ABLATE": ("attention",)}}
 HIERARCHY = {"SAE_VARIANT": "hierarchical", "EVALS": ("core", "hierarchy")}
@@ -64,6 +66,9 @@ ROWS |= {"hierarchical": HIERARCHY, "hierarchical, own widths": {**HIERARCHY, "L
 SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "temporal", "temporal_adaptation"],
         "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if row.startswith("temporal") and (row in VARIANTS or ", no " in row or ", T " in row)],
         "positions": [row for row in ROWS if ", positions " in row],
+        "recovery": [row for row in ROWS if ", recovery" in row],
+        "own_widths": [row for row in ROWS if ", own widths" in row and "hierarchical" not in row],
+        "hierarchy": [row for row in ROWS if row.startswith("hierarchical")],
         "controls": ["hysteresis 0.25", "hysteresis 0.5", "hysteresis 0.75", "hysteresis 1.0", "tsae, as released",
                      "batch_topk, as many parameters as temporal", "batch_topk, layer 4", "temporal, layer 4", "temporal, centred",
                      *(row for row in ROWS if row.endswith(", re-initialised model"))]}
@@ -75,7 +80,22 @@ COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss i
            "polysemanticity": "polysemanticity", "probe_token_type": "syntax probe", "probe_context": "context probe",
            "theta_final": "θ", "live_fraction": "live",
            "detection": "detection", "detection_same_token": "among like tokens", "detection_null": "its null",
-           "detection_reinitialised": "of an untrained TopK, re-initialised model"}
+           "detection_reinitialised": "of an untrained TopK, re-initialised model",
+           "compositions_per_token": "compositions a token", "live_compositions": "live",
+           "attention_spearman": "attention and interaction, ρ", "attention_auroc": "AUROC", "reuse_mean": "reuse", "reuse_null_95": "its null",
+           "reuse_gini": "Gini", "reuse_gini_null_95": "its null"}
+COLUMNS |= {f"{task}_{name}": f"{task.replace('_', ', ρ ')}: {title}" for task, names in
+            {"boolean_1": "cosine_primitives cosine_compositions auroc_seen minimum_seen auroc_unseen",
+             "boolean_0.5": "cosine_compositions auroc_seen minimum_seen", "boolean_0": "cosine_compositions",
+             "arithmetic_1": "auroc_seen", "grammar_1": "auroc_seen"}.items()
+            for name, title in {"cosine_primitives": "cosine of primitives", "cosine_compositions": "cosine of compositions",
+                                "auroc_seen": "AUROC", "minimum_seen": "of the smaller primitive", "auroc_unseen": "AUROC unseen"}.items()
+            if name in names.split()}
+COLUMNS |= {"flat_explained_variance": "EV of the flat TopK", "mutual_information": "mutual information",
+            "mutual_information_non_edges": "non-edges", "mutual_information_ward": "Ward parents", "mutual_information_untrained": "level 2 untrained",
+            **{f"ami_{kind}{rival}": f"AMI, {kind}" if not rival else title for kind in ("token", "context")
+               for rival, title in {"": "", "_ward": "Ward", "_kmeans": "k-means"}.items()},
+            "causal_specificity": "causal specificity", "causal_cosine": "causal cosine", "patched_children": "patched children", "patched_children_rival": "of a rival"}
 TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", "stability": "stability",
           "stability_far": "stability, lags 17-32", "smoothness": "smoothness",         # by file; probes: share of tokens right there
           "probe_token_type": "syntax probe, tokens right", "probe_context": "context probe, tokens right"}
@@ -133,7 +153,9 @@ def run(row, seed, folder, reuse, finished_only):
         print(f"{row}, seed {seed} failed:\n{done.stderr[-1500:]}", flush=True)
         return None
     info = json.loads((place / "run_1" / "final_info.json").read_text())
-    found = {"source": key, "metrics": plot.merged(info, "metrics"), "per_file": {
+    rivals = {name: {f"{row['task']}_{row['rho']:g}_{metric}": value for row in plot.per_seed(info, "curves")[0].get("recovery", ())
+                     for metric, value in row[name].items()} for name in ("pca", "nmf", "random")}
+    found = {"source": key, "metrics": plot.merged(info, "metrics"), "rivals": rivals, "per_file": {
         metric: [None if v is None else round(v, 5) for v in values]
         for metric, values in plot.per_seed(info, "per_sequence")[0].items() if metric in TESTED}}
     KEPT.mkdir(parents=True, exist_ok=True)
@@ -196,8 +218,12 @@ def main():
     for row, runs in found.items():
         minutes = np.mean([run["metrics"]["total_train_time"] for run in runs]) / 60
         lines.append(f"| `{row}` | {len(runs)} | " + " | ".join(cell(runs, m) for m in columns) + f" | {minutes:.1f} |")
+    rivals = {name: run["rivals"][name] for runs in found.values() for run in runs[:1] for name in run.get("rivals", {})}
+    for name, scores in rivals.items():
+        if scores:
+            lines.append(f"| {name} | | " + " | ".join(f"{scores[m]:.4f}" if m in scores else "" for m in columns) + " | |")
     m = found[next(iter(found))][0]["metrics"]
-    lines += ["", f"± is the standard error over seeds. Model's own loss {m['ce_model']:.3f} nats, unigram {m['ce_unigram']:.3f}, mean ablation "
+    lines += ["", "± is the standard error over seeds." if "ce_model" not in m else f"± is the standard error over seeds. Model's own loss {m['ce_model']:.3f} nats, unigram {m['ce_unigram']:.3f}, mean ablation "
               f"{m['ce_mean']:.3f}, zero ablation {m['ce_zero']:.3f}. Explained variance of the bigram lookup {m['bigram_explained_variance']:.3f}, "
               f"of an untrained TopK {m['untrained_explained_variance']:.3f}."]
     text = "\n".join(lines + tests(found)) + "\n"

@@ -3655,6 +3655,7 @@ def check_config(constants, variants, evaluations):
     whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
           "MATCHER_WINDOW COMPOSITION_HEADS COMPOSITION_HEAD_WIDTH")
     positive("COMPOSITIONS", 0.9)
+    positive("COMPOSITION_SLOTS", 1)
     whole("CONTEXT_LENGTH", 8)
     whole("EVAL_FILES", 2)
     whole("BATCH_TOKENS", constants["CONTEXT_LENGTH"])
@@ -3751,6 +3752,13 @@ def check_losses(sae, batch, name):
     return losses
 
 
+def exported(sae, read):
+    """The weights that an SAE exports: its parameters and what it adds, then those of `read`, without what it drops."""
+    added, dropped = sae.exported()
+    weights = dict(sae.named_parameters()) | added | read
+    return {name: value for name, value in weights.items() if name not in dropped}
+
+
 def check_latents(sae, batch, alone, name):
     """In evaluation, with every parameter moved: the batch's last row is as in the batch `alone`, of it; what is causal does
     not look ahead; padding is silent."""
@@ -3773,10 +3781,7 @@ def check_latents(sae, batch, alone, name):
                             "causal = False in the class.")
         if z[~batch.mask].any():
             raise DataError(f"{name} has latents that fire on padding.")
-        added, dropped = sae.exported()
-        weights = dict(sae.named_parameters()) | {"W_enc": sae.W_enc} | added
-        for part in dropped:
-            weights.pop(part, None)
+        weights = exported(sae, {"W_enc": sae.W_enc})
         if set(weights) == SAELENS.get(sae.architecture):          # otherwise save_sae says so
             theirs = saelens_latents(weights, sae.architecture, sae.k, batch.x)
             if differ(theirs[batch.mask], z[batch.mask]):

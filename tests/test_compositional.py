@@ -25,6 +25,7 @@ def make(E, ablate=(), monkeypatch=None, gate=0.7, seed=0):
     with torch.no_grad():
         sae.b_enc.normal_(0, 0.1)
         sae.b_dec.normal_(0, 0.1)
+        sae.W_c *= 10                                        # as large as features
         if hasattr(sae, "gate"):
             sae.gate.fill_(gate)
     return sae.eval()
@@ -54,15 +55,20 @@ def naive(E, sae, x):
             parts.append(sum(w * values[j][part] for w, j in zip(scores.softmax(0), active)))
         total = total + sae.gate.tanh() * torch.cat(parts) @ sae.W_o
     c = F.relu(total @ sae.W_c + sae.b_enc[sae.d_f:])
-    values, z = torch.cat([f, c]), torch.zeros(D_SAE)
-    at = values.topk(K).indices
-    z[at] = values[at]
+    if "slots" in E.ABLATE:
+        kept = torch.cat([f, c]).topk(K).indices.tolist()
+    else:                                                    # the largest compositions, then features
+        first = [sae.d_f + int(i) for i in c.topk(max(1, round(K * E.COMPOSITION_SLOTS))).indices if c[i] > 0]
+        kept = first + f.topk(K - len(first)).indices.tolist()
+    z = torch.zeros(D_SAE)
+    z[kept] = torch.cat([f, c])[kept]
     return z
 
 
 @torch.no_grad()
-def test_latents_equal_the_naive_form(E):
-    sae, batch = make(E), make_batch(E)
+@pytest.mark.parametrize("ablate", [(), ("slots",)])
+def test_latents_equal_the_naive_form(E, monkeypatch, ablate):
+    sae, batch = make(E, ablate, monkeypatch), make_batch(E)
     z = sae.encode(batch).dense()
     for row in range(2):
         for t in range(2):

@@ -495,6 +495,7 @@ RULES = {                                 # constant -> good values, bad ones, w
     "LEVEL_SPARSITY": (("topk", "l1"), ("none", None), ("topk, l1",)),
     "DENSITY": (ABOVE_0, NOT_ABOVE_0, ("number above 0",)), "COSINE_WEIGHT": (ABOVE_0, NOT_ABOVE_0, ("number above 0",)),
     "GROUP_WEIGHT": (ABOVE_0, NOT_ABOVE_0, ("number above 0",)),
+    "COMPOSITION_SLOTS": ((0.01, 1 / 4, 1), (0, 1.1, -0.1, NAN, "1", None), ("number above 0", "at most 1")),
     "COMPOSITION_HEADS": ((1, 8, 64), NOT_WHOLE, ("whole number from 1",)),
     "COMPOSITION_HEAD_WIDTH": ((1, 16), (0, -8, 8.0, "8", None), ("whole number from 1",)),
     "EVAL_FILES": ((2, 300), (1, 0, 2.5, None), ("whole number from 2",)),
