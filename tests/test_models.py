@@ -1,5 +1,6 @@
 """Language models: every decoder family through the same code, and a short error for what is no decoder."""
 import json
+import os
 import shutil
 
 import pytest
@@ -185,6 +186,20 @@ def test_stand_in_has_the_family_and_the_width(E, family):
 def test_stand_in_refuses_what_is_no_decoder(E, name):
     with pytest.raises(E.RunnerError, match="causal"):
         E.stand_in(ENCODERS[name])
+
+
+@pytest.mark.parametrize("left", ["half", "none"])
+def test_a_download_that_was_interrupted_is_named(E, checkpoints, tmp_path, monkeypatch, left):
+    shutil.copytree(checkpoints / "gpt_neox", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    if left == "half":
+        os.truncate(weights, weights.stat().st_size // 2)
+    else:
+        weights.rename(weights.with_suffix(".incomplete"))
+    monkeypatch.setattr(E, "MODEL_NAME", str(tmp_path / "model"))
+    with pytest.raises(E.RunnerError, match="no weights") as error:
+        E.load_model()
+    assert str(tmp_path / "model") in str(error.value) and len(str(error.value)) < 700
 
 
 def test_identity_follows_the_files_of_a_model(E, checkpoints, tmp_path, monkeypatch):
