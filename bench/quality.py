@@ -9,6 +9,8 @@ train at their defaults, and once more tuned for a run of this length: another l
 the steps, linear decay over the last 20 %, latents called dead after 5 % of the tokens. Peers draw single tokens at random,
 ours whole windows. Without FILE the model reads the standard library's modules, a fifth of them held out.
 
+Each contestant is kept in --out as it finishes: the same command goes on with the others.
+
     EV = 1 - E|x - x_hat|^2 / sum_d Var(x_d)        L0 = mean number of non-zero latents        both on held-out tokens
 """
 import argparse
@@ -208,18 +210,22 @@ def main():
                                    ("dictionary_learning", train_dictionary_learning, args.dictionary_learning_lr)):
             jobs += [(f"{name}, {'default' if lr is None else f'tuned, lr {lr:g}'}",
                       lambda s, train=train, lr=lr: train(data, args, steps, s, lr)) for lr in (None, *rates)]
-    rows = []
-    for name, job in jobs:
-        began = time.time()
-        found = [job(seed) for seed in args.seeds]
-        ev, l0 = [[f[key] for f in found] for key in ("explained_variance", "l0")]
-        rows.append({"contestant": name, "explained_variance": ev, "l0": l0, "seconds": (time.time() - began) / len(found)})
-        print(f"{name}: EV {statistics.mean(ev):.4f}", flush=True)
     settings = {"d_in": data.train.shape[2], "d_sae": args.d_sae, "k": args.k, "steps": steps, "batch": args.batch,
                 "epochs": args.epochs, "seeds": args.seeds, "train_tokens": int(data.train_mask.sum()),
                 "heldout_tokens": len(data.heldout_tokens)}
+    before = json.loads(args.out.read_text()) if args.out.exists() else {}
+    kept = {row["contestant"]: row for row in before.get("quality", ()) if before["settings"] == settings}
+    rows = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"settings": settings, "quality": rows}, indent=1) + "\n")
+    for name, job in jobs:
+        if name not in kept:
+            began = time.time()
+            found = [job(seed) for seed in args.seeds]
+            kept[name] = {"contestant": name, "seconds": (time.time() - began) / len(found),
+                          **{key: [f[key] for f in found] for key in ("explained_variance", "l0")}}
+            args.out.write_text(json.dumps({"settings": settings, "quality": [*kept.values()]}, indent=1) + "\n")
+        rows.append(kept[name])
+        print(f"{name}: EV {statistics.mean(kept[name]['explained_variance']):.4f}", flush=True)
     print(f"\nTopK, d_in {settings['d_in']}, d_sae {args.d_sae}, k {args.k}, {steps:,} steps of {args.batch} tokens, fp32\n")
     print("| contestant | EV, held out | L0 | seeds | seconds |\n|---|---|---|---|---|")
     for r in rows:
