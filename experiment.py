@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 SOURCE = Path(__file__).read_text()
 sys.path.insert(0, str(HERE / "embedded"))
 import corpus
-from corpus import RANKS, batch_ids, cache_folder, doing, fingerprint, firings, kept, percentiles_95
+from corpus import RANKS, batch_ids, cache_folder, doing, find_blocks, fingerprint, firings, kept
 from corpus import DataError as RunnerError  # settings, data, environment: one paragraph, exit 2
 
 # ---- CONFIG: edit here; there is no command line for these ----
@@ -765,7 +765,7 @@ class Compositional(TopK):
         c = valid(batch, self.compose(ids, f).view(*batch.x.shape[:2], -1)).flatten(0, 1)
         k, n = self.width(), c.shape[1]
         if not {"slots", "bottleneck"} & set(ABLATE):
-            n = min(n, max(1, round(k * COMPOSITION_SLOTS)))
+            n = max(1, round(k * COMPOSITION_SLOTS))
         c, own = c.topk(n)
         values, ids = torch.cat([f, c], 1), torch.cat([ids, own + self.d_f], 1)
         if "bottleneck" not in ABLATE:
@@ -944,7 +944,8 @@ class Hierarchical(TopK):
 
     The parent of i is argmax_p W_dec[p, i], G_p its children. cosine = mean over children of
     max(0, .5 - cos(d_i, mean of its siblings)); group = E_t sum_p sqrt|G_p| |h_1[G_p]|_2. The
-    first stage trains level 1, the second level 2 on the frozen first, the third both."""
+    first stage trains level 1, the second level 2 on the frozen first, the third both. Level 2
+    starts at Ward clusters; ABLATE "start": at random."""
     upper = PLAIN | ({"sparsity": 1.0} if LEVEL_SPARSITY == "l1" else {})
     curriculum = (
         Stage("level_1", 8, {"reconstruction": 1.0, "sparsity_1": 1.0}, ("lower",)),
@@ -952,7 +953,6 @@ class Hierarchical(TopK):
         Stage("both", 4, upper | {"level_1": 1.0, "sparsity_1": 1.0, "cosine": COSINE_WEIGHT,
                                   "group": GROUP_WEIGHT}, ("",), 0.3, {"level": 2}))
     components, architecture, level = ("start",), "hierarchical", 1
-    select = SAE.select if LEVEL_SPARSITY == "l1" else TopK.select
 
     def __init__(self, d_in, d_sae, target_l0):
         d_1, d_2 = LEVEL_WIDTHS or (3 * d_sae // 2, d_sae)
@@ -988,6 +988,14 @@ class Hierarchical(TopK):
 
     def encoder(self, batch):
         return self.levels(batch).dense(), self.b_dec, self.W_enc
+
+    def select(self, x, W_enc, batch):
+        h = Latents.from_dense((x + self.b_dec)[None])  # few are not zero
+        pre_acts = h.decode(W_enc.contiguous())[0] + (self.b_enc - self.b_dec @ W_enc)
+        if LEVEL_SPARSITY == "l1":
+            return Pairs.from_flat((pre_acts > 0).flatten().nonzero().flatten(), pre_acts)
+        values, ids = largest(pre_acts, self.k)
+        return Pairs.from_ids(ids, values)
 
     def encode(self, batch):
         if self.level == 1:  # none yet
@@ -1066,15 +1074,6 @@ def stand_in(config):
         raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type}) is no causal model. "
                           "Take a decoder: Pythia, GPT-2, Llama, Gemma, Qwen, OPT, Mistral.")
     return model
-
-
-def find_blocks(model):
-    """The largest ModuleList as long as the configuration says."""
-    depth = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
-        raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r} has no list of {depth} blocks.")
-    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
 class Captured(Exception):
@@ -1533,7 +1532,7 @@ def eval_temporal(run):
     torch.manual_seed(0)
     (z, errors, _), (live, rates), full = run.heldout, run.live_latents, windows.full()
     alive, files, seq = np.flatnonzero(live), windows.doc_ids[windows.n_train:], CONTEXT_LENGTH - 1
-    fired, q95 = [at for at, _ in firings(z, alive)], percentiles_95(z, alive)
+    fired, q95 = [at for at, _ in firings(z, alive)], corpus.percentiles_95(z, alive)
     z = z.tocsr()[(full[:, None] * seq + np.arange(seq)).ravel()]
     observed, far, null, token, r, rate, energy, scaled, raw = latent_statistics(
         run, z, full, alive, q95)
@@ -1596,7 +1595,7 @@ class Unlearner:
         self.sae, store, ids = run.sae, run.store, plan.dev
         z, keep = encode_windows(self.sae, store, ids)[0], store.valid(ids)
         forget = keep & torch.from_numpy(plan.dev_group == "forget").to(DEVICE)[:, None]
-        self.q95 = torch.from_numpy(percentiles_95(z)).to(DEVICE)
+        self.q95 = torch.from_numpy(corpus.percentiles_95(z)).to(DEVICE)
         ranked, self.clamped = corpus.ranked_latents(
             z.tocsr()[keep.flatten().cpu().numpy()], forget[keep].cpu().numpy(), SELECTION,
             1.0 if run.probing else RETAIN_FREQUENCY, CLAMPED)

@@ -3556,6 +3556,15 @@ def load_pretrained(name, what, **kwargs):
                         "'EleutherAI/pythia-70m-deduped', a folder.") from None
 
 
+def find_blocks(model):
+    """The largest ModuleList as long as the configuration says."""
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise DataError(f"MODEL_NAME = {model.name_or_path!r} has no list of {depth} blocks.")
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
 def model_bytes(config, dtype):
     import transformers
     with torch.device("meta"):
