@@ -40,7 +40,7 @@ help:
 	@echo "make mutations                              runs 93 edits of the kind agents make; a table of what comes of each"
 	@echo "make kills                                  kills runs at 20 random moments and compares how they end"
 	@echo "make interop                                loads and measures SAEs of every variant in SAELens and SAEBench"
-	@echo "make env                                    makes the virtual environment that both use and says where it is"
+	@echo "make env                                    makes the virtual environment of all but interop and says where it is"
 	@echo "All take PYTHON=python3 (3.11 or newer) and SAE_CACHE_DIR=~/.cache/temporal-sae-runner (environment, caches)."
 
 env:

@@ -6,8 +6,8 @@
 
 One run per row and seed, each in its own copy of the template under ideas/table, edited as an agent edits it. What a run
 found is kept in bench/results/runs/ROW.SEED.json; a run is not made again while the edited experiment.py and corpus.py are the
-same, and a killed one carries on: the same command may be started any number of times. Takes 3 to 8 minutes a run on two cores (--jobs 2
-trains two at a time). Writes bench/results/table.md, or ROWS.md of another set.
+same (--reuse: whatever they are), and a killed one carries on: the same command may be started any number of times. Takes 3 to 26 minutes a
+run on two busy cores (--jobs 2 trains two at a time). Writes bench/results/table.md, or ROWS.md of another set, of the seeds asked for.
 """
 import argparse
 import hashlib
@@ -64,7 +64,7 @@ HIERARCHY = {"SAE_VARIANT": "hierarchical", "EVALS": ("core", "hierarchy")}
 ROWS |= {"hierarchical": HIERARCHY, "hierarchical, own widths": {**HIERARCHY, "LEVEL_WIDTHS": (144, 96), "TARGET_L0": 12},
          **{f"hierarchical, no {part}": {**HIERARCHY, "ABLATE": (part,)} for part in ("cosine", "group", "start")}}
 SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "temporal", "temporal_adaptation"],
-        "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if row.startswith("temporal") and (row in VARIANTS or ", no " in row or ", T " in row)],
+        "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if row.startswith("temporal") and (row in VARIANTS or ", no " in row or ", T " in row)] + ["hysteresis 1.0"],
         "positions": [row for row in ROWS if ", positions " in row],
         "recovery": [row for row in ROWS if ", recovery" in row],
         "own_widths": [row for row in ROWS if ", own widths" in row and "hierarchical" not in row],
@@ -82,7 +82,7 @@ COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss i
            "detection": "detection", "detection_same_token": "among like tokens", "detection_null": "its null",
            "detection_reinitialised": "of an untrained TopK, re-initialised model",
            "compositions_per_token": "compositions a token", "live_compositions": "live",
-           "attention_spearman": "attention and interaction, ρ", "attention_auroc": "AUROC", "reuse_mean": "reuse", "reuse_null_95": "its null",
+           "attention_spearman": "attention and interaction, ρ", "attention_auroc": "AUROC", "reuse_mean": "reuse",
            "reuse_gini": "Gini", "reuse_gini_null_95": "its null"}
 COLUMNS |= {f"{task}_{name}": f"{task.replace('_', ', ρ ')}: {title}" for task, names in
             {"boolean_1": "cosine_primitives cosine_compositions auroc_seen minimum_seen auroc_unseen",
