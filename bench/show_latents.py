@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     E = load_runner(args.run.resolve())
-    sae, store, tokenizer, layer = load_run(E, args.run.resolve())
+    with redirect_stdout(sys.stderr):
+        sae, store, tokenizer, layer = load_run(E, args.run.resolve())
     run = E.Run(sae, store, E.load_model, layer, E.LIVE, {})
     live, rate = run.live_latents
     chosen = np.random.default_rng(args.seed).choice(np.flatnonzero(live), args.n, replace=False)
@@ -77,6 +79,8 @@ def main():
     files = store.windows.doc_ids[store.windows.heldout()]
     per_window = E.CONTEXT_LENGTH - 1
     chosen = np.sort(chosen)
+    print(f"# {args.n} live latents of `{E.SAE_VARIANT}`, unselected\n\nDrawn at random (seed {args.seed}) from the live latents of a finished run, "
+          f"before any look; `python bench/show_latents.py {args.run}`. ⟦ ⟧ marks the token on which the latent fires, ⏎ a line's end.")
     for latent, (token, value) in zip(chosen, E.firings(run.heldout[0], chosen)):
         print(f"\n**Latent {latent}**, fires on {100 * rate[latent]:.2f} % of tokens; strongest firing of each of "
               f"{args.contexts} files:\n")
