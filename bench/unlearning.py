@@ -96,7 +96,8 @@ def main():
                   f"{mean['auroc_hybrid']:.3f} (false positives {mean['false_positives_hybrid']:.3f}), of windows "
                   f"{mean['auroc_pattern']:.3f}, order shuffled {mean['auroc_shuffled']:.3f}, one position "
                   f"{mean['auroc_one_position']:.3f}, bag of tokens {mean['auroc_bag_of_tokens']:.3f}; cloze accuracy unclamped "
-                  f"{mean['cloze_forget']:.3f} / {mean['cloze_neighbours']:.3f} / {mean['cloze_retain']:.3f}.\n",
+                  f"{mean['cloze_forget']:.3f} / {mean['cloze_neighbours']:.3f} / {mean['cloze_retain']:.3f}; cosine of the clamped "
+                  f"latents at neighbouring tokens {mean['clamped_consistency']:.3f}.\n",
                   "| clamping | strength | loss on FORGET | on neighbours | on retain | cloze, FORGET | behind 32 tokens | 64 tokens "
                   "| repetition | entropy |", "|---" * 10 + "|"]
         for name in STRATEGIES + CONTROLS:
@@ -109,7 +110,7 @@ def main():
                      f"{mean['unclamped_entropy']:.2f} |")
     if ORACLE.exists():
         oracle = json.loads(ORACLE.read_text())["increase"]
-        lines.append("\nThe model retrained without the domain gains " + ", ".join(f"{oracle[g]:.3f} on {g}" for g in GROUPS) + ".")
+        lines.append("\nThe loss of the model retrained without the domain rises by " + ", ".join(f"{oracle[g]:.3f} on {g}" for g in GROUPS) + ".")
     text = "\n".join(lines).strip() + "\n"
     (ROOT / "bench" / "results" / "unlearning.md").write_text(text)
     print(text)
