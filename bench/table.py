@@ -223,9 +223,11 @@ def main():
         if scores:
             lines.append(f"| {name} | | " + " | ".join(f"{scores[m]:.4f}" if m in scores else "" for m in columns) + " | |")
     m = found[next(iter(found))][0]["metrics"]
-    lines += ["", "± is the standard error over seeds." if "ce_model" not in m else f"± is the standard error over seeds. Model's own loss {m['ce_model']:.3f} nats, unigram {m['ce_unigram']:.3f}, mean ablation "
-              f"{m['ce_mean']:.3f}, zero ablation {m['ce_zero']:.3f}. Explained variance of the bigram lookup {m['bigram_explained_variance']:.3f}, "
-              f"of an untrained TopK {m['untrained_explained_variance']:.3f}."]
+    lines += ["", "± is the standard error over seeds."]
+    if "ce_model" in m:
+        lines[-1] += (f" Model's own loss {m['ce_model']:.3f} nats, unigram {m['ce_unigram']:.3f}, mean ablation "
+                      f"{m['ce_mean']:.3f}, zero ablation {m['ce_zero']:.3f}. Explained variance of the bigram lookup "
+                      f"{m['bigram_explained_variance']:.3f}, of an untrained TopK {m['untrained_explained_variance']:.3f}.")
     text = "\n".join(lines + tests(found)) + "\n"
     if len(args.rows) == 1 and args.rows[0] in SETS:
         (ROOT / "bench" / "results" / ("table.md" if args.rows == ["variants"] else f"{args.rows[0]}.md")).write_text(text)

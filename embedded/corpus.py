@@ -3765,7 +3765,9 @@ def exported(sae, read):
     """The weights that an SAE exports: its parameters and what it adds, then those of `read`, without what it drops."""
     added, dropped = sae.exported()
     weights = dict(sae.named_parameters()) | added | read
-    return {name: value for name, value in weights.items() if name not in dropped}
+    for name in dropped:
+        del weights[name]
+    return weights
 
 
 def check_latents(sae, batch, alone, name):
