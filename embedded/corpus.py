@@ -3196,7 +3196,8 @@ def write(path, parts):
         waiting.put(None)
     except BaseException as error:
         waiting.put(error)
-        WRITING.pop().exception()                               # the thread has taken the partial file away
+        while WRITING:                                          # earlier files become whole, this one's partial file goes,
+            WRITING.pop().exception()                           # all while the lock is held
         raise
     written(2)
 
