@@ -939,20 +939,20 @@ class TemporalAdaptation(SAE):
 
 class Hierarchical(TopK):
     """h_1 = ReLU((x - b) W_enc1 + b_enc1), x_hat1 = h_1 W_dec1 + b: level 1, `lower`;
-    z_2 = TopK_k(ReLU((h_1 - c) W_enc + b_enc)), h_hat = ReLU(z_2 W_dec + c), W_dec >= 0,
+    z_2 = TopK_k(ReLU(h_1 W_enc + b_enc)), h_hat = ReLU(z_2 W_dec + c), W_dec >= 0,
     x_hat2 = h_hat W_dec1 + b: level 2, the latents.
 
     The parent of i is argmax_p W_dec[p, i], G_p its children. cosine = mean over children of
     max(0, .5 - cos(d_i, mean of its siblings)); group = E_t sum_p sqrt|G_p| |h_1[G_p]|_2. The
     first stage trains level 1, the second level 2 on the frozen first, the third both. Level 2
-    starts at Ward clusters; ABLATE "start": at random."""
+    starts at Ward clusters; ABLATE "start": at random; "nonnegative": W_dec of any sign."""
     upper = PLAIN | ({"sparsity": 1.0} if LEVEL_SPARSITY == "l1" else {})
     curriculum = (
         Stage("level_1", 8, {"reconstruction": 1.0, "sparsity_1": 1.0}, ("lower",)),
         Stage("level_2", 8, upper, ("W_", "b_"), 1 / 3, {"level": 2}),
         Stage("both", 4, upper | {"level_1": 1.0, "sparsity_1": 1.0, "cosine": COSINE_WEIGHT,
                                   "group": GROUP_WEIGHT}, ("",), 0.3, {"level": 2}))
-    components, architecture, level = ("start",), "hierarchical", 1
+    components, architecture, level = ("start", "nonnegative"), "hierarchical", 1
 
     def __init__(self, d_in, d_sae, target_l0):
         d_1, d_2 = LEVEL_WIDTHS or (3 * d_sae // 2, d_sae)
@@ -965,7 +965,7 @@ class Hierarchical(TopK):
 
     @torch.no_grad()
     def begin(self, batch, grouped=True):
-        """Level 2 as it starts: a latent for each Ward cluster of level 1's directions; not
+        """Level 2 at first: a latent for each Ward cluster of level 1's directions; not
         grouped: random."""
         W = torch.rand_like(self.W_dec)
         if grouped:
@@ -979,19 +979,19 @@ class Hierarchical(TopK):
             SAE.initialise(self, batch._replace(x=self.levels(batch).dense()))
         self.begun.fill_(True)
 
-    def levels(self, batch):
-        """h_1 as Latents [batch, seq, d_1]."""
+    def levels(self, batch):  # h_1
         return self.lower.encode(batch)
 
-    def parents(self):  # of each feature of level 1: [d_1]
+    def parents(self):  # of level 1's features: [d_1]
         return self.W_dec.detach().argmax(0)
 
     def encoder(self, batch):
-        return self.levels(batch).dense(), self.b_dec, self.W_enc
+        h = self.levels(batch).dense()
+        return h, h.new_zeros(h.shape[-1]), self.W_enc
 
-    def select(self, x, W_enc, batch):
-        h = Latents.from_dense((x + self.b_dec)[None])  # few are not zero
-        pre_acts = h.decode(W_enc.contiguous())[0] + (self.b_enc - self.b_dec @ W_enc)
+    def select(self, h, W_enc, batch):
+        h = Latents.from_dense(h[None])  # few are not zero
+        pre_acts = h.decode(W_enc.contiguous())[0] + self.b_enc
         if LEVEL_SPARSITY == "l1":
             return Pairs.from_flat((pre_acts > 0).flatten().nonzero().flatten(), pre_acts)
         values, ids = largest(pre_acts, self.k)
@@ -1006,7 +1006,8 @@ class Hierarchical(TopK):
         return super().encode(batch)
 
     def decode(self, latents):
-        self.W_dec.data.clamp_(min=0)
+        if "nonnegative" not in ABLATE:
+            self.W_dec.data.clamp_(min=0)
         h_hat = F.relu(latents.decode(self.W_dec) + self.b_dec)
         return h_hat @ self.lower.W_dec + self.lower.b_dec
 

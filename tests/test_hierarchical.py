@@ -43,14 +43,14 @@ def test_forward_by_hand(E, monkeypatch):
     low.b_enc.data, low.b_dec.data = torch.tensor([0.0, -0.5, 0.0]), torch.tensor([1.0, 0.0])
     sae.W_enc.data = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
     sae.W_dec.data = torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.1, 1.0]])
-    sae.b_enc.data, sae.b_dec.data = torch.tensor([0.0, 0.25]), torch.tensor([-1.0, 0.0, 0.5])
+    sae.b_enc.data, sae.b_dec.data = torch.tensor([1.0, -0.75]), torch.tensor([-1.0, 0.0, 0.5])
     sae.begun.fill_(True)
     sae.level = 2
     x = torch.tensor([[[3.0, 1.5], [0.0, 0.0]]])                  # x - b: (2, 1.5), (-1, 0)
     batch = E.Batch(x, torch.ones(1, 2), torch.zeros(1), torch.arange(1, 3), None)
     h = sae.levels(batch).dense()
     assert torch.equal(h, torch.tensor([[[2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]))
-    # h - c: (3, 1, -.5), (1, 0, .5); pre-activations (4, -.75), (1, 1.25)
+    # h: (2, 1, 0), (0, 0, 1); pre-activations (4, -.75), (1, 1.25)
     z = sae.encode(batch)
     torch.testing.assert_close(z.dense(), torch.tensor([[[4.0, 0.0], [0.0, 1.25]]]))
     # z W_dec + c: (1.4, 3.2, .5), (-1, .125, 1.75) -> ReLU
@@ -190,12 +190,16 @@ def test_the_decoder_stays_non_negative_with_unit_rows(E, make_store, tmp_path):
     with torch.no_grad():
         x_hat = sae.decode(sae.encode(store.batch(np.arange(4))))
     assert (sae.W_dec >= 0).all() and torch.isfinite(x_hat).all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(E, "ABLATE", ("nonnegative",))
+        free, *_ = trained(E, make_store, tmp_path / "free")
+    assert (free.W_dec < 0).any()
     torch.testing.assert_close(sae.lower.W_dec.norm(dim=1), torch.ones(24))
     assert log["stages"] == ["level_1", "level_2", "both"] and set(log["parameters"]) == {"beta_1"}
 
 
 @pytest.mark.parametrize("off, others", [("cosine", ("start",)), ("group", ()), ("level_1", ()), ("sparsity_1", ()),
-                                         ("start", ())])
+                                         ("start", ()), ("nonnegative", ())])
 def test_every_part_can_be_switched_off(E, make_store, tmp_path, monkeypatch, off, others):
     """What is switched off leaves other weights than the whole variant has (a random start: siblings are not alike)."""
     def weights():
