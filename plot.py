@@ -152,9 +152,9 @@ def seed_values(run, name):
     return np.array([seed[name] for seed in run.curves if seed.get(name)], dtype=float)
 
 
-def draw_band(axis, run, x, values, every=1):
+def draw_band(axis, run, x, values, every=1, line="-"):
     """Mean over the seeds of values [seeds, x] as a line, their range as a band."""
-    axis.plot(x, values.mean(0), color=run.color, marker=run.marker, markevery=every)
+    axis.plot(x, values.mean(0), line, color=run.color, marker=run.marker, markevery=every)
     if len(values) > 1:
         axis.fill_between(x, values.min(0), values.max(0), color=run.color, alpha=0.25, linewidth=0)
 
@@ -772,7 +772,7 @@ def fig_similarity(runs):
 
 def fig_logged(runs, kind):
     """What training logged over its steps: "parameters" of interest, or the "losses" by name but
-    for the reconstruction, each without its weight."""
+    for the reconstruction, each without its weight; dotted where no stage of the run weighs it."""
     logs = {run.folder: [name for name in run.curves[0].get("training", {}).get(kind) or ()
                          if name != "reconstruction"] for run in runs if run.curves}
     runs = [run for run in runs if logs.get(run.folder)]
@@ -782,11 +782,14 @@ def fig_logged(runs, kind):
     figure, axes = panels(len(names), 2, 1.9)
     for axis, name in zip(axes.flat, names):
         drawn = [run for run in runs if name in logs[run.folder]]
+        watched = [run for run in drawn if kind == "losses"
+                   and name not in run.curves[0]["training"].get("weighed", names)]
         for run in drawn:
             if found := training_curve(run, "step", name):
-                draw_band(axis, run, *found, every=math.ceil(len(found[0]) / 6))
+                draw_band(axis, run, *found, every=math.ceil(len(found[0]) / 6),
+                          line=":" if run in watched else "-")
         draw_stages(np.array([[axis]]), drawn)
-        axis.set_ylabel(name.replace("_", " "))
+        axis.set_ylabel(name.replace("_", " ") + "\n(dotted: not trained on)" * bool(watched))
         axis.set_xlabel("training step")
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.xaxis.set_major_formatter(FuncFormatter(short))

@@ -3376,7 +3376,9 @@ class Plan:
     def finished(self):
         """The whole log, steps planned and done."""
         starts = np.cumsum([0] + self.steps[:-1]).tolist()
-        return self.log | {"stage_starts": starts, "stages": [stage.name for stage in self.stages]}, self.planned, self.steps
+        weighed = sorted({loss for stage in self.stages for loss in stage.weights})
+        return (self.log | {"stage_starts": starts, "stages": [stage.name for stage in self.stages], "weighed": weighed},
+                self.planned, self.steps)
 
 
 def save_state(path, parts):

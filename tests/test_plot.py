@@ -416,6 +416,12 @@ def test_parameters_and_the_stages_of_their_runs(tmp_path):
     axes = plot.FIGURES["losses"](runs).axes
     assert [axis.get_ylabel() for axis in axes] == ["contrastive"]
     assert np.allclose(axes[0].lines[0].get_ydata(), [2 / s for s in range(20, 401, 20)])
+    assert axes[0].lines[0].get_linestyle() == "-"
+    for run in runs:
+        for seed in run.curves:
+            seed["training"]["weighed"] = ["reconstruction"]
+    axis, = plot.FIGURES["losses"](runs).axes
+    assert axis.get_ylabel() == "contrastive\n(dotted: not trained on)" and axis.lines[0].get_linestyle() == ":"
     plot.plt.close("all")
 
 

@@ -183,6 +183,7 @@ def test_anneals_set_the_attribute_of_their_stage(E, store, tmp_path, monkeypatc
     watch(E, monkeypatch, sae, seen)
     log, *_ = run(E, store, sae, stages, tmp_path)
     assert log["stages"] == ["anneal", "rest"] and log["stage_starts"] == [0, 12]
+    assert log["weighed"] == sorted(stages[0].weights)
     assert seen[:12] == pytest.approx([2.0 - 1.5 * i / 12 for i in range(12)])
     assert len(seen) == 24 and len(set(seen[12:])) == 1
     assert seen[12] in (pytest.approx(0.5), pytest.approx(seen[11]))    # the end, or the last step before it
