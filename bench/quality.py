@@ -219,21 +219,18 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for name, job in jobs:
         if name not in kept:
-            began = time.time()
             found = [job(seed) for seed in args.seeds]
-            kept[name] = {"contestant": name, "seconds": (time.time() - began) / len(found),
-                          **{key: [f[key] for f in found] for key in ("explained_variance", "l0")}}
+            kept[name] = {"contestant": name, **{key: [f[key] for f in found] for key in ("explained_variance", "l0")}}
             args.out.write_text(json.dumps({"settings": settings, "quality": [*kept.values()]}, indent=1) + "\n")
         rows.append(kept[name])
         print(f"{name}: EV {statistics.mean(kept[name]['explained_variance']):.4f}", flush=True)
     print(f"\nTopK, d_in {settings['d_in']}, d_sae {args.d_sae}, k {args.k}, {steps:,} steps of {args.batch} tokens, fp32\n")
-    print("| contestant | EV, held out | L0 | seeds | seconds |\n|---|---|---|---|---|")
+    print("| contestant | EV, held out | L0 | seeds |\n|---|---|---|---|")
     for r in rows:
         ev, spread = r["explained_variance"], ""
         if len(ev) > 1:
             spread = f" ± {statistics.stdev(ev) / len(ev) ** 0.5:.4f}"
-        print(f"| {r['contestant']} | {statistics.mean(ev):.4f}{spread} | {statistics.mean(r['l0']):.1f} | {len(ev)} | "
-              f"{r['seconds']:.0f} |")
+        print(f"| {r['contestant']} | {statistics.mean(ev):.4f}{spread} | {statistics.mean(r['l0']):.1f} | {len(ev)} |")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ ROWS |= {"tsae, as released": {"SAE_VARIANT": "tsae", "TSAE_READING": "code"},
             for name in ("topk", "batch_topk", "temporal")}}
 ROWS |= {f"{name}, positions {low}-{high}": {"SAE_VARIANT": name, "TRAIN_POSITIONS": (low, high)}
          for name in ("standard", "temporal", "temporal_adaptation") for low, high in ((1, 63), (64, 127))}
+ROWS |= {f"{name}, sparse probing": {"SAE_VARIANT": name, "EVALS": ("core", "sparse_probing")}
+         for name in ("standard", "temporal_adaptation")}
 OWN = {"EXPANSION": 2, "TARGET_L0": 32}                             # compositional's own widths, 256 + 128; flat peers of 384
 ROWS |= {f"{name}, own widths": {"SAE_VARIANT": name, **OWN, "EVALS": ("core",)} for name in ("standard", "topk", "batch_topk")}
 ROWS |= {"compositional, own widths": {"SAE_VARIANT": "compositional", **OWN, "EVALS": ("core", "composition")}}
@@ -66,6 +68,7 @@ ROWS |= {"hierarchical": HIERARCHY, "hierarchical, own widths": {**HIERARCHY, "L
 SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "temporal", "temporal_adaptation"],
         "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if row.startswith("temporal") and (row in VARIANTS or ", no " in row or ", T " in row)] + ["hysteresis 1.0"],
         "positions": [row for row in ROWS if ", positions " in row],
+        "probing": [row for row in ROWS if ", sparse probing" in row],
         "recovery": [row for row in ROWS if ", recovery" in row],
         "own_widths": [row for row in ROWS if ", own widths" in row and "hierarchical" not in row],
         "hierarchy": [row for row in ROWS if row.startswith("hierarchical")],
@@ -79,6 +82,8 @@ COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss i
            "explained_variance_early": "EV, positions 1-63", "explained_variance_late": "EV, 64-127",
            "polysemanticity": "polysemanticity", "probe_token_type": "syntax probe", "probe_context": "context probe",
            "theta_final": "θ", "live_fraction": "live",
+           **{f"{name}_top_{k}": f"{title}, top {k}" for k in (1, 5, 20) for name, title in
+              {"sae": "sparse probing", "channels": "channels"}.items()}, "sae_all": "all latents", "channels_all": "all channels",
            "detection": "detection", "detection_same_token": "among like tokens", "detection_null": "its null",
            "detection_reinitialised": "of an untrained TopK, re-initialised model",
            "compositions_per_token": "compositions a token", "live_compositions": "live",
