@@ -145,9 +145,10 @@ def test_products_of_sparse_matrices_are_those_of_bags(E):
     assert torch.allclose(pairs.dots(x, table), dense, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [8, 16])
 @pytest.mark.parametrize("d, k", [(512, 8), (4_096, 32), (4_095, 32), (160, 5)])
-def test_the_largest_by_groups_are_the_largest(E, monkeypatch, d, k):
-    monkeypatch.setattr(E, "GROUP", 16)
+def test_the_largest_by_groups_are_the_largest(E, monkeypatch, d, k, size):
+    monkeypatch.setattr(E, "GROUP", size)
     torch.manual_seed(0)
     values = torch.randn(50, d)
     top, at = E.largest(values, k)
