@@ -990,11 +990,10 @@ class Hierarchical(TopK):
         return h, h.new_zeros(h.shape[-1]), self.W_enc
 
     def select(self, h, W_enc, batch):
-        h = Latents.from_dense(h[None])  # few are not zero
-        pre_acts = h.decode(W_enc.contiguous())[0] + self.b_enc
         if LEVEL_SPARSITY == "l1":
-            return Pairs.from_flat((pre_acts > 0).flatten().nonzero().flatten(), pre_acts)
-        values, ids = largest(pre_acts, self.k)
+            return SAE.select(self, h, W_enc, batch)
+        h = Latents.from_dense(h[None])  # few are not zero
+        values, ids = largest(h.decode(W_enc.contiguous())[0] + self.b_enc, self.k)
         return Pairs.from_ids(ids, values)
 
     def encode(self, batch):

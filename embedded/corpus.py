@@ -3141,8 +3141,12 @@ def missing_shards(shards, row_bytes):
             if missing:
                 check_room(folder, sum(shard.rows for shard in missing) * row_bytes)
         missing = RANKS.agree(missing)
-        yield tqdm(missing[RANKS.rank::RANKS.size], "collecting", disable=not missing or None)
-        written()
+        try:
+            yield tqdm(missing[RANKS.rank::RANKS.size], "collecting", disable=not missing or None)
+            written()
+        finally:                                            # no thread writes once the lock is free
+            while WRITING:
+                WRITING.pop().exception()
         RANKS.total(0)                                      # all have come this far
         if missing:
             size = sum(shard.rows for shard in missing) * row_bytes
@@ -3188,16 +3192,14 @@ def write(path, parts):
         with replacing(path.with_suffix(".crc32")) as partial:
             partial.write_text(str(checksum))
 
-    WRITING.append(WRITERS.submit(work))
     try:
+        WRITING.append(WRITERS.submit(work))
         for tensor in parts:
             finite = torch.isfinite(tensor).all()
             waiting.put((tensor, finite, torch.cuda.current_stream().record_event() if stream else None))
         waiting.put(None)
     except BaseException as error:
-        waiting.put(error)
-        while WRITING:                                          # earlier files become whole, this one's partial file goes,
-            WRITING.pop().exception()                           # all while the lock is held
+        waiting.put(error)                                      # the thread takes the partial file away
         raise
     written(2)
 
@@ -3205,11 +3207,8 @@ def write(path, parts):
 def written(left=0):
     """Waits until at most so many files are not whole yet."""
     while len(WRITING) > left:
-        if error := WRITING.popleft().exception():
-            for other in WRITING:
-                other.exception()
-            WRITING.clear()
-            raise error
+        WRITING[0].result()
+        WRITING.popleft()
 
 
 def kept(path, compute):
