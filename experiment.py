@@ -288,7 +288,7 @@ def largest(values, k):
     if values.shape[1] % GROUP or n_groups < 2 * k:
         return values.topk(k, sorted=False)
     groups = values.view(-1, GROUP, n_groups)
-    best = groups.amax(1).topk(k, sorted=False).indices
+    best = largest(groups.amax(1), k)[1]
     members = groups.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1)  # [n, GROUP * k]
     top, at = members.topk(k, sorted=False)
     return top, at // k * n_groups + best.gather(1, at % k)
@@ -297,14 +297,19 @@ def largest(values, k):
 def top_k_pairs(x, W_enc, b_enc, k):
     """The k largest pre-activations x @ W_enc + b_enc of each token, exact in fp32.
 
-    With bf16 units, bf16 proposes 2k and fp32 rescores them; tokens where another one could lie
-    above, by its rounding error, are done again.
+    With bf16 units, bf16 proposes 2k or 3k and fp32 rescores them; tokens where another one could
+    lie above, by its rounding error, are done again.
     """
-    if not BF16_UNITS or W_enc.shape[1] < 64 * k:
-        pre_acts, ids = largest(torch.addmm(b_enc, x, W_enc), k)
+    def dense(x, W_enc, b_enc, k):  # in parts: a CPU's caches hold them
+        parts = x.split(len(x) if x.is_cuda else 512)
+        return map(torch.cat, zip(*(largest(torch.addmm(b_enc, p, W_enc), k) for p in parts)))
+
+    d_sae = len(b_enc)
+    if not BF16_UNITS or d_sae < 64 * k:
+        pre_acts, ids = dense(x, W_enc, b_enc, k)
         return Pairs.from_ids(ids, pre_acts)
-    x_coarse, W_coarse, b_coarse = x.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16()
-    coarse, ids = largest(torch.addmm(b_coarse, x_coarse, W_coarse), 2 * k)
+    halved = (a.bfloat16() for a in (x, W_enc, b_enc))
+    coarse, ids = dense(*halved, k * (2 if d_sae < 8192 else 3))
     proposed = Pairs.from_ids(ids)
     exact = proposed.dots(x, W_enc.t()) + b_enc[proposed.ids]
     pre_acts, where = exact.view_as(ids).topk(k, sorted=False)
@@ -312,7 +317,7 @@ def top_k_pairs(x, W_enc, b_enc, k):
     size = x.norm(dim=1) * W_enc.norm(dim=0).max() + b_enc.abs().max() + last.abs()
     again = (pre_acts.amin(1) < last + 1.01 * 2 ** -8 * size).nonzero().flatten()
     if len(again):
-        pre_acts[again], ids[again] = torch.addmm(b_enc, x[again], W_enc).topk(k, sorted=False)
+        pre_acts[again], ids[again] = dense(x[again], W_enc, b_enc, k)
     return Pairs.from_ids(ids, pre_acts)
 
 
@@ -1136,10 +1141,10 @@ class Store:
         self.normalise()
 
     def collect_shard(self, model, layer, shard):
-        starts = range(shard.start, shard.start + shard.rows)[::32]
-        corpus.write(shard.path, (residual_after(
-            model, layer, self.tokens(slice(i, min(i + 32, shard.start + shard.rows)))
-        ).to(self.dtype) for i in starts))
+        rows = np.arange(shard.start, shard.start + shard.rows)
+        corpus.write(shard.path, (
+            residual_after(model, layer, self.tokens(rows[i:i + 32])).to(self.dtype)
+            for i in range(0, len(rows), 32)))
 
     def normalise(self):
         """Mean and scale, of the first 2^18 training tokens."""
@@ -1199,8 +1204,20 @@ def learning_rate(done, d_sae):
     return base * min(1.0, (done + 1e-3) / WARMUP_FRACTION, (1 - done) / DECAY_FRACTION)
 
 
-def make_optimizer(sae, lr):
-    return torch.optim.Adam(sae.parameters(), lr, fused=True)
+class Adam(torch.optim.Adam):
+    """Fused. It would copy what lies transposed, so that is turned meanwhile."""
+
+    def __init__(self, sae, lr):
+        super().__init__(sae.parameters(), lr, fused=True)
+
+    def step(self):
+        turned = [p for p in self.param_groups[0]["params"]
+                  if p.grad is not None and p.dim() > 1 and not p.is_contiguous()]
+        for p in turned:
+            p.data, p.grad = p.data.mT, p.grad.mT
+        super().step()
+        for p in turned:
+            p.data, p.grad = p.data.mT, p.grad.mT
 
 
 def scheduled(value, done):
@@ -1264,7 +1281,7 @@ def seconds_per_step(sae, store, stages, size):
     seconds, batch = [], store.batch(RANKS.share(np.arange(size)))
     for stage in stages:
         trial = copy.deepcopy(sae).train()
-        optimizer = make_optimizer(trial, 1e-4)
+        optimizer = Adam(trial, 1e-4)
         for _ in range(2):
             began = time.perf_counter()
             train_step(trial, optimizer, batch, stage, 0.0)
@@ -1288,7 +1305,7 @@ def train(sae, store, stages, seed, size, deadline, state_path):
     ready = corpus.ahead(batch_at, store.maps[0].device.type != DEVICE)
     sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(plan.planned) * n_tokens(first)))
     sae.initialise(first)
-    seconds, optimizer = seconds_per_step(sae, store, stages, size), make_optimizer(sae, 1e-4)
+    seconds, optimizer = seconds_per_step(sae, store, stages, size), Adam(sae, 1e-4)
     parts = {"sae": sae, "optimizer": optimizer, "plan": plan}
     corpus.load_state(state_path, parts)
     plan.begin(f"seed {seed}", seconds, deadline)
@@ -1484,14 +1501,7 @@ def eval_core(run):
 def follow(run):
     """What the training did to the parameters of interest, and the alarm of a collapse."""
     found, sae = corpus.convergence(run.log), run.sae
-    for name, p in sae.named_parameters():
-        if p.numel() == 1:
-            at, d, losses = p.data.clone(), 0.1 * max(abs(p.item()), 0.1), []
-            for value in (at + d, at - d):
-                p.data.copy_(value)
-                losses.append(validation_loss(sae, run.store))
-            p.data.copy_(at)
-            found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
+    found |= corpus.sensitivities(sae, lambda: validation_loss(sae, run.store))
     if getattr(sae, "traces", False):
         found |= corpus.decay_slope(sae.scaled_variance().detach(), sae.decay().detach())
     return found
@@ -1933,10 +1943,7 @@ def check_variant(sae, store, stages):
     batch, dark = store.batch(np.arange(store.windows.n_train)), dict(sae.named_parameters())
     for stage in stages:
         anneal(sae, stage, 0.0)
-        losses = corpus.check_losses(sae, batch, SAE_VARIANT)
-        if missing := sorted(set(stage.weights) - set(losses)):
-            raise RunnerError(f"stage {stage.name!r} weighs {missing}, but `losses` of "
-                              f"{SAE_VARIANT} has {sorted(losses)}.")
+        losses = corpus.check_losses(sae, batch, stage, SAE_VARIANT)
         total = sum(losses[name] for name in stage.weights)
         if total.requires_grad:
             total.backward()

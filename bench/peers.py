@@ -255,7 +255,7 @@ class Ours(Contestant):
         self.variant, self.seq, self.d_in = variant, seq, d_in
         self.bf16 = E.BENCH_BF16_UNITS if bf16 is None else bf16
         self.sae = E.SAE_VARIANTS[variant](d_in, d_sae, k).to(DEVICE)
-        self.adam = E.make_optimizer(self.sae, lr)
+        self.adam = E.Adam(self.sae, lr)
         self.stage = self.sae.curriculum[0]
         self.thresholds, self.log_thresholds = getattr(self.sae, "log_threshold", None), True
         proposes = self.bf16 and isinstance(self.sae, E.TopK) and not isinstance(self.sae, E.BatchTopK)

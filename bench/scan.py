@@ -51,7 +51,7 @@ def main():
     for name, variant in (("dense standard", "standard"), ("standard", "standard"), ("temporal_adaptation", "temporal_adaptation")):
         sae = E.SAE_VARIANTS[variant](args.d_in, args.d_sae, args.k)
         sae.initialise(batch)
-        stage, optimizer = sae.curriculum[0], E.make_optimizer(sae, 1e-4)
+        stage, optimizer = sae.curriculum[0], E.Adam(sae, 1e-4)
         steps[name] = ((lambda s=sae, o=optimizer: dense_step(s, o, batch)) if name.startswith("dense") else
                        (lambda s=sae, o=optimizer, g=stage: E.train_step(s, o, batch, g, 0.5)))
         seconds[name] = []

@@ -63,7 +63,7 @@ def child(args):
         collecting = time.process_time() - began
         torch.manual_seed(0)
         sae = E.TopK(d_in, 1536, 48)
-        optimizer, stage, size = E.make_optimizer(sae, 1e-3), E.TopK.curriculum[0], 8
+        optimizer, stage, size = E.Adam(sae, 1e-3), E.TopK.curriculum[0], 8
         step_seconds = []
         for step in range(args.steps):
             began = time.process_time()

@@ -1092,6 +1092,20 @@ def convergence(log):
     return found
 
 
+def sensitivities(sae, loss):
+    """The slope of loss() in each scalar parameter, by a central difference of 10 % of it."""
+    found = {}
+    for name, p in sae.named_parameters():
+        if p.numel() == 1:
+            at, d, losses = p.data.clone(), 0.1 * max(abs(p.item()), 0.1), []
+            for value in (at + d, at - d):
+                p.data.copy_(value)
+                losses.append(loss())
+            p.data.copy_(at)
+            found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
+    return found
+
+
 def decay_slope(variance, decay):
     """Of the regression of log(-log decay) on log variance [latent]: slope and r^2; nothing where the variance is one."""
     x, y = (part.double().cpu().numpy() for part in (variance, decay))
@@ -3730,9 +3744,9 @@ def check_parameters(sae, losses, name):
                             "nn.ModuleList; a plain list hides them.")
 
 
-def check_losses(sae, batch, name):
+def check_losses(sae, batch, stage, name):
     """The losses of a training batch, found to be a function of it, of parameters and buffers: of nothing that earlier
-    batches left elsewhere, nor of x at padding; and x stays as it is."""
+    batches left elsewhere, nor of x at padding; and x stays as it is. All that the stage weighs are there."""
     def losses_of(x):
         sae.load_state_dict(state)
         torch.manual_seed(0)
@@ -3753,6 +3767,8 @@ def check_losses(sae, batch, name):
                 what = f"of shape {(*loss.shape,)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
                 raise DataError(f"the loss {key!r} of {name} is {what}, wanted a scalar tensor.")
         totals.append([loss.detach().double() for loss in losses.values()])
+    if missing := sorted(set(stage.weights) - set(losses)):
+        raise DataError(f"stage {stage.name!r} weighs {missing}, but `losses` of {name} has {sorted(losses)}.")
     check_parameters(sae, losses.values(), name)
     first, padded, _, again = totals
     for other, why in ((again, "what earlier batches left, or random numbers that are not torch's. Keep state in buffers "

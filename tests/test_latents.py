@@ -285,6 +285,20 @@ def test_top_k_is_that_of_fp32(E, monkeypatch, kind, d_sae, k, bf16):
         assert torch.equal(ids.sort(1).values, wanted.sort(1).values)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["random", "near ties", "large biases"])
+def test_top_k_of_many_tokens_and_latents(E, monkeypatch, kind, bf16):
+    """More tokens than one part holds, and so many latents that bf16 proposes 3k and groups are found among groups."""
+    monkeypatch.setattr(E, "BF16_UNITS", bf16)
+    x, W_enc, b_enc = make_input(kind, 5, 1100, 16, 16_384)
+    pairs = E.top_k_pairs(x, W_enc, b_enc, 8)
+    ids, dense = pairs.ids.view(1100, 8), torch.addmm(b_enc, x, W_enc)
+    rounding = 1e-6 * (x.norm(dim=1, keepdim=True) * W_enc.norm(dim=0).max() + b_enc.abs().max())
+    assert ((pairs.pre_acts.view(1100, 8) - dense.gather(1, ids)).abs() <= rounding).all()
+    assert (ids.sort(1).values.diff(dim=1) > 0).all()
+    assert ((dense.gather(1, ids).sort(1).values - dense.topk(8).values.sort(1).values).abs() <= 2 * rounding).all()
+
+
 @pytest.fixture
 def products(E, monkeypatch):
     """Precision and number of tokens of every product with the whole encoder, bf16 units present."""

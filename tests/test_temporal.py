@@ -591,7 +591,7 @@ def test_the_second_stage_begins_with_the_function_that_the_first_one_learned(E)
     batch, found, trained = random_batch(E), [], []
     for stage in (first, second):
         trial = copy.deepcopy(sae)
-        optimizer = E.make_optimizer(trial, 1e-2)
+        optimizer = E.Adam(trial, 1e-2)
         torch.manual_seed(0)
         found.append(E.train_step(trial, optimizer, batch, stage, 0.0))
         trained.append((trial, optimizer))
@@ -617,11 +617,11 @@ def test_the_first_stage_computes_no_attention(E, monkeypatch):
         raise AssertionError("attention is computed")
     monkeypatch.setattr(sae, "attention", attention)
     first, second, third = sae.curriculum
-    E.train_step(sae, E.make_optimizer(sae, 1e-2), random_batch(E), first, 0.0)
+    E.train_step(sae, E.Adam(sae, 1e-2), random_batch(E), first, 0.0)
     sae.eval().encode(random_batch(E))
     for stage in (second, third):
         with pytest.raises(AssertionError, match="attention is computed"):
-            E.train_step(sae.train(), E.make_optimizer(sae, 1e-2), random_batch(E), stage, 0.0)
+            E.train_step(sae.train(), E.Adam(sae, 1e-2), random_batch(E), stage, 0.0)
 
 
 def test_ablated_attention_leaves_batch_topk(E, settings):

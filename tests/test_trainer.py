@@ -225,13 +225,50 @@ def test_total_loss_is_the_weighted_sum(E, store, monkeypatch, loss, weight):
     assert torch.allclose(kept["b_enc"], wanted, rtol=1e-4, atol=1e-8) and wanted.any()
 
 
+# ---- Optimiser ----
+def test_adam_is_adam_whatever_the_layout(E):
+    """The same parameters as of the unfused Adam, transposed in memory or not, with gradients as autograd lays them out;
+    layouts and shapes stay, and one that loads its state goes on alike."""
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            g = torch.Generator().manual_seed(0)
+            self.wide, self.tall, self.square = (torch.nn.Parameter(torch.randn(*shape, generator=g)) for shape in
+                                                 ((5, 7), (7, 5), (6, 6)))
+            for p in (self.wide, self.square):
+                p.data = p.data.t().contiguous().t()
+            self.vector, self.scalar = torch.nn.Parameter(torch.randn(9, generator=g)), torch.nn.Parameter(torch.ones(()))
+            self.idle = torch.nn.Parameter(torch.randn(4, 3, generator=g).t())
+
+    ours, theirs = Holder(), Holder()
+    layouts = [p.stride() for p in ours.parameters()]
+    optimizer, other = E.Adam(ours, 1e-2), torch.optim.Adam(theirs.parameters(), 1e-2, fused=False, foreach=False)
+    for step in range(6):
+        if step == 3:
+            state, optimizer = optimizer.state_dict(), E.Adam(ours, 1.0)
+            optimizer.load_state_dict(state)
+        for a, b in zip(ours.parameters(), theirs.parameters()):
+            if a is not ours.idle:
+                slope = torch.randn(a.shape)
+                slope = slope.mT.contiguous().mT if step % 2 and a.dim() > 1 else slope
+                for p in (a, b):
+                    (p * slope).sum().backward()
+        for each in (optimizer, other):
+            each.step()
+            each.zero_grad()
+    assert [p.stride() for p in ours.parameters()] == layouts
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours.idle, Holder().idle)
+
+
 # ---- Sparsity control ----
 def test_sparsity_weight_moves_towards_the_target(E, store):
     batch, penalty = store.batch(np.arange(4)), stage(E, weights={"reconstruction": 1.0, "sparsity": 1.0})
     for shift, higher in ((5.0, True), (-5.0, False)):
         sae = make(E, "standard")
         sae.b_enc.data += shift
-        before, optimizer = sae.sparsity_weight.item(), E.make_optimizer(sae, 1e-4)
+        before, optimizer = sae.sparsity_weight.item(), E.Adam(sae, 1e-4)
         l0 = E.train_step(sae, optimizer, batch, penalty, 0.0)["l0"]
         assert (l0 > K) == higher and (sae.sparsity_weight > before) == higher
         assert 0.5 < sae.sparsity_weight.item() / before < 2.0            # no jump, even from L0 = 0

@@ -44,7 +44,7 @@ def test_context_begins_as_batch_topk(E, settings, padded, places):  # noqa: F81
         got, wanted = (one.train(mode).encode(batch).dense().detach() for one in (sae, plain))
         assert wanted.any() and torch.equal(got > 0, wanted > 0)
         close(got, wanted, 1e-6)
-    E.train_step(sae.train(), E.make_optimizer(sae, 1e-2), batch, stage, 0.0)
+    E.train_step(sae.train(), E.Adam(sae, 1e-2), batch, stage, 0.0)
     assert sae.gate.any()                                       # from the first step on
 
 
@@ -96,7 +96,7 @@ def test_learned_positions_learn_and_fixed_ones_do_not(E, settings, places, tmp_
     sae = opened(E, everything=False)
     assert ("P" in dict(sae.named_parameters())) == learned and sae.P.requires_grad == learned
     assert "P" in sae.state_dict()
-    before, optimizer = sae.P.detach().clone(), E.make_optimizer(sae, 1e-2)
+    before, optimizer = sae.P.detach().clone(), E.Adam(sae, 1e-2)
     for _ in range(3):
         E.train_step(sae, optimizer, random_batch(E), sae.curriculum[0], 0.5)
     assert torch.equal(sae.P, before) != learned

@@ -579,7 +579,7 @@ def train_with_dead_latents(E, sae, dead, auxk, steps):
     stage, = sae.curriculum
     if not auxk:
         stage = stage._replace(weights={loss: weight for loss, weight in stage.weights.items() if loss != "auxk"})
-    optimizer, fired = E.make_optimizer(sae, 1e-2), torch.zeros(sae.d_sae, dtype=torch.bool)
+    optimizer, fired = E.Adam(sae, 1e-2), torch.zeros(sae.d_sae, dtype=torch.bool)
     for step in range(steps):
         E.train_step(sae, optimizer, planted(E, step), stage, step / steps)
         fired |= sae.tokens_since_fired == 0
