@@ -1239,8 +1239,10 @@ def train_step(sae, optimizer, batch, stage, done):
         steered = sae.sparsity_weight if name == "sparsity" else 1.0
         total = total + scheduled(weight, done) * steered * losses[name]
     total.backward()
-    RANKS.reduce(sae, n_tokens(batch))
     with torch.no_grad():
+        fired = torch.zeros_like(sae.tokens_since_fired).index_add_(
+            0, latents.pairs.ids, (latents.values != 0).long())
+        n, fired = RANKS.reduce(sae, n_tokens(batch), fired)
         learning = [part.W_dec for part in sae.modules()
                     if isinstance(part, SAE) and part.W_dec.grad is not None]
         for W in learning:  # without what the renormalisation would undo
@@ -1250,9 +1252,6 @@ def train_step(sae, optimizer, batch, stage, done):
         optimizer.zero_grad(set_to_none=True)
         for W in learning:
             W.div_(W.norm(dim=1, keepdim=True))
-        n, fires = RANKS.total(n_tokens(batch)), (latents.values != 0).long()
-        fired = RANKS.total(torch.zeros_like(sae.tokens_since_fired).index_add_(
-            0, latents.pairs.ids, fires))
         sae.tokens_since_fired.add_(n).masked_fill_(fired > 0, 0)
         l0 = fired.sum() / n
         if "sparsity" in stage.weights:

@@ -2883,25 +2883,29 @@ class Ranks:
         dist.all_reduce(total := torch.as_tensor(value, device=device).clone())
         return total
 
-    def reduce(self, sae, n):
-        """Gradients as of the whole batch, of which this process saw n tokens; running means over the processes."""
+    def reduce(self, sae, n, fired):
+        """Gradients as of the whole batch, of which this process saw n tokens; running means over the processes -> n and
+        `fired` [d_sae] of all. In one exchange: each has its price."""
         if self.size == 1:
-            return
+            return n, fired
+
+        def stored(values):                                     # a view, as they lie in memory
+            return (values if values.is_contiguous() else values.mT).view(-1)
+
         parameters = [p for p in sae.parameters() if p.requires_grad]
-        known = [float(p.grad is not None) for p in parameters]
-        total, *known = self.total(torch.tensor([float(n), *known], dtype=torch.float64)).tolist()
-        gradients = []
-        for p, there in zip(parameters, known):
-            if there:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.mul_(n / total)
-                gradients.append(p.grad)
         buffers = [buffer for buffer in sae.buffers() if buffer.is_floating_point()]
-        for buffer in buffers:
-            buffer.div_(self.size)
-        parts = gradients + buffers                             # at once: each exchange has its price
-        whole = self.total(torch.cat([part.flatten() for part in parts]))
-        for part, sums in zip(parts, whole.split([part.numel() for part in parts])):
-            part.copy_(sums.view_as(part))
+        known = torch.tensor([float(n), *(p.grad is not None for p in parameters)], device=fired.device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.mul_(n) for p in parameters]
+        parts = [known, fired, *map(stored, gradients), *map(stored, buffers)]
+        dist.all_reduce(whole := torch.cat(parts))
+        (n, *known), fired, *sums = whole.split([part.numel() for part in parts])
+        for value, total in zip(gradients, sums):
+            stored(value).copy_(total).div_(n)
+        for p, grad, there in zip(parameters, gradients, known):
+            p.grad = grad if there else None
+        for buffer, total in zip(buffers, sums[len(parameters):]):
+            stored(buffer).copy_(total).div_(self.size)
+        return n.long(), fired.long()
 
     def same(self, sae):
         """All as rank 0 has it."""
