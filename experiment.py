@@ -301,7 +301,7 @@ def top_k_pairs(x, W_enc, b_enc, k):
     lie above, by its rounding error, are done again.
     """
     def dense(x, W_enc, b_enc, k):  # in parts: a CPU's caches hold them
-        parts = x.split(len(x) if x.is_cuda else 512)
+        parts = x.split(len(x) if x.is_cuda else 384)
         return map(torch.cat, zip(*(largest(torch.addmm(b_enc, p, W_enc), k) for p in parts)))
 
     d_sae = len(b_enc)

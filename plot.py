@@ -464,11 +464,13 @@ def draw_stages(axes, runs):
             for start, _ in plan[1:]:
                 axis.axvline(start, color=color, linewidth=0.7, linestyle=(0, (4, 2)), zorder=0)
         for axis in axes[0]:
-            for start, name in plan:
-                at = max(start, axis.get_xlim()[0]), 1
-                axis.annotate(str(name).replace("_", " "), at, (2, 2 + 20 * row), rotation=25,
-                              xycoords=("data", "axes fraction"), textcoords="offset points",
-                              rotation_mode="anchor", fontsize=6, color=color)
+            left = axis.get_xlim()[0]
+            for (start, name), (end, _) in zip(plan, (*plan[1:], (np.inf, ""))):
+                if end > left:
+                    at = max(start, left), 1
+                    axis.annotate(str(name).replace("_", " "), at, (2, 2 + 20 * row), rotation=25,
+                                  xycoords=("data", "axes fraction"), textcoords="offset points",
+                                  rotation_mode="anchor", fontsize=6, color=color)
 
 
 def fig_training(runs):
