@@ -458,15 +458,15 @@ def draw_stages(axes, runs):
         starts = log.get("stage_starts", [])
         if len(starts) > 1:
             plans.setdefault((*zip(starts, log.get("stages", starts)),), []).append(run)
+    first = [(axis, axis.dataLim.x0, axis.get_xlim()[0]) for axis in axes.flat]
     for row, (plan, sharing) in enumerate(plans.items()):
         color = sharing[0].color if len(sharing) == 1 else NOTE["color"]
-        for axis in axes.flat:
-            for start, _ in plan[1:]:
-                axis.axvline(start, color=color, linewidth=0.7, linestyle=(0, (4, 2)), zorder=0)
-        for axis in axes[0]:
-            left = axis.get_xlim()[0]
-            for (start, name), (end, _) in zip(plan, (*plan[1:], (np.inf, ""))):
-                if end > left:
+        ends = [*(start for start, _ in plan[1:]), np.inf]
+        for axis, begins, left in first:
+            for i, ((start, name), end) in enumerate(zip(plan, ends)):
+                if i and start > left:
+                    axis.axvline(start, color=color, linewidth=0.7, linestyle=(0, (4, 2)), zorder=0)
+                if end > begins and axis in axes[0]:
                     at = max(start, left), 1
                     axis.annotate(str(name).replace("_", " "), at, (2, 2 + 20 * row), rotation=25,
                                   xycoords=("data", "axes fraction"), textcoords="offset points",
