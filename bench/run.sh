@@ -16,10 +16,12 @@ if [ "${1:-}" = quick ]; then
   steps=(--rounds 3 --warmup 10 --exact-steps 20 --cells topk:4096 standard:4096)
   collect=(--rounds 1 --windows 64)
   quality=(--epochs 2)
+  ranks=(--rounds 1 --steps 3 --batches 1024)
 else
   steps=(--rounds 15 --memory)
   collect=(--rounds 5)
   quality=(--epochs 20)
+  ranks=()
 fi
 
 "$peers_python" bench/train_step.py "${steps[@]}" | tee "$results/train_step.md"
@@ -27,5 +29,6 @@ fi
     | tee "$results/train_step_keep.md"
 "$peers_python" bench/collect.py "${collect[@]}" | tee "$results/collect.md"
 project_python="${PROJECT_PYTHON:-$(make --no-print-directory env | tee /dev/stderr | sed -n "s|.*'\(.*\)/bin/activate'.*|\1/bin/python|p")}"
+"$project_python" bench/ranks.py "${ranks[@]}" | tee "$results/ranks.md"
 "$project_python" bench/quality.py --export "$cache/quality_activations.npz"
 "$peers_python" bench/quality.py --activations "$cache/quality_activations.npz" "${quality[@]}" | tee "$results/quality.md"
