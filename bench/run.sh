@@ -21,7 +21,7 @@ else
   steps=(--rounds 15 --memory)
   collect=(--rounds 5)
   quality=(--epochs 20)
-  ranks=()
+  ranks=(--rounds 3)
 fi
 
 "$peers_python" bench/train_step.py "${steps[@]}" | tee "$results/train_step.md"
