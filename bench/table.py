@@ -64,7 +64,8 @@ ROWS |= {"compositional": {"SAE_VARIANT": "compositional", "EVALS": ("core", "te
 ROWS |= {"compositional, no attention": {**ROWS["compositional"], "ABLATE": ("attention",)}}
 HIERARCHY = {"SAE_VARIANT": "hierarchical", "EVALS": ("core", "hierarchy")}
 ROWS |= {"hierarchical": HIERARCHY, "hierarchical, own widths": {**HIERARCHY, "LEVEL_WIDTHS": (144, 96), "TARGET_L0": 12},
-         **{f"hierarchical, no {part}": {**HIERARCHY, "ABLATE": (part,)} for part in ("cosine", "group", "start", "nonnegative")}}
+         **{f"hierarchical, no {part}": {**HIERARCHY, "ABLATE": (part,)} for part in ("cosine", "group", "start", "nonnegative")},
+         "hierarchical, neither group nor nonnegative": {**HIERARCHY, "ABLATE": ("group", "nonnegative")}}
 SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "temporal", "temporal_adaptation"],
         "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if row.startswith("temporal") and (row in VARIANTS or ", no " in row or ", T " in row)] + ["hysteresis 1.0"],
         "positions": [row for row in ROWS if ", positions " in row],
