@@ -242,9 +242,9 @@ class PairDecode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (values, W_dec), pairs, grad = ctx.saved_tensors, ctx.pairs, grad.contiguous()
-        learns = ctx.needs_input_grad[1]
-        grad_W_dec = pairs.sums_by_latent(values, grad, len(W_dec)) if learns else None
-        return pairs.dots(grad, W_dec), grad_W_dec, None
+        learns = ctx.needs_input_grad
+        return (pairs.dots(grad, W_dec) if learns[0] else None,
+                pairs.sums_by_latent(values, grad, len(W_dec)) if learns[1] else None, None)
 
 
 class Latents(NamedTuple):
@@ -253,6 +253,7 @@ class Latents(NamedTuple):
     pre_acts: torch.Tensor  # [n_pairs]
     pairs: Pairs
     shape: tuple  # (batch, seq, d_sae)
+    below: "Latents | None" = None  # these come from
 
     @classmethod
     def from_dense(cls, z):  # [batch, seq, d_sae], at its non-zero values
@@ -735,35 +736,35 @@ class Compositional(TopK):
     def select(self, x, W_enc, batch):
         return top_k_pairs(x, W_enc[:, :self.d_f], self.b_enc[:self.d_f], self.width())
 
-    def attention(self, ids, f):
-        """Weights [n, heads, k, k] of each active feature over those of its token, or None."""
+    def heads(self, ids, f):
+        """Of each: how an active feature attends to those of its token [n, k, k]; values."""
+        one_by_one, silent = Pairs.from_ids(ids.view(-1, 1)), (NEVER * (f <= 0))[:, None]
+        parts = (PairDecode.apply(f.flatten(), self.E @ W, one_by_one)
+                 .view(*ids.shape, COMPOSITION_HEADS, -1).unbind(2)
+                 for W in (self.W_q * COMPOSITION_HEAD_WIDTH ** -0.5, self.W_k, self.W_v))
+        return [(torch.baddbmm(silent, q, k.mT).softmax(-1), v) for q, k, v in zip(*parts)]
+
+    def attention(self, ids, f):  # [n, heads, k, k], or None
         if "attention" in ABLATE:
             return None
-        scaled = (f * COMPOSITION_HEAD_WIDTH ** -0.25)[..., None]
-        q, k = ((F.embedding(ids, self.E @ W) * scaled).unflatten(2, (COMPOSITION_HEADS, -1))
-                .transpose(1, 2).flatten(0, 1) for W in (self.W_q, self.W_k))
-        silent = (NEVER * (f <= 0)).repeat_interleave(COMPOSITION_HEADS, 0)[:, None]
-        weights = torch.baddbmm(silent, q, k.transpose(1, 2)).softmax(-1)
-        return weights.unflatten(0, (-1, COMPOSITION_HEADS))
+        return torch.stack([weights for weights, _ in self.heads(ids, f)], 1)
 
     def compose(self, ids, f):
         """c [n, d_c] of features ids [n, k] with values f [n, k]."""
-        total = F.embedding_bag(ids, self.E, per_sample_weights=f, mode="sum")
+        total = PairDecode.apply(f.flatten(), self.E, Pairs.from_ids(ids))
         if "attention" not in ABLATE:
             if self.combined and self.combined < f.shape[1]:
                 f, places = f.topk(self.combined)
                 ids = ids.gather(1, places)
-            on = (f > 0).to(f)[:, None, None]
-            seen = (on @ self.attention(ids, f))[:, :, 0] * f[:, None]  # [n, heads, k]
-            values = F.embedding(ids, self.E @ self.W_v).unflatten(2, (COMPOSITION_HEADS, -1))
-            mixed = torch.einsum("nhj,njhw->nhw", seen, values).flatten(1) @ self.W_o
+            on = (f > 0).to(f)[:, None]
+            mixed = torch.cat([on @ weights @ v for weights, v in self.heads(ids, f)], -1)
+            mixed = mixed[:, 0] @ self.W_o
             total = total + (1.0 if "gate" in ABLATE else self.gate.tanh()) * mixed
         return F.relu(total @ self.W_c + self.b_enc[self.d_f:])
 
     def features(self, batch):  # of each token: ids [n, k], values [n, k]
-        found = super().encode(batch)
-        n = len(found.pairs.starts)
-        return found.pairs.ids.view(n, -1), found.values.view(n, -1)
+        found, k = super().encode(batch), self.width()
+        return found.pairs.ids.view(-1, k), found.values.view(-1, k)
 
     def encode(self, batch):
         ids, f = self.features(batch)
@@ -962,6 +963,7 @@ class Hierarchical(TopK):
     def __init__(self, d_in, d_sae, target_l0):
         d_1, d_2 = LEVEL_WIDTHS or (3 * d_sae // 2, d_sae)
         super().__init__(d_1, d_2, target_l0)
+        self.W_enc = nn.Parameter(self.W_enc.data.contiguous())
         self.d_in, self.lower = d_in, SAE(d_in, d_1, round(DENSITY * target_l0))
         self.register_buffer("begun", torch.tensor(False))
 
@@ -988,26 +990,24 @@ class Hierarchical(TopK):
         return self.lower.encode(batch)
 
     def parents(self):  # of level 1's features: [d_1]
-        return self.W_dec.detach().argmax(0)
+        return self.W_dec.detach().max(0).indices
 
     def encoder(self, batch):
-        h = self.levels(batch).dense()
-        return h, h.new_zeros(h.shape[-1]), self.W_enc
-
-    def select(self, h, W_enc, batch):
-        if LEVEL_SPARSITY == "l1":
-            return SAE.select(self, h, W_enc, batch)
-        h = Latents.from_dense(h[None])  # few are not zero
-        values, ids = largest(h.decode(W_enc.contiguous())[0] + self.b_enc, self.k)
-        return Pairs.from_ids(ids, values)
+        return self.levels(batch).dense(), 0.0, self.W_enc
 
     def encode(self, batch):
+        h, shape = self.levels(batch), (*batch.x.shape[:2], self.d_sae)
         if self.level == 1:  # none yet
             self.tokens_since_fired.zero_()
-            return Latents.from_dense(batch.x.new_zeros(*batch.x.shape[:2], self.d_sae))
+            return Latents.from_dense(batch.x.new_zeros(shape))._replace(below=h)
         if not self.begun:
             self.begin(batch, "start" not in ABLATE)
-        return super().encode(batch)
+        z = valid(batch, F.relu(h.decode(self.W_enc) + self.b_enc))
+        if LEVEL_SPARSITY == "l1":
+            return Latents.from_dense(z)._replace(below=h)
+        ids = largest(z.detach().flatten(0, 1), self.k)[1]
+        values = z.flatten(0, 1).gather(1, ids).flatten()
+        return Latents(values, values, Pairs.from_ids(ids), shape, h)
 
     def decode(self, latents):
         if "nonnegative" not in ABLATE:
@@ -1021,7 +1021,7 @@ class Hierarchical(TopK):
     def losses(self, batch, latents):
         if not self.lower.W_enc.requires_grad:  # frozen
             return super().losses(batch, latents)
-        h, beta_1 = self.levels(batch), self.lower.sparsity_weight.clone()
+        h, beta_1 = latents.below, self.lower.sparsity_weight.clone()
         found = {"sparsity_1": beta_1 * l1(batch, h)}
         error = squared_error(batch, self.lower.decode(h))
         if self.training:
@@ -1036,7 +1036,7 @@ class Hierarchical(TopK):
         siblings = d.new_zeros(self.d_sae, self.d_in).index_add(0, parent, d)[parent] - d
         cosine = F.cosine_similarity(d, siblings, dim=1)[size[parent] > 1]
         at = h.pairs.rows * self.d_sae + h.at(parent)
-        energy = h.values.new_zeros(h.shape[0] * h.shape[1], self.d_sae).flatten().index_add(
+        energy = h.values.new_zeros(len(h.pairs.starts) * self.d_sae).index_add(
             0, at, h.values.square()).view(-1, self.d_sae)
         norms = (energy + 1e-12).sqrt() * (energy > 0) * size.sqrt()
         return {"cosine": F.relu(0.5 - cosine).sum() / max(1, len(cosine)),
@@ -1047,8 +1047,8 @@ class Hierarchical(TopK):
         return {f"beta_{i}": part.sparsity_weight.item() for i, part in enumerate(parts, 1)}
 
     def related(self, latents, batch, fires):
-        h = self.levels(batch).dense()
-        return corpus.children(latents, self.W_dec, load_tokenizer(), batch.tokens, h)
+        return corpus.children(latents, self.W_dec, load_tokenizer(), batch.tokens,
+                               self.levels(batch).dense())
 
 
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
@@ -1279,8 +1279,7 @@ def seconds_per_step(sae, store, stages, size):
     """Seconds of one step of each stage, the second one on a copy."""
     seconds, batch = [], store.batch(RANKS.share(np.arange(size)))
     for stage in stages:
-        trial = copy.deepcopy(sae).train()
-        optimizer = Adam(trial, 1e-4)
+        optimizer = Adam(trial := copy.deepcopy(sae).train(), 1e-4)
         for _ in range(2):
             began = time.perf_counter()
             train_step(trial, optimizer, batch, stage, 0.0)
@@ -1811,7 +1810,7 @@ def eval_hierarchy(run):
     return Result(metrics, curves, per_sequence)
 
 
-# ---- Compositions: recovery of known ones, and what features do in those that were found ----
+# ---- Compositions: recovery of known ones, interaction and reuse ----
 def recovered(run, task, rho):
     """An SAE of this variant on synthetic activations -> its scores, those of baselines."""
     n_tokens, (width, k) = 2 ** 13 if run.probing else SYNTHETIC_TOKENS, SYNTHETIC_SAE
@@ -1824,8 +1823,7 @@ def recovered(run, task, rho):
     stages = [stage._replace(epochs=1) if run.probing else stage
               for stage in planned_stages(type(sae))]
     with tempfile.TemporaryDirectory() as state:
-        path, size = Path(state) / "state.pt", batch_windows(store)
-        train(sae, store, stages, run.seed, size, math.inf, path)
+        train(sae, store, stages, run.seed, batch_windows(store), math.inf, Path(state, "sae"))
     z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
     scores = corpus.recovery(truth, *np.split(z.toarray(), 2), sae.W_dec)
     scores |= {"explained_variance": explained_variance(rows, variance_by_position(store)[1]),
