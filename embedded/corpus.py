@@ -1279,16 +1279,22 @@ class UnlearningPlan(NamedTuple):
         def scores(*of):
             return self.clozes.scores(results(*of))
 
+        def measured(name, factors):
+            strength = strength_for(lambda s: scores(edit(name, s), search)[0].mean() - own_search, forgetting)
+            return strength, [[part.tolist() for part in scores(edit(name, strength * factor), self.test)]
+                              for factor in factors]
+
         edits, rows, lost = {"unclamped": edit("projection", 0.0)}, {}, {}        # which leaves all as it is
         search = self.dev[self.dev_group == "forget"][::5]
         own, own_right, own_search = map(np.array, self.kept("own", lambda: [part.tolist() for part in (
             *scores(edits["unclamped"], self.test), scores(edits["unclamped"], search)[0].mean())]))
         metrics = self.means(None, own_right)
         for name in strategies + controls:
-            strength = strength_for(lambda s: scores(edit(name, s), search)[0].mean() - own_search, forgetting)
+            factors = (1, 0.25, 0.5, 2, 4) if name in strategies else (1,)
+            compute = partial(measured, name, factors)
+            strength, found = self.kept((name, forgetting), compute) if name == "projection" else compute()  # it has no latents
             edits[name], rows[name] = edit(name, strength), []
-            for factor in (1, 0.25, 0.5, 2, 4) if name in strategies else (1,):
-                loss, right = scores(edit(name, strength * factor), self.test)
+            for factor, (loss, right) in zip(factors, (map(np.array, of) for of in found)):
                 rows[name].append({"strength": strength * factor} | self.means(loss - own, right, own_right))
                 if factor == 1:
                     lost |= {f"{name}_{g}": values for g, values in self.by_document(windows, loss - own).items()}
@@ -1305,6 +1311,19 @@ class UnlearningPlan(NamedTuple):
             loss = {name: last_loss(logits(edits[name], tokens, np.ones(tokens.shape, bool)), tokens, n)
                     for name in ("unclamped", *strategies)}
             found |= {f"{name}_padded_{pad}": loss[name] - loss["unclamped"] for name in strategies}
+        return found
+
+    def question_scores(self, datasets, tokenizer, edits, logits):
+        """`compared` answers of the model under each of edits {name: edit} to the data sets {kind: its name or None}, flat;
+        logits(edit, tokens, mask)."""
+        found = {}
+        for kind, dataset in datasets.items():
+            if dataset:
+                answers = {name: partial(right_answers, dataset, tokenizer, partial(logits, edit))
+                           for name, edit in edits.items()}
+                own = self.kept(("questions", data_identity(dataset)), lambda: answers["unclamped"]().tolist())
+                answers["unclamped"] = partial(np.array, own)
+                found |= compared({name: right() for name, right in answers.items()}, f"_{kind}_questions")
         return found
 
     def full(self, windows, most=32):
@@ -1365,17 +1384,6 @@ def right_answers(dataset, tokenizer, logits):
         last = said[np.arange(len(tokens)), mask.sum(1) - 1][:, np.array(letters) % said.shape[-1]]
         right.append((last.argmax(1).cpu().numpy() == answers).all())
     return np.array(right)
-
-
-def question_scores(datasets, tokenizer, edits, logits):
-    """`compared` answers of the model under each of edits {name: edit} to the data sets {kind: its name or None}, flat;
-    logits(edit, tokens, mask)."""
-    found = {}
-    for kind, dataset in datasets.items():
-        if dataset:
-            found |= compared({name: right_answers(dataset, tokenizer, partial(logits, edit))
-                               for name, edit in edits.items()}, f"_{kind}_questions")
-    return found
 
 
 def sparse_accuracies(features, windows, numbers):
@@ -1535,8 +1543,8 @@ class Matcher:
 
     def fit(self, z, keep, forget, half, false_positives):
         """On the tokens `keep`, of which `forget` are to be forgotten, both [n, seq] of bool, z sparse [n * seq, d_sae];
-        thresholds with so many false positives, by matchers fitted on the windows of either `half` [n] for those of the
-        other."""
+        thresholds of each rate of `false_positives`, by matchers fitted on the windows of either `half` [n] for those of
+        the other: "pattern" and "hybrid" at the first rate, "pattern_RATE" and "hybrid_RATE" at others."""
         codes = self.codes_of_sparse(z, keep.shape[1])
         half = torch.from_numpy(half).to(keep.device)[:, None].expand(keep.shape)
         if codes.shape[1] < self.gate_tokens:
@@ -1550,8 +1558,9 @@ class Matcher:
         match = torch.where(half, self.match(codes, False), self.match(codes, True)) * keep
         self.matchers = {name: fitted(name, apart) for name in ("pattern", "one_position", "shuffled")}
         whole = gate(match, self.gate_tokens)[~forget[:, 0], -1]
-        self.thresholds = {"pattern": match[keep & ~forget].quantile(1 - false_positives).item(),
-                           "hybrid": whole.quantile(1 - false_positives).item()}
+        self.thresholds = {
+            name + f"_{rate:g}" * (i > 0): evidence.quantile(1 - rate).item() for i, rate in enumerate(false_positives)
+            for name, evidence in (("pattern", match[keep & ~forget]), ("hybrid", whole))}
 
     def windows(self, codes, name):
         """The last codes at each position, zeros before the first: [n, seq, f, width]."""
@@ -1569,10 +1578,11 @@ class Matcher:
         return match, gate(match, self.gate_tokens)
 
     def opens(self, strategy, z):
-        """Whether the evidence of "pattern" or "hybrid" is above its threshold; True for other strategies: [n, seq]."""
+        """Whether the evidence of a strategy that has a threshold is above it; True for others: [n, seq]."""
         if strategy not in self.thresholds:
             return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-        return dict(zip(("pattern", "hybrid"), self.evidence(z)))[strategy] > self.thresholds[strategy]
+        match, gate = self.evidence(z)
+        return (gate if strategy.startswith("hybrid") else match) > self.thresholds[strategy]
 
     def passage(self, z, on, tokens, tokenizer):
         """Of the window whose gate is the median at its end: its text, match and gate, and where "standard" clamps, which is
@@ -1594,14 +1604,13 @@ class Matcher:
 def detection_scores(tasks, thresholds):
     """Of tasks {name: (truth [n], score [n])}, flat: AUROC; above a threshold, for names that have one, false positives
     and balanced accuracy; and {name: [101] true positives at evenly spaced rates of false ones}."""
-    found, rocs = {}, {}
-    for name, (truth, score) in tasks.items():
-        found[f"auroc_{name}"] = roc_auc_score(truth, score)
-        if name in thresholds:
-            match, (false, true, _) = score > thresholds[name], roc_curve(truth, score)
-            found |= {f"false_positives_{name}": match[~truth].mean(),
-                      f"accuracy_{name}": balanced_accuracy_score(truth, match)}
-            rocs[name] = np.interp(np.linspace(0, 1, 101), false, true)
+    found, rocs = {f"auroc_{name}": roc_auc_score(*task) for name, task in tasks.items()}, {}
+    for name, threshold in thresholds.items():
+        truth, score = tasks[kind := name.partition("_")[0]]
+        false, true, _ = roc_curve(truth, score)
+        found |= {f"false_positives_{name}": (score > threshold)[~truth].mean(),
+                  f"accuracy_{name}": balanced_accuracy_score(truth, score > threshold)}
+        rocs[kind] = np.interp(np.linspace(0, 1, 101), false, true)
     return found, rocs
 
 

@@ -185,6 +185,23 @@ def test_gradients_of_the_third_stage_reach_level_1_through_level_2(E, make):
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("sparsity", ["topk", "l1"])
+def test_latents_and_gradients_equal_the_dense_form(E, make, sparsity):
+    sae, mask = make(LEVEL_SPARSITY=sparsity), torch.ones(4, 6, dtype=torch.bool)
+    mask[1, 3:] = False
+    batch, weigh = a_batch(E, mask=mask), torch.randn(4, 6, sae.d_sae)
+    low, learned = sae.lower, (sae.W_enc, sae.b_enc, sae.lower.W_enc, sae.lower.b_enc)
+    h = F.relu((batch.x - low.b_dec) @ low.W_enc + low.b_enc)
+    z = F.relu(h @ sae.W_enc + sae.b_enc) * mask[..., None]
+    if sparsity == "topk":
+        z = z * (z >= z.topk(sae.k).values[..., -1:])
+    found = sae.encode(batch).dense()
+    torch.testing.assert_close(found, z)
+    grads = (torch.autograd.grad((values * weigh).sum(), learned) for values in (found, z))
+    for ours, dense in zip(*grads):
+        torch.testing.assert_close(ours, dense)
+
+
 def test_the_decoder_stays_non_negative_with_unit_rows(E, make_store, tmp_path):
     sae, log, store = trained(E, make_store, tmp_path)
     with torch.no_grad():
