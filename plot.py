@@ -443,11 +443,14 @@ def training_curve(run, x_name, y_name):
     """(steps, values [seeds, steps]) of a quantity in the training log, or None."""
     logs = [seed["training"] for seed in run.curves if "training" in seed]
     values = [(log.get("parameters", {}) | log | log.get("losses", {})).get(y_name) for log in logs]
-    pairs = [(log[x_name][-len(y):], y) for log, y in zip(logs, values) if y]
+    pairs = [(log[x_name], np.array([None] * (len(log[x_name]) - len(y)) + y, float))
+             for log, y in zip(logs, values) if y]              # NaN where a stage has no such loss
     if not pairs:
         return None
     steps = min((x for x, _ in pairs), key=lambda x: x[-1])     # seeds may differ in their steps
-    return steps, np.array([np.interp(steps, x, y) for x, y in pairs])
+    rows = np.array([y if x == steps else np.interp(steps, x, y) for x, y in pairs])
+    known = np.flatnonzero(~np.isnan(rows).all(0))
+    return steps[known[0]:known[-1] + 1], rows[:, known[0]:known[-1] + 1]
 
 
 def draw_stages(axes, runs):

@@ -1083,11 +1083,12 @@ def convergence(log):
     found, steps = {}, log["step"]
     for name, values in log["parameters"].items():
         final = values[-1]
-        off = np.flatnonzero(np.abs(np.array(values) - final) > 0.05 * max(abs(final), 1e-3))
+        off = np.flatnonzero(np.abs(np.array(values, float) - final) > 0.05 * max(abs(final), 1e-3))
         found |= {f"{name}_final": final, f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
     if gaps := log["losses"].get("consistency_gap"):
-        border = np.searchsorted(steps[-len(gaps):], log["stage_starts"][-1], "right")
-        before = gaps[max(border - 1, 0)]
+        known = [step for step, gap in zip(steps, gaps) if gap is not None]
+        border = np.searchsorted(known, log["stage_starts"][-1], "right")
+        before = [gap for gap in gaps if gap is not None][max(border - 1, 0)]
         found |= {"consistency_gap": gaps[-1], "consistency_gap_before": before, "collapse_alarm": float(gaps[-1] < before)}
     return found
 
@@ -3377,11 +3378,15 @@ class Plan:
         return True
 
     def append(self, **row):
-        """Appends each value to the list of its name in the log; a table's values, to those in the table of its name."""
+        """Appends each value to the list of its name in the log; a table's values, to those in the table of its name, as
+        long as the list of steps: None where there was no value."""
         for name, value in row.items():
-            table, values = (self.log.setdefault(name, {}), value) if isinstance(value, dict) else (self.log, {name: value})
-            for key in values:
-                table.setdefault(key, []).append(values[key])
+            if not isinstance(value, dict):
+                self.log.setdefault(name, []).append(value)
+                continue
+            table = self.log.setdefault(name, {})
+            for key in table | value:
+                table.setdefault(key, [None] * (len(self.log["step"]) - 1)).append(value.get(key))
 
     def record(self, losses, dead, followed):
         """Appends to the log; the pace since the last time corrects the forecast. A loss that is not finite ends the run."""

@@ -427,5 +427,9 @@ def test_a_whole_run(tmp_path, constants):
     assert any(entry["related"]["children, features of level 1"] for entry in shown)
     text = (folder / "run_1" / "case_studies.md").read_text()
     assert text.count("## Parent") == len(tree) > 3 and all(len(parent["children"]) > 1 for parent in tree)
+    log = info["core"]["curves"][0]["training"]
+    second, third = log["stage_starts"][1:]
+    for step, value in zip(log["step"], log["losses"]["sparsity_1"], strict=True):
+        assert (value is None) == (second < step <= third)      # the frozen level has no such loss
     if constants:
-        assert set(info["core"]["curves"][0]["training"]["parameters"]) == {"beta_1", "beta_2"}
+        assert set(log["parameters"]) == {"beta_1", "beta_2"}

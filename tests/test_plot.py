@@ -284,6 +284,13 @@ def test_seeds_that_stopped_at_different_steps(plot, tmp_path):
     assert plot.training_curve(run, "step", "late")[0] == [20]
 
 
+def test_a_loss_of_some_stages_stands_at_their_steps(plot, tmp_path):
+    run = load(template(tmp_path, {"run_0": results("topk", 0.2)})).load_runs()[0]
+    run = run._replace(curves=[{"training": {"step": [10, 20, 30, 40, 50], "losses": {"some": [None, 2.0, None, 4.0, None]}}}])
+    steps, values = plot.training_curve(run, "step", "some")
+    assert steps == [20, 30, 40] and values[0, [0, 2]].tolist() == [2.0, 4.0] and np.isnan(values[0, 1])
+
+
 # The temporal figures ------------------------------------------------------------------------------------------------
 VARIANTS = ("standard", "temporal", "temporal_adaptation", "tsae", "batch_topk", "hysteresis", "topk")
 
