@@ -159,10 +159,11 @@ def draw_band(axis, run, x, values, every=1, line="-"):
         axis.fill_between(x, values.min(0), values.max(0), color=run.color, alpha=0.25, linewidth=0)
 
 
-def legend(figure, runs, note, line="-"):
-    """One legend for all panels, below them; the note says what several seeds look like."""
+def legend(figure, runs, note, line="-", several=False):
+    """One legend for all panels, below them; the note, of what several seeds look like, stands
+    where there are several."""
     handles = [plt.Line2D([], [], color=r.color, marker=r.marker, linestyle=line) for r in runs]
-    several = any(len(run.curves) > 1 for run in runs)
+    several = several or any(len(run.curves) > 1 for run in runs)
     columns = 125 // (10 + max(len(run.label) for run in runs))     # as many as fit the width
     columns = max(1, min(4, columns, len(runs)))
     figure.set_figheight(figure.get_figheight() + 0.16 * ((len(runs) - 1) // columns))
@@ -859,7 +860,7 @@ def fig_unlearning(runs):
         axis.set_ylabel(f"on {group} (nats)")
         axis.set_xlim(left=0)
         axis.set_yscale("symlog", linthresh=0.01)
-        axis.set_ylim(bottom=-0.003)
+        axis.set_ylim(-0.003, max(0.01, 1.5 * axis.dataLim.y1))
         axis.yaxis.set_major_formatter(FuncFormatter(short))
         for nats in (runs[-1].config["FORGETTING"], *oracle(runs[-1])):
             axis.axvline(nats, color=NOTE["color"], linewidth=0.8, ls=":")
@@ -876,7 +877,7 @@ def fig_unlearning(runs):
     rates = sorted({name.partition("_")[2] for run in runs for name in run.curves[0]["frontier"]
                     if name not in LINES and name not in CONTROLS})
     note += f"; paler: {' and '.join(rates)} false positives" * bool(rates)
-    legend(figure, runs, f"{note}; logarithmic beyond 0.01 nats")
+    legend(figure, runs, f"{note}; logarithmic beyond 0.01 nats", several=True)
     return figure
 
 
@@ -1124,7 +1125,7 @@ def fig_causal(runs):
     right.set_ylim(len(rows) - 0.5, -0.5)
     right.set_title("an absent parent is put in", loc="left")
     right.set_xlabel("rise of the logits; share of the children\n(pale: a rival is put in)")
-    legend(figure, [run for run, _ in found], "each point: one parent", line="")
+    legend(figure, [run for run, _ in found], "each point: one parent", "", True)
     return figure
 
 

@@ -72,6 +72,7 @@ SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "te
         "probing": [row for row in ROWS if ", sparse probing" in row],
         "recovery": [row for row in ROWS if ", recovery" in row],
         "own_widths": [row for row in ROWS if ", own widths" in row and "hierarchical" not in row],
+        "compositional": ["topk", "batch_topk", "compositional", "compositional, no attention"],
         "hierarchy": [row for row in ROWS if row.startswith("hierarchical")],
         "controls": ["hysteresis 0.25", "hysteresis 0.5", "hysteresis 0.75", "hysteresis 1.0", "tsae, as released",
                      "batch_topk, as many parameters as temporal", "batch_topk, layer 4", "temporal, layer 4", "temporal, centred",
