@@ -88,9 +88,9 @@ COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss i
               {"sae": "sparse probing", "channels": "channels"}.items()}, "sae_all": "all latents", "channels_all": "all channels",
            "detection": "detection", "detection_same_token": "among like tokens", "detection_null": "its null",
            "detection_reinitialised": "of an untrained TopK, re-initialised model",
-           "compositions_per_token": "compositions a token", "live_compositions": "live",
+           "compositions_per_token": "compositions a token", "live_compositions": "live compositions",
            "attention_spearman": "attention and interaction, ρ", "attention_auroc": "AUROC", "reuse_mean": "reuse",
-           "reuse_gini": "Gini", "reuse_gini_null_95": "its null"}
+           "reuse_gini": "its Gini", "reuse_gini_null_95": "of random graphs, 95 %"}
 COLUMNS |= {f"{task}_{name}": f"{task.replace('_', ', ρ ')}: {title}" for task, names in
             {"boolean_1": "cosine_primitives cosine_compositions auroc_seen minimum_seen auroc_unseen",
              "boolean_0.5": "cosine_compositions auroc_seen minimum_seen", "boolean_0": "cosine_compositions",
@@ -107,6 +107,7 @@ TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", 
           "stability_far": "stability, lags 17-32", "smoothness": "smoothness",         # by file; probes: share of tokens right there
           "probe_token_type": "syntax probe, tokens right", "probe_context": "context probe, tokens right"}
 PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis 1.0"), "temporal_adaptation": ("standard",)}
+PEERS["compositional"] = "topk", "batch_topk"
 PEERS |= {row: (row.split(", no ")[0].split(", T ")[0],) for row in ROWS if ", no " in row or ", T " in row}
 
 
