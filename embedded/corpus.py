@@ -1080,17 +1080,22 @@ def convergence(log):
     """What a training log says of the parameters it follows: the last value of each, and the first step after which it
     stays within 5 % of that; and of the consistency gap, at the end and before the last stage, with the alarm where it
     fell."""
-    found, steps = {}, log["step"]
-    for name, values in log["parameters"].items():
+    found = {}
+    for name in log["parameters"]:
+        steps, values = recorded(log, "parameters", name)
         final = values[-1]
-        off = np.flatnonzero(np.abs(np.array(values, float) - final) > 0.05 * max(abs(final), 1e-3))
+        off = np.flatnonzero(np.abs(np.array(values) - final) > 0.05 * max(abs(final), 1e-3))
         found |= {f"{name}_final": final, f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
-    if gaps := log["losses"].get("consistency_gap"):
-        known = [step for step, gap in zip(steps, gaps) if gap is not None]
-        border = np.searchsorted(known, log["stage_starts"][-1], "right")
-        before = [gap for gap in gaps if gap is not None][max(border - 1, 0)]
+    if "consistency_gap" in log["losses"]:
+        steps, gaps = recorded(log, "losses", "consistency_gap")
+        before = gaps[max(np.searchsorted(steps, log["stage_starts"][-1], "right") - 1, 0)]
         found |= {"consistency_gap": gaps[-1], "consistency_gap_before": before, "collapse_alarm": float(gaps[-1] < before)}
     return found
+
+
+def recorded(log, table, name):
+    """Steps and values of a row of a training log's table, where it has one."""
+    return zip(*((step, value) for step, value in zip(log["step"], log[table][name]) if value is not None))
 
 
 def sensitivities(sae, loss):
@@ -1251,7 +1256,8 @@ class UnlearningPlan(NamedTuple):
     def kept(self, what, compute):
         if self.folder is None:
             return compute()
-        key = fingerprint(what, self.dev.tolist(), self.test.tolist(), self.clozes.options.tolist())
+        which = (self.dev, self.dev_group, self.test, self.group, self.clozes.options)
+        key = fingerprint(what, *(part.tolist() for part in which))
         return kept(self.folder / f"unlearning-{key}.json", compute)
 
     def means(self, losses, right, before=None):
@@ -3475,7 +3481,7 @@ def with_training(results, log, train_seconds):
     """Results {evaluation: {"metrics", "curves", "per_sequence"}} of one seed, the templates' training figures and the log
     in the first."""
     first = next(iter(results.values()))
-    training = {"final_train_loss": np.mean(log["losses"]["reconstruction"][-5:]), "best_val_loss": min(log["val_loss"]),
+    training = {"final_train_loss": np.mean([*recorded(log, "losses", "reconstruction")][1][-5:]), "best_val_loss": min(log["val_loss"]),
                 "total_train_time": train_seconds}
     first["metrics"] = training | first["metrics"]
     first["curves"] = first["curves"] | {"training": log}

@@ -1112,6 +1112,14 @@ def test_what_a_plan_sums_up(E):
         plan.full(windows)
 
 
+def test_what_is_kept_of_a_plan_is_of_its_groups(E, tmp_path):
+    groups, ids = np.array(["forget", "retain"] * 2), np.arange(4)
+    plan = E.corpus.UnlearningPlan(ids, groups, ids, groups, SimpleNamespace(options=ids), groups[:1], tmp_path)
+    assert plan.kept("own", lambda: 1) == plan.kept("own", lambda: 2) == 1
+    assert plan._replace(dev_group=groups[::-1]).kept("own", lambda: 2) == 2
+    assert plan._replace(folder=None).kept("own", lambda: 3) == 3
+
+
 def test_domains_that_cannot_be_forgotten(E):
     windows = plan_of_domains(E, NAMES[:5])
     domains = np.array(windows.domains)
