@@ -892,6 +892,8 @@ def fig_clamped_passage(runs):
         at = np.arange(len(found["tokens"]))
         axis.bar(at, found["match"], color=run.color, alpha=0.35, label="match")
         axis.step(at, found["gate"], where="mid", color="black", linewidth=0.9, label="gate")
+        if "threshold" in found:
+            axis.plot(at, found["threshold"], ":", color="black", linewidth=0.9, label="opens at")
         for name, height, mark in (("standard", 1.04, "|"), ("hybrid", 1.12, "v")):
             clamped = at[np.array(found[name], dtype=bool)]
             axis.plot(clamped, np.full(len(clamped), height), mark, color=run.color, markersize=4,
@@ -903,7 +905,7 @@ def fig_clamped_passage(runs):
         axis.set_xticks(at, tokens, rotation=90, fontsize=5.5, parse_math=False)
         axis.grid(False)
         axis.tick_params(length=0, pad=1)
-    axes[0, 0].legend(fontsize=6, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+    axes[0, 0].legend(fontsize=6, ncols=5, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
 

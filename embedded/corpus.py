@@ -1592,12 +1592,12 @@ class Matcher:
         return (gate if strategy.startswith("hybrid") else match) > self.thresholds[strategy]
 
     def passage(self, z, on, tokens, tokenizer):
-        """Of the window whose gate is the median at its end: its text, match and gate, and where "standard" clamps, which is
-        `on` [n, seq], and "hybrid"; tokens [n, seq]."""
+        """Of the window whose gate is the median at its end: its text, match, gate and its threshold, and where "standard"
+        clamps, which is `on` [n, seq], and "hybrid"; tokens [n, seq]."""
         match, gate = self.evidence(z)
-        i = gate[:, -1].argsort()[len(gate) // 2].item()
+        i, threshold = gate[:, -1].argsort()[len(gate) // 2].item(), self.thresholds["hybrid"]
         return {"tokens": tokenizer.batch_decode(tokens[i, :, None]), "match": match[i], "gate": gate[i],
-                "standard": on[i], "hybrid": on[i] & (gate[i] > self.thresholds["hybrid"])}
+                "threshold": torch.full_like(gate[i], threshold), "standard": on[i], "hybrid": on[i] & (gate[i] > threshold)}
 
     def scores(self, z, keep, forget):
         """detection_scores of tokens `keep` [n, seq], and of whole windows; forget [n]; z sparse [n * seq, d_sae]."""
