@@ -843,16 +843,17 @@ def fig_unlearning(runs):
     runs = [run for run in runs if run.curves and "frontier" in run.curves[0]]
     if not runs:
         return None
+    looser = {name for run in runs for name in run.curves[0]["frontier"]} - {*LINES, *CONTROLS}
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.7))
     for run in runs:
         for axis, group in zip(axes, ("neighbours", "retain")):
             for strategy, rows in run.curves[0]["frontier"].items():
                 points = sorted((row["forget"], row[group]) for row in rows if group in row)
-                looser = strategy not in LINES and strategy not in CONTROLS
+                pale = strategy in looser
                 if points:
-                    axis.plot(*zip(*points), color=run.color, alpha=0.4 if looser else 1,
+                    axis.plot(*zip(*points), color=run.color, alpha=0.4 if pale else 1,
                               linestyle=LINES.get(strategy.partition("_")[0], ""),
-                              marker=None if looser else CONTROLS.get(strategy, run.marker))
+                              marker=None if pale else CONTROLS.get(strategy, run.marker))
         for strategy, tpr in run.curves[0]["roc"].items():
             axes[2].plot(np.linspace(0, 1, len(tpr)), tpr, LINES[strategy], color=run.color)
     for axis, group in zip(axes, ("neighbours", "retain")):
@@ -874,8 +875,7 @@ def fig_unlearning(runs):
                     for line, mark in kinds.values()], kinds, fontsize=6, loc="lower right")
     note = "dotted: where strategies are compared" + ", and the model retrained without it" * bool(
         oracle(runs[-1]))
-    rates = sorted({name.partition("_")[2] for run in runs for name in run.curves[0]["frontier"]
-                    if name not in LINES and name not in CONTROLS})
+    rates = sorted({name.partition("_")[2] for name in looser})
     note += f"; paler: {' and '.join(rates)} false positives" * bool(rates)
     legend(figure, runs, f"{note}; logarithmic beyond 0.01 nats", several=True)
     return figure

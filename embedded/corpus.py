@@ -1613,11 +1613,12 @@ def detection_scores(tasks, thresholds):
     and balanced accuracy; and {name: [101] true positives at evenly spaced rates of false ones}."""
     found, rocs = {f"auroc_{name}": roc_auc_score(*task) for name, task in tasks.items()}, {}
     for name, threshold in thresholds.items():
-        truth, score = tasks[kind := name.partition("_")[0]]
-        false, true, _ = roc_curve(truth, score)
+        truth, score = tasks[name.partition("_")[0]]
         found |= {f"false_positives_{name}": (score > threshold)[~truth].mean(),
                   f"accuracy_{name}": balanced_accuracy_score(truth, score > threshold)}
-        rocs[kind] = np.interp(np.linspace(0, 1, 101), false, true)
+        if name in tasks:                   # and not the same at another threshold
+            false, true, _ = roc_curve(truth, score)
+            rocs[name] = np.interp(np.linspace(0, 1, 101), false, true)
     return found, rocs
 
 
