@@ -13,14 +13,18 @@ override what differs: `encode` (or `select`, `activate`), `decode`, `losses`, `
 import argparse
 import copy
 import functools
+import importlib.util
 import inspect
+import io
+import json
 import math
 import os
-import sys
 import tempfile
 import time
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -30,16 +34,43 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array, vstack
+from scipy.spatial.distance import cdist
+from scipy.stats import binomtest, false_discovery_control, linregress, norm, rankdata, spearmanr
+from sklearn.decomposition import MiniBatchNMF, PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
+from sklearn.preprocessing import MaxAbsScaler, normalize
 from torch import nn
+
+import data.synthetic
+from data.code_labels import LABELS
+from data.documents import data_identity
+from data.synthetic import COMPOSED, DIMENSIONS, make_synthetic, PRIMITIVES, TASKS
+from data.tasks import Clozes, encoded_questions, make_clozes, nearest_domains, probing_windows
+from data.windows import load_windows, stand_in_windows, Wanted
+from pages.case_studies import family_tree
+from pages.latents_page import children_of, compositions_of, latents_page
+from runtime.errors import run_stage, RunnerError
+from runtime.files import (
+    atomic_run_folder, cache_folder, cached_json, fingerprint, folder_identity, make_folder,
+    replacing, resumable_state)
+from runtime.hub import go_offline, hub_reachable
+from runtime.preflight import preflight_sandbox, setting_rules, WATCHDOG
+from runtime.process import allow_tf32, prefetched, readable_bytes, run_script
+from runtime.progress import fit_to_deadline, Progress, steps_left
+from runtime.ranks import RANKS
+from runtime.results import finite_number, jsonable, write_result_files
+from runtime.shards import missing_shards, open_shards, shard_table, write_shard
+from runtime.sparse_ops import (
+    firings, largest, Latents, MASKED_PRE_ACT, PairDecode, PairEncode, Pairs, top_k_pairs)
 
 torch.set_flush_denormal(True)  # decaying traces become denormal, which is slow
 HERE = Path(__file__).resolve().parent
 SOURCE = Path(__file__).read_text()
-sys.path.insert(0, str(HERE / "embedded"))
-import corpus
-from corpus import RANKS, batch_ids, cache_folder, doing, find_blocks, fingerprint, firings, kept
-from corpus import DataError as RunnerError  # settings, data, environment: one paragraph, exit 2
 
 # ---- CONFIG: edit here; there is no command line for these ----
 # standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, temporal, temporal_adaptation,
@@ -111,7 +142,7 @@ AUXK_WEIGHT = 1 / 32  # Gao et al. 2024 (arXiv 2406.04093)
 STABILITY_LAGS, FAR_LAGS = (5, 16), (17, 32)  # beyond WINDOW; beyond CONTRAST_SPAN too
 NULL_DRAWS = 50  # permutations
 PROBE_EVERY = 8  # held-out tokens
-PROBING = ("embedded",)  # data sets, e.g. (*corpus.PROBING_DATASETS,)
+PROBING = ("embedded",)  # data sets, e.g. (*PROBING_DATASETS,)
 PROBING_SIZE = (1000, 250)  # texts of a class to train, test; SAEBench: (4000, 1000)
 PROBED = (1, 2, 5, 10, 20, 50)  # latents
 TRACED = 32  # parents, through the model
@@ -140,186 +171,6 @@ class Batch(NamedTuple):
     doc_ids: torch.Tensor  # [batch]
     positions: torch.Tensor  # [seq] from 1
     mask: torch.Tensor | None  # [batch, seq] False at padding; None: there is none
-
-
-# ---- Sparse latents: arithmetic at the active (token, latent) pairs alone ----
-NEVER = -1e9  # the pre-activation at padding: no latent fires there
-GROUP = 16 if DEVICE == "cuda" else 8
-BF16_UNITS = DEVICE == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def first_places(ids, n):
-    """Where each of 0 ... n - 1 begins among the sorted ids: [n]."""
-    counts = ids.new_zeros(n).scatter_add_(0, ids, torch.ones_like(ids))
-    return counts.cumsum(0) - counts
-
-
-def csr(values, ids, starts, width):  # a sparse matrix, for CUDA's products: 3x as fast there
-    ends = F.pad(starts, (0, 1), value=len(ids)).int()
-    return torch.sparse_csr_tensor(ends, ids.int(), values, (len(starts), width))
-
-
-def weighted_sums(values, ids, starts, table):
-    """The sum of value * table[id] from each start to the next: [len(starts), d]."""
-    if table.is_cuda:
-        return csr(values, ids, starts, len(table)) @ table
-    return F.embedding_bag(ids, table, starts, mode="sum", per_sample_weights=values)
-
-
-class Pairs:
-    """The (token, latent) pairs where latents may be non-zero: by token, in any order within one;
-    every token has its place in `starts`, even with no pair."""
-
-    def __init__(self, ids, starts, pre_acts=None):
-        self.ids = ids  # [n_pairs] latent of each pair
-        self.starts = starts  # [n_tokens] each token's first pair
-        self.pre_acts = pre_acts  # [n_pairs], where the selection computed them
-
-    @classmethod
-    def from_flat(cls, flat, pre_acts):  # ascending places in pre_acts [n_tokens, d_sae]
-        n, d_sae = pre_acts.shape
-        return cls(flat % d_sae, first_places(flat // d_sae, n), pre_acts.flatten()[flat])
-
-    @classmethod
-    def from_ids(cls, ids, pre_acts=None):  # [n_tokens, k], as many for each token
-        starts = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
-        return cls(ids.flatten(), starts, None if pre_acts is None else pre_acts.flatten())
-
-    @functools.cached_property
-    def rows(self):  # [n_pairs] token of each pair
-        counts = F.pad(self.starts, (0, 1), value=len(self.ids)).diff()
-        return torch.repeat_interleave(counts, output_size=len(self.ids))
-
-    @functools.cached_property
-    def by_latent(self):  # order of pairs by latent, their tokens in it
-        order = self.ids.argsort(stable=True)
-        return order, self.rows[order]
-
-    def dots(self, a, b):  # [n_tokens, d], [d_sae, d] -> [n_pairs]
-        if a.is_cuda:
-            places = csr(a.new_zeros(len(self.ids)), self.ids, self.starts, len(b))
-            return torch.sparse.sampled_addmm(places, a, b.t(), beta=0.0).values()
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            a, b, self.ids, self.starts, self.rows, 0)
-
-    def sums(self, values, b):  # value * b[latent] over a token's pairs: [n_tokens, d]
-        return weighted_sums(values, self.ids, self.starts, b)
-
-    def sums_by_latent(self, values, a, d_sae):  # value * a[token] over a latent's: [d_sae, d]
-        (order, rows), starts = self.by_latent, first_places(self.ids, d_sae)
-        return weighted_sums(values[order], rows, starts, a)
-
-
-class PairEncode(torch.autograd.Function):
-    """values[p] = (x[row_p] - b_dec) . W_enc[:, latent_p] + b_enc[latent_p]"""
-
-    @staticmethod
-    def forward(ctx, x, b_dec, W_enc, b_enc, pairs):
-        centred = x - b_dec
-        ctx.save_for_backward(centred, W_enc)
-        ctx.pairs = pairs
-        values, pairs.pre_acts = pairs.pre_acts, None  # kept, it would close a cycle
-        return pairs.dots(centred, W_enc.t()) + b_enc[pairs.ids] if values is None else values
-
-    @staticmethod
-    def backward(ctx, grad):
-        (centred, W_enc), pairs = ctx.saved_tensors, ctx.pairs
-        grad_b_enc = grad.new_zeros(W_enc.shape[1]).index_add_(0, pairs.ids, grad)
-        grad_W_enc = pairs.sums_by_latent(grad, centred, W_enc.shape[1]).t()
-        grad_x = pairs.sums(grad, W_enc.t()) if ctx.needs_input_grad[0] else None
-        return grad_x, -(W_enc @ grad_b_enc), grad_W_enc, grad_b_enc, None
-
-
-class PairDecode(torch.autograd.Function):
-    """x_hat[row] = sum over the row's pairs of values[p] * W_dec[latent_p]"""
-
-    @staticmethod
-    def forward(ctx, values, W_dec, pairs):
-        ctx.save_for_backward(values, W_dec)
-        ctx.pairs = pairs
-        return pairs.sums(values, W_dec)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (values, W_dec), pairs, grad = ctx.saved_tensors, ctx.pairs, grad.contiguous()
-        learns = ctx.needs_input_grad
-        return (pairs.dots(grad, W_dec) if learns[0] else None,
-                pairs.sums_by_latent(values, grad, len(W_dec)) if learns[1] else None, None)
-
-
-class Latents(NamedTuple):
-    """Latents z of a batch, at pairs."""
-    values: torch.Tensor  # [n_pairs]
-    pre_acts: torch.Tensor  # [n_pairs]
-    pairs: Pairs
-    shape: tuple  # (batch, seq, d_sae)
-    below: "Latents | None" = None  # these come from
-
-    @classmethod
-    def from_dense(cls, z):  # [batch, seq, d_sae], at its non-zero values
-        flat = z.detach().flatten().nonzero().flatten()
-        values = z.flatten().index_select(0, flat)
-        return cls(values, values, Pairs.from_flat(flat, z.detach().flatten(0, 1)), (*z.shape,))
-
-    def at(self, per_latent):  # [d_sae] -> [n_pairs]
-        return per_latent.index_select(0, self.pairs.ids)
-
-    def decode(self, W_dec):  # -> [batch, seq, d_in]
-        return PairDecode.apply(self.values, W_dec, self.pairs).view(*self.shape[:2], -1)
-
-    def keep(self, chosen):  # [n_pairs] of bool
-        starts = first_places(self.pairs.rows[chosen], len(self.pairs.starts))
-        return Latents(self.values[chosen], self.pre_acts[chosen],
-                       Pairs(self.pairs.ids[chosen], starts), self.shape)
-
-    def dense(self):  # -> [batch, seq, d_sae]
-        n, seq, d_sae = self.shape
-        z = self.values.new_zeros(n * seq, d_sae)
-        return z.index_put((self.pairs.rows, self.pairs.ids), self.values).view(n, seq, d_sae)
-
-    def active(self):  # -> token [n], latent [n], value [n] of the non-zero latents
-        part = self.keep(self.values != 0)
-        return part.pairs.rows, part.pairs.ids, part.values
-
-
-def largest(values, k):
-    """The k largest of each row [n, d], and where: they lie in the k groups with the largest maxima
-    (3x as fast on a GPU, 1.7x on a CPU)."""
-    n_groups = values.shape[1] // GROUP
-    if values.shape[1] % GROUP or n_groups < 2 * k:
-        return values.topk(k, sorted=False)
-    groups = values.view(-1, GROUP, n_groups)
-    best = largest(groups.amax(1), k)[1]
-    members = groups.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1)  # [n, GROUP * k]
-    top, at = members.topk(k, sorted=False)
-    return top, at // k * n_groups + best.gather(1, at % k)
-
-
-def top_k_pairs(x, W_enc, b_enc, k):
-    """The k largest pre-activations x @ W_enc + b_enc of each token, exact in fp32.
-
-    With bf16 units, bf16 proposes 2k or 3k and fp32 rescores them; tokens where another one could
-    lie above, by its rounding error, are done again.
-    """
-    def dense(x, W_enc, b_enc, k):  # in parts: a CPU's caches hold them
-        parts = x.split(len(x) if x.is_cuda else 384)
-        return map(torch.cat, zip(*(largest(torch.addmm(b_enc, p, W_enc), k) for p in parts)))
-
-    d_sae = len(b_enc)
-    if not BF16_UNITS or d_sae < 64 * k:
-        pre_acts, ids = dense(x, W_enc, b_enc, k)
-        return Pairs.from_ids(ids, pre_acts)
-    halved = (a.bfloat16() for a in (x, W_enc, b_enc))
-    coarse, ids = dense(*halved, k * (2 if d_sae < 8192 else 3))
-    proposed = Pairs.from_ids(ids)
-    exact = proposed.dots(x, W_enc.t()) + b_enc[proposed.ids]
-    pre_acts, where = exact.view_as(ids).topk(k, sorted=False)
-    ids, last = ids.gather(1, where), coarse.amin(1).float()
-    size = x.norm(dim=1) * W_enc.norm(dim=0).max() + b_enc.abs().max() + last.abs()
-    again = (pre_acts.amin(1) < last + 1.01 * 2 ** -8 * size).nonzero().flatten()
-    if len(again):
-        pre_acts[again], ids[again] = dense(x[again], W_enc, b_enc, k)
-    return Pairs.from_ids(ids, pre_acts)
 
 
 # ---- Variants. One contiguous block each; a curriculum is data ----
@@ -397,7 +248,7 @@ class SAE(nn.Module):
             pairs = self.select(x - centre, W_enc, batch)
         pre_acts = PairEncode.apply(x, centre, W_enc, self.b_enc, pairs)
         if batch.mask is not None:
-            pre_acts = pre_acts.masked_fill(~batch.mask.flatten()[pairs.rows], NEVER)
+            pre_acts = pre_acts.masked_fill(~batch.mask.flatten()[pairs.rows], MASKED_PRE_ACT)
         latents = Latents(pre_acts, pre_acts, pairs, (*inputs.shape[:2], self.d_sae))
         return latents._replace(values=self.activate(latents))
 
@@ -502,7 +353,7 @@ class BatchTopK(TopK):
     def select(self, x, W_enc, batch):
         pre_acts = torch.addmm(self.b_enc, x, W_enc)
         if batch.mask is not None:
-            pre_acts.masked_fill_(~batch.mask.reshape(-1, 1), NEVER)
+            pre_acts.masked_fill_(~batch.mask.reshape(-1, 1), MASKED_PRE_ACT)
         least = 0.9 * self.last if self.training else self.threshold
         flat = (pre_acts > least).flatten().nonzero().flatten()
         if self.training:  # above that lie few, nearly always enough
@@ -642,7 +493,7 @@ class Temporal(BatchTopK):
             (batch.x, self.W_q), (inputs, self.W_k)))
         scores = torch.einsum("bthd,btwhd->bthw", queries, keys) / math.sqrt(HEAD_WIDTH)
         inside = windows(valid(batch, torch.ones_like(batch.x[..., :1]))).transpose(2, 3)
-        return (scores + NEVER * (1 - inside)).softmax(-1), inputs
+        return (scores + MASKED_PRE_ACT * (1 - inside)).softmax(-1), inputs
 
     def encoder(self, batch):
         if not self.attends or "attention" in ABLATE:
@@ -738,7 +589,7 @@ class Compositional(TopK):
 
     def heads(self, ids, f):
         """Of each: how an active feature attends to those of its token [n, k, k]; values."""
-        one_by_one, silent = Pairs.from_ids(ids.view(-1, 1)), (NEVER * (f <= 0))[:, None]
+        one_by_one, silent = Pairs.from_ids(ids.view(-1, 1)), (MASKED_PRE_ACT * (f <= 0))[:, None]
         parts = (PairDecode.apply(f.flatten(), self.E @ W, one_by_one)
                  .view(*ids.shape, COMPOSITION_HEADS, -1).unbind(2)
                  for W in (self.W_q * COMPOSITION_HEAD_WIDTH ** -0.5, self.W_k, self.W_v))
@@ -785,7 +636,7 @@ class Compositional(TopK):
         return {"gate": self.gate.tanh().item()} if hasattr(self, "gate") else {}
 
     def related(self, latents, batch, fires):
-        return corpus.compositions(latents, self.E @ self.W_c, fires, *self.features(batch),
+        return compositions_of(latents, self.E @ self.W_c, fires, *self.features(batch),
                                    self.attention)
 
 
@@ -834,7 +685,7 @@ def contrastive(batch, z, span, far=None):
     if far is not None:
         apart = (at[:, None] - at).abs()
         same &= (apart <= far) | (apart >= 1e5)
-    logits = (now @ then.t()).masked_fill(same, NEVER)
+    logits = (now @ then.t()).masked_fill(same, MASKED_PRE_ACT)
     target = torch.arange(len(now), device=z.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
@@ -920,7 +771,7 @@ class TemporalAdaptation(SAE):
             return super().encode(batch)
         pre_acts = batch.x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)
         if batch.mask is not None:
-            pre_acts = pre_acts.masked_fill(~batch.mask[..., None], NEVER)
+            pre_acts = pre_acts.masked_fill(~batch.mask[..., None], MASKED_PRE_ACT)
         lam = self.decay(batch, F.relu(pre_acts)).expand(self.d_sae)
         theta = self.theta_raw.tanh().expand(self.d_sae)
         if DRIVE == "u":
@@ -976,7 +827,7 @@ class Hierarchical(TopK):
         grouped: random."""
         W = torch.rand_like(self.W_dec)
         if grouped:
-            parent = corpus.ward(self.lower.W_dec.cpu().numpy(), self.d_sae)
+            parent = ward_groups(self.lower.W_dec.cpu().numpy(), self.d_sae)
             W = F.one_hot(torch.from_numpy(parent), self.d_sae).t().to(W)
         self.W_dec.copy_(F.normalize(W, dim=1))
         self.W_enc.copy_(self.W_dec.t())
@@ -1047,7 +898,7 @@ class Hierarchical(TopK):
         return {f"beta_{i}": part.sparsity_weight.item() for i, part in enumerate(parts, 1)}
 
     def related(self, latents, batch, fires):
-        return corpus.children(latents, self.W_dec, load_tokenizer(), batch.tokens,
+        return children_of(latents, self.W_dec, load_tokenizer(), batch.tokens,
                                self.levels(batch).dense())
 
 
@@ -1060,16 +911,16 @@ SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprel
 # ---- Model ----
 @functools.cache
 def load_tokenizer():
-    return corpus.load_pretrained(MODEL_NAME, "tokenizer")
+    return load_pretrained(MODEL_NAME, "tokenizer")
 
 
 def load_model():
-    return corpus.load_model(MODEL_NAME, MODEL_DTYPE, DEVICE)
+    return load_causal_model(MODEL_NAME, MODEL_DTYPE, DEVICE)
 
 
 def stand_in(config):
     """A random model of the same family and hidden size: two layers, 256 tokens."""
-    config, tokens = corpus.small_config(config), torch.arange(1, 9, device=DEVICE).repeat(2, 1)
+    config, tokens = small_config(config), torch.arange(1, 9, device=DEVICE).repeat(2, 1)
     tokens[1, -1] = 0  # a later token must not change earlier activations
     model = None
     with suppress(ValueError):
@@ -1079,6 +930,118 @@ def stand_in(config):
         raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type}) is no causal model. "
                           "Take a decoder: Pythia, GPT-2, Llama, Gemma, Qwen, OPT, Mistral.")
     return model
+
+
+LOADERS = {"config.json": "AutoConfig", "tokenizer": "AutoTokenizer", "weights": "AutoModelForCausalLM"}
+
+
+def model_folder(name):
+    """The folder that a model's name means, from here or from the template's; None where it is a hub id."""
+    places = Path(name).expanduser(), Path(__file__).parent.parent / name
+    return next((path.resolve() for path in places if path.is_dir()), None)
+
+
+def model_identity(name, config):
+    """What activations depend on: a local model's files, or a hub commit."""
+    folder = model_folder(name)
+    return folder_identity(folder) if folder else (name, config._commit_hash)
+
+
+def small_config(config):
+    """A copy with two layers and 256 tokens."""
+    config = type(config).from_dict(config.to_dict())
+    text = config.get_text_config()
+    text.num_hidden_layers, text.vocab_size = 2, 256
+    text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
+    if types := getattr(text, "layer_types", None):
+        text.layer_types = types[:2]
+    return config
+
+
+def load_pretrained(name, what, **kwargs):
+    """One of LOADERS of a local folder or a hub id; one error for all that can go wrong."""
+    import transformers
+    folder = model_folder(name)
+    if folder is None and not hub_reachable():
+        go_offline()
+    try:
+        return getattr(transformers, LOADERS[what]).from_pretrained(str(folder or name), **kwargs)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        cause = str(error).split("\n")[0].split("http")[0][:300]
+        if "gated" in str(error).lower():
+            cause = "gated: accept its licence on the hub and log in with `hf auth login`"
+        raise RunnerError(f"MODEL_NAME = {name!r}: no {what} ({cause}). Names that work: 'embedded/model', "
+                        "'EleutherAI/pythia-70m-deduped', a folder.") from None
+
+
+def find_blocks(model):
+    """The largest ModuleList as long as the configuration says."""
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise RunnerError(f"MODEL_NAME = {model.name_or_path!r} has no list of {depth} blocks.")
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def model_bytes(config, dtype):
+    import transformers
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+
+
+def load_causal_model(name, dtype, device):
+    """The model on the device; where a GPU has no room for it, over all GPUs and the memory, as accelerate places it."""
+    options, free = {}, torch.cuda.mem_get_info()[0] if device == "cuda" else math.inf
+    if free < math.inf and (need := model_bytes(load_pretrained(name, "config.json"), dtype)) > 0.8 * free:
+        if not importlib.util.find_spec("accelerate"):
+            raise RunnerError(f"MODEL_NAME = {name!r} takes {readable_bytes(need)}, and the GPU has {readable_bytes(free)} free. Take a smaller model, "
+                            "or `pip install accelerate`, which spreads it over GPUs and memory.")
+        options = {"device_map": "auto"}
+    model = load_pretrained(name, "weights", dtype=dtype, **options)
+    return (model if options else model.to(device)).eval().requires_grad_(False)
+
+
+def reinitialised_model(model):
+    """A model like this one, with random weights."""
+    import transformers
+    torch.manual_seed(0)
+    with torch.device(model.device):
+        other = transformers.AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    return other.eval().requires_grad_(False)
+
+
+def load_config(name, layer, context_length):
+    """A model's configuration, and the layer, None for the middle one; a layer or a context that it lacks is an error."""
+    config = load_pretrained(name, "config.json").get_text_config()
+    depth, longest = config.num_hidden_layers, getattr(config, "max_position_embeddings", None) or context_length
+    layer = depth // 2 - 1 if layer is None else layer
+    if not 0 <= layer < depth:
+        raise RunnerError(f"LAYER = {layer}: the model has {depth} blocks.")
+    if context_length > longest:
+        raise RunnerError(f"CONTEXT_LENGTH = {context_length}: the model takes {longest}.")
+    return config, layer
+
+
+def memory_plan(config, store, expansion, batch_tokens, device):
+    """What will take memory, in one line; where a GPU has too little, what to lower and to what."""
+    d_in, d_sae, lm = store.d_in, round(expansion * store.d_in), model_bytes(config, store.dtype)
+    sae, step = 16 * (2 * d_in + 2) * d_sae, 4 * batch_tokens * (3 * d_sae + 8 * d_in)
+    activations = store.windows.tokens.size * d_in * store.dtype.itemsize
+    text = (f"memory: model {readable_bytes(lm)}, SAE with its optimiser {readable_bytes(sae)}, a training step {readable_bytes(step)}; "
+            f"activations {readable_bytes(activations)} on disk")
+    if device != "cuda":
+        return text
+    free = torch.cuda.mem_get_info()[0]
+    kept_there = activations < (free - lm) // 2
+    room = free - lm - activations * kept_there
+    text += f", {'kept on the GPU' if kept_there else 'read as they are needed'}; {readable_bytes(free)} free"
+    if sae + step > room > sae:
+        text += f". Too much: BATCH_TOKENS = {max(1, int(batch_tokens * (room - sae) / step))} would fit"
+    elif sae + step > room:
+        text += f". Too much: EXPANSION = {expansion * max(room, 0) / (sae + step):.2g} would fit"
+    return text
+
 
 
 class Captured(Exception):
@@ -1129,20 +1092,20 @@ class Store:
 
     def __init__(self, folder, windows, d_in, dtype):
         self.folder, self.windows, self.d_in, self.dtype = folder, windows, d_in, dtype
-        self.shards = corpus.shards(folder, len(windows.tokens), SHARD_WINDOWS)
+        self.shards = shard_table(folder, len(windows.tokens), SHARD_WINDOWS)
 
     def collect(self, get_model, layer):
         """Fills in missing shards, under a lock that other runs wait for; then opens all."""
         row_bytes = CONTEXT_LENGTH * self.d_in * self.dtype.itemsize
-        with corpus.missing_shards(self.shards, row_bytes) as missing:
+        with missing_shards(self.shards, row_bytes) as missing:
             for shard in missing:
                 self.collect_shard(get_model(), layer, shard)
-        self.maps = corpus.opened(self.shards, (CONTEXT_LENGTH, self.d_in), self.dtype, DEVICE)
+        self.maps = open_shards(self.shards, (CONTEXT_LENGTH, self.d_in), self.dtype, DEVICE)
         self.normalise()
 
     def collect_shard(self, model, layer, shard):
         rows = np.arange(shard.start, shard.start + shard.rows)
-        corpus.write(shard.path, (
+        write_shard(shard.path, (
             residual_after(model, layer, self.tokens(rows[i:i + 32])).to(self.dtype)
             for i in range(0, len(rows), 32)))
 
@@ -1157,7 +1120,7 @@ class Store:
 
     def moments(self, chunks):
         """By position: sum of x [seq, d_in], of |x|^2 [seq], and tokens [seq]."""
-        return corpus.moments((self.batch(ids).x.double(), self.valid(ids)) for ids in chunks)
+        return position_moments((self.batch(ids).x.double(), self.valid(ids)) for ids in chunks)
 
     def tokens(self, ids):  # [len(ids), CONTEXT_LENGTH]
         return torch.from_numpy(self.windows.tokens[ids].astype(np.int64)).to(DEVICE)
@@ -1188,6 +1151,120 @@ class Store:
 
     def heldout(self, size):  # ids of windows in chunks
         return np.array_split(ids := self.windows.heldout(), range(size, len(ids), size))
+
+
+def batch_ids(seed, step, n_windows, size):
+    """Windows of one training step: a slice of a permutation per (seed, epoch)."""
+    epoch, place = divmod(step, n_windows // size)
+    return _epoch_order(seed, epoch, n_windows)[place * size:(place + 1) * size]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed, epoch, n_windows):
+    return np.random.default_rng((seed, epoch)).permutation(n_windows)
+
+
+class Plan:
+    """A training's books: `step` of the `steps` of each stage, fewer than `planned` where the forecast passes the deadline,
+    and the log."""
+
+    def __init__(self, stages, per_epoch):
+        self.stages, self.i, self.step, self.log = stages, 0, 0, {}
+        self.planned = self.steps = [round(stage.epochs * per_epoch) for stage in stages]
+        if 0 in self.planned:
+            raise RunnerError(f"stage {stages[self.planned.index(0)].name!r} gets no step: raise TRAIN_TOKENS or EPOCHS_SCALE, "
+                            "or lower BATCH_TOKENS.")
+
+    def state_dict(self):
+        return {"step": self.step, "steps": self.steps, "log": self.log}
+
+    def load_state_dict(self, state):
+        self.step, self.steps, self.log = state["step"], state["steps"], state["log"]
+
+    def begin(self, what, seconds, deadline):
+        """The clock runs: a step of each stage takes so many `seconds` at first."""
+        self.seconds, self.deadline, self.paced = seconds, deadline, False
+        if not self.step:
+            self.steps = RANKS.agree(fit_to_deadline(self.planned, 0, seconds, deadline))
+        WATCHDOG.renew()
+        left, carrying = steps_left(self.steps, self.step), f"carrying on at step {self.step}, " if self.step else ""
+        minutes = sum(n * s for n, s in zip(left, seconds)) / 60
+        print(f"{what}: {carrying}about {minutes:.1f} min for {sum(left):,} steps", flush=True)
+        self.progress, self.saved = Progress(sum(self.steps), self.step), time.time()
+        self.since = self.saved, self.step
+
+    def steps_of(self, i):
+        """Yields (step, the stage's progress) for each step of stage i that is still to do; `advance` counts it."""
+        self.i, first = i, sum(self.steps[:i])
+        while self.step < first + self.steps[i]:
+            yield self.step, (self.step - first) / self.steps[i]
+
+    def advance(self, losses):
+        self.step += 1
+        self.progress.update(f"{self.stages[self.i].name}: step {self.step}/{sum(self.steps)}", losses)
+
+    def at(self, every):
+        """Whether so many steps have passed again, or all."""
+        return self.step % every == 0 or self.step == sum(self.steps)
+
+    def due(self, seconds):
+        """Whether as much time has passed since this was last so, or all steps are done."""
+        if time.time() - self.saved <= seconds and self.step < sum(self.steps):
+            return False
+        self.saved = time.time()
+        return True
+
+    def append(self, **row):
+        """Appends each value to the list of its name in the log; a table's values, to those in the table of its name, as
+        long as the list of steps: None where there was no value."""
+        for name, value in row.items():
+            if not isinstance(value, dict):
+                self.log.setdefault(name, []).append(value)
+                continue
+            table = self.log.setdefault(name, {})
+            for key in table | value:
+                table.setdefault(key, [None] * (len(self.log["step"]) - 1)).append(value.get(key))
+
+    def record(self, losses, dead, followed):
+        """Appends to the log; the pace since the last time corrects the forecast. A loss that is not finite ends the run."""
+        WATCHDOG.renew()
+        values = {name: (RANKS.total(loss) / RANKS.size).item() for name, loss in losses.items()}
+        if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
+            raise RunnerError(f"step {self.step} of stage {self.stages[self.i].name!r}: {', '.join(wrong)}. Look for a log or a "
+                            "division by zero in `losses`, or lower LEARNING_RATE.")
+        self.append(step=self.step, l0=values.pop("l0"), dead_fraction=dead.float().mean().item(), losses=values,
+                    parameters={name: finite_number(value, f"parameter of interest {name!r}") for name, value in followed.items()})
+        (began, first), now = self.since, time.time()
+        if self.paced:                      # what comes first is slow
+            pace = (now - began) / (self.step - first) / self.seconds[self.i]
+            self.seconds = [s * pace ** 0.3 for s in self.seconds]
+        self.paced, self.since = True, (now, self.step)
+        self.steps = RANKS.agree(fit_to_deadline(self.steps, self.step, self.seconds, self.deadline))
+
+    def finished(self):
+        """The whole log, steps planned and done."""
+        starts = np.cumsum([0] + self.steps[:-1]).tolist()
+        weighed = sorted({loss for stage in self.stages for loss in stage.weights})
+        return (self.log | {"stage_starts": starts, "stages": [stage.name for stage in self.stages], "weighed": weighed},
+                self.planned, self.steps)
+
+
+def save_state(path, parts):
+    """state_dict() of each of parts {name: part}, in one file, which rank 0 writes."""
+    if RANKS.rank:
+        return
+    with replacing(path) as partial:
+        content = io.BytesIO()          # torch does not tell a full disk
+        torch.save({name: part.state_dict() for name, part in parts.items()}, content)
+        partial.write_bytes(content.getbuffer())
+
+
+def load_state(path, parts):
+    """What save_state wrote, where it did, into the parts."""
+    state = torch.load(path, weights_only=True) if path.exists() else {}
+    for name in state:
+        parts[name].load_state_dict(state[name])
+
 
 
 # ---- Trainer: knows no variant ----
@@ -1287,7 +1364,7 @@ def seconds_per_step(sae, store, stages, size):
     return seconds
 
 
-@corpus.tf32()
+@allow_tf32()
 def train(sae, store, stages, seed, size, deadline, state_path):
     """Trains `sae` -> log, steps planned and done of each stage; a killed run carries on from the
     checkpoint at `state_path`, to the same bits."""
@@ -1298,14 +1375,14 @@ def train(sae, store, stages, seed, size, deadline, state_path):
         ids = pool[batch_ids(seed, step, n_windows, size) % len(pool)]
         return only_positions(store.batch(share(ids)))
 
-    plan = corpus.Plan(stages, per_epoch)
+    plan = Plan(stages, per_epoch)
     first = batch_at(0, lambda ids: ids)
-    ready = corpus.ahead(batch_at, store.maps[0].device.type != DEVICE)
+    ready = prefetched(batch_at, store.maps[0].device.type != DEVICE)
     sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(plan.planned) * n_tokens(first)))
     sae.initialise(first)
     seconds, optimizer = seconds_per_step(sae, store, stages, size), Adam(sae, 1e-4)
     parts = {"sae": sae, "optimizer": optimizer, "plan": plan}
-    corpus.load_state(state_path, parts)
+    load_state(state_path, parts)
     plan.begin(f"seed {seed}", seconds, deadline)
     for i, stage in enumerate(stages):
         anneal(sae, stage, (plan.steps[i] - 1) / plan.steps[i])  # as it was left, where it is over
@@ -1324,10 +1401,26 @@ def train(sae, store, stages, seed, size, deadline, state_path):
             if plan.at(per_epoch):
                 plan.append(val_step=plan.step, val_loss=validation_loss(sae, store))
             if plan.due(CHECKPOINT_SECONDS):
-                corpus.save_state(state_path, parts)
+                save_state(state_path, parts)
     if sae.dead_mask().all():
         raise RunnerError(f"all {sae.d_sae} latents are dead after training.")
     return plan.finished()
+
+
+def position_moments(parts):
+    """Of activations x [n, seq, d_in] with keep [n, seq], in parts, by position: sum of x [seq, d_in], of |x|^2 [seq],
+    and tokens [seq]."""
+    WATCHDOG.renew()
+    sums = [[part.sum(0) for part in (x * keep[..., None], (x ** 2).sum(-1) * keep, keep)] for x, keep in parts]
+    return map(sum, zip(*sums))
+
+
+def position_variances(sums, squares, n):
+    """Of `moments`: the variance about the overall mean by position [seq], and overall."""
+    mean = sums.sum(0) / n.sum()
+    total = squares - 2 * (sums @ mean) + n * mean.square().sum()
+    return (total / n.clamp_min(1)).tolist(), (total.sum() / n.sum()).item()
+
 
 
 # ---- Evaluations on held-out documents: Run -> Result ----
@@ -1349,7 +1442,68 @@ class Run:
 
     @functools.cached_property
     def live_latents(self):
-        return corpus.live_latents(self.heldout[0], self.store.windows, *self.live)
+        return live_latents(self.heldout[0], self.store.windows, *self.live)
+
+
+def percentiles_95(z, latents=None):
+    """Of the values where each of `latents`, or each, fires; 1 where it never does; z as in `firings`."""
+    latents = np.arange(z.shape[1]) if latents is None else latents
+    return np.array([np.quantile(values, 0.95) if len(values) else 1.0 for _, values in firings(z, latents)],
+                    dtype=np.float32)
+
+
+def heldout_files(windows):
+    """Document of each held-out token that counts."""
+    return windows.doc_ids[windows.n_train + windows.heldout_tokens() // (windows.tokens.shape[1] - 1)]
+
+
+class Activity(NamedTuple):
+    """When units fire: on which of the n tokens that count, and how strongly."""
+    places: list            # unit -> tokens [firings], in order
+    values: list            # unit -> [firings]
+    n: int
+
+    @classmethod
+    def of(cls, z, keep):
+        """Of codes z, sparse [token, unit] by column; `keep` are the tokens that count, in order."""
+        rank = np.full(z.shape[0], -1)
+        rank[keep] = np.arange(len(keep))
+        parts = firings(z, np.arange(z.shape[1]))
+        return cls([rank[at] for at, _ in parts], [values for _, values in parts], len(keep))
+
+    def rates(self):
+        return np.array([len(at) for at in self.places]) / self.n
+
+    def live(self, files, least, least_files):
+        """[unit] whether it fires often, in many of files [n], and on at most half of the tokens."""
+        return np.array([least <= len(at) <= self.n / 2 and len(np.unique(files[at])) >= least_files for at in self.places])
+
+    def only(self, units):
+        return Activity([self.places[i] for i in units], [self.values[i] for i in units], self.n)
+
+    def union(self, groups):
+        """Activity of groups [unit] of units: a group fires where one of its units does."""
+        members = [np.flatnonzero(groups == g) for g in range(max(groups) + 1)]
+        places = [np.unique(np.concatenate([self.places[i] for i in of])) for of in members]
+        return Activity(places, [np.ones(len(at)) for at in places], self.n)
+
+
+def live_latents(z, windows, least, least_files):
+    """Of codes of the held-out tokens, sparse [token, d_sae] by column: [d_sae] whether each latent fired at least `least`
+    times, in `least_files` files, on at most half the tokens; and its firing rate."""
+    activity = Activity.of(z, windows.heldout_tokens())
+    live, rate = activity.live(heldout_files(windows), least, least_files), activity.rates()
+    if not live.any():
+        raise RunnerError(f"no latent of {len(live)} is live: fired {least} times in {least_files} held-out files "
+                        f"(L0 = {z.nnz / z.shape[0]:.2f}).")
+    return live, rate
+
+
+def rate_matched(rate, chosen):
+    """The units that are next to the chosen ones in rate [n], without them and without repeats."""
+    others = np.setdiff1d(np.argsort(rate, kind="stable"), chosen, assume_unique=True)
+    return np.unique(others[np.searchsorted(rate[others], rate[chosen]).clip(max=len(others) - 1)])
+
 
 
 class Result(NamedTuple):
@@ -1380,7 +1534,7 @@ def encode_windows(sae, store, windows):
 
 def variance_by_position(store):
     """Variance of held-out x about its overall mean: by position [seq], and overall."""
-    return corpus.variances(*store.moments(store.heldout(64)))
+    return position_variances(*store.moments(store.heldout(64)))
 
 
 @torch.no_grad()
@@ -1412,7 +1566,7 @@ def controls(run):
     """What no SAE changes, kept beside the activations until the code for it changes."""
     code = SOURCE[SOURCE.index("# ---- Model ----"):SOURCE.index("# ---- Temporal evaluation")]
     key = fingerprint(code, *sources(TopK), TARGET_L0, run.sae.d_sae)
-    return kept(run.store.folder / f"controls-{key}.json", lambda: compute_controls(run))
+    return cached_json(run.store.folder / f"controls-{key}.json", lambda: compute_controls(run))
 
 
 def compute_controls(run):
@@ -1421,12 +1575,12 @@ def compute_controls(run):
     store, (by_position, variance) = run.store, variance_by_position(run.store)
     vocabulary = len(run.get_model().get_output_embeddings().weight)
     own = next_token_losses(run, lambda batch: store.unscaled(batch.x))[0]
-    losses = {"ce_model": own, "ce_unigram": corpus.unigram_losses(store.windows, vocabulary),
+    losses = {"ce_model": own, "ce_unigram": unigram_losses(store.windows, vocabulary),
               "ce_zero": next_token_losses(run, lambda batch: torch.zeros_like(batch.x))[0],
               "ce_mean": next_token_losses(run, lambda batch: store.mean.expand_as(batch.x))[0]}
-    bigram_error = corpus.bigram_error(store.windows, lambda ids: store.batch(ids).x.cpu().numpy())
+    bigram = bigram_error(store.windows, lambda ids: store.batch(ids).x.cpu().numpy())
     metrics = {name: np.nanmean(loss) for name, loss in losses.items()} | {
-        "bigram_explained_variance": 1 - bigram_error / variance,
+        "bigram_explained_variance": 1 - bigram / variance,
         "untrained_explained_variance": explained_by(untrained(run), store, variance),
         **reinitialised(run)}
     return {"metrics": metrics, "variance": variance, "variance_by_position": by_position,
@@ -1445,7 +1599,7 @@ def untrained(run):  # the control of several evaluations
 
 def reinitialised(run):
     """How an untrained TopK's latents are told, on the model with random weights."""
-    model, like = corpus.reinitialised(run.get_model()), run.store
+    model, like = reinitialised_model(run.get_model()), run.store
     store = Store(like.folder / "random", like.windows.fewer(256), like.d_in, like.dtype)
     store.collect(lambda: model, run.layer)
     control = Run(untrained(run), store, lambda: model, run.layer, run.live, {}, run.probing)
@@ -1459,6 +1613,50 @@ def explained_variance(rows, variance):
 
 def explained_by(sae, store, variance):  # of held-out tokens
     return explained_variance(encode_windows(sae, store, store.windows.heldout())[1], variance)
+
+
+def unigram_losses(windows, vocabulary):
+    """Cross-entropy of the sample's tokens from the third on, [sample, context_length - 2], under the training tokens'
+    frequencies, one added to each count; NaN at padding."""
+    train, sample = np.arange(windows.n_train), windows.sample()
+    counts = np.bincount(windows.tokens[train][windows.valid(train)], minlength=vocabulary) + 1.0
+    losses = -np.log(counts / counts.sum())[windows.tokens[sample][:, 2:]]
+    return np.where(windows.valid(sample)[:, 2:], losses, np.nan)
+
+
+def bigram_error(windows, activations, n_tokens=2 ** 18):
+    """Mean squared error on held-out tokens of a lookup by (previous token, token) fitted on the first training tokens:
+    a pair's mean, shrunk by one pseudo-count to its token's, and that to 0. activations(ids) are those of windows,
+    [len(ids), context_length - 1, d]."""
+    vocabulary = int(windows.tokens.max()) + 1
+
+    def rows(ids):          # token and pair of each valid token, and its activation
+        keep, tokens = windows.valid(ids)[:, 1:], windows.tokens[ids].astype(np.int64)
+        return tokens[:, 1:][keep], (tokens[:, :-1] * vocabulary + tokens[:, 1:])[keep], activations(ids)[keep]
+
+    def shrunk_means(index, x, prior):
+        members = csr_array((np.ones(len(index), x.dtype), (index, np.arange(len(index)))), (len(prior), len(index)))
+        return (members @ x + prior) / (np.bincount(index, minlength=len(prior))[:, None] + 1)
+
+    tokens, pairs, x = rows(np.arange(min(windows.n_train, n_tokens // windows.tokens.shape[1])))
+    of_token = shrunk_means(tokens, x, np.zeros((vocabulary, x.shape[1]), x.dtype))
+    known, index = np.unique(pairs, return_inverse=True)
+    of_pair, errors = shrunk_means(index, x, of_token[known % vocabulary]), []
+    for ids in np.array_split(windows.heldout(), len(windows.heldout()) // 64 + 1):
+        tokens, pairs, x = rows(ids)
+        at = np.searchsorted(known, pairs).clip(max=len(known) - 1)
+        guess = np.where((known[at] == pairs)[:, None], of_pair[at], of_token[tokens])
+        errors.append(np.square(x - guess).sum(1))
+    return np.concatenate(errors).mean(dtype=float)
+
+
+def single_token_fraction(windows, firings, most=40):
+    """Share of units of which 90 % of the strongest firings are one token; of each unit the places of held-out tokens where
+    it fires [n], and its values there [n]."""
+    tokens = windows.tokens[windows.n_train:, 1:].ravel()
+    keep_strongest = [tokens[at[np.argsort(-values, kind="stable")[:most]]] for at, values in firings]
+    return np.mean([np.bincount(top).max() >= 0.9 * len(top) for top in keep_strongest])
+
 
 
 def eval_core(run):
@@ -1478,7 +1676,7 @@ def eval_core(run):
         "cosine": np.nanmean(rows["dot"] / np.sqrt(rows["norm"] * rows["norm_hat"] + 1e-12)),
         "l2_ratio": np.nanmean(np.sqrt(rows["norm_hat"] / rows["norm"])),
         "relative_reconstruction_bias": mean["norm_hat"] / mean["dot"],
-        "single_token_fraction": corpus.single_token_fraction(
+        "single_token_fraction": single_token_fraction(
             store.windows, firings(z, np.flatnonzero(live))),
         "permuted_decoder_explained_variance": explained_by(permuted, store, variance),
         "avg_inference_tokens_per_second": speed}
@@ -1496,12 +1694,196 @@ def eval_core(run):
 
 
 # ---- Temporal evaluation, on held-out windows without padding ----
+def token_classes(windows):
+    """A class for each held-out token but BOS, [window * (context_length - 1) + position - 1]: its labels taken
+    together; without labels, the token where it is one of the 255 most frequent."""
+    tokens = windows.tokens[windows.n_train:, 1:].ravel()
+    if windows.labels is not None and (windows.labels >= 0).any():
+        labels = windows.labels[:, 1:].reshape(len(tokens), -1)
+        return np.unique(labels, axis=0, return_inverse=True)[1].ravel()
+    rank = np.argsort(np.argsort(-np.bincount(tokens), kind="stable"))
+    return np.minimum(rank[tokens], 255)
+
+
+def miller_madow_entropy(values):
+    """Miller-Madow entropy in nats of a sample."""
+    share = np.unique(values, return_counts=True)[1] / len(values)
+    return -(share * np.log(share)).sum() + (len(share) - 1) / (2 * len(values))
+
+
+def polysemanticity(fired, kinds, places, rng, draws=50, n=64):
+    """Mean over units of the smaller of the entropies of token and of class at n firings, each over that at random
+    `places`. fired: token indices of each unit; kinds: [token] arrays."""
+    null = [np.mean([miller_madow_entropy(kind[rng.choice(places, n)]) for _ in range(draws)]) for kind in kinds]
+    samples = [rng.choice(unit, n, replace=False) for unit in fired if len(unit) >= n]
+    ratios = [min(miller_madow_entropy(kind[at]) / base for kind, base in zip(kinds, null)) for at in samples]
+    return np.mean(ratios) if ratios else 1.0
+
+
+def channel_firings(x, keep, rate):
+    """Of channels x [window, seq, d] the tokens, a share `rate` of all, where each is largest, then smallest."""
+    x = x.masked_fill(~keep[..., None], 0.0).flatten(0, 1)
+    top = torch.cat([x, -x], 1).topk(max(1, int(rate * len(x))), dim=0, sorted=False).indices
+    return list(top.t().cpu().numpy())
+
+
+def top_latents_over_passage(z, tokens, stable, alive, n=16):
+    """The latents with the most stable energy in one window, over its tokens; z [seq, d_sae]."""
+    top = alive[np.argsort(-np.square(z[:, alive]).sum(0) * np.maximum(stable, 1e-6))[:n]]
+    return {"tokens": tokens, "latents": top, "values": z[:, top].T.round(4)}
+
+
+def positions_apart(active, rate, lags):
+    """active by latent [d, window, seq]; weights of pairs of positions so far apart [seq, seq], 1 in
+    all; mean product of two positions if permuted [d, window]; variance [d, 1]."""
+    a, seq = active.permute(2, 0, 1).float(), active.shape[1]
+    band = torch.ones(seq, seq, device=active.device).triu(lags[0]).tril(lags[1])
+    shuffled = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))
+    return a, band / band.sum().clamp_min(1), shuffled, (rate * (1 - rate)).clamp_min(1e-9)[:, None]
+
+
+def excess_autocorrelation(active, rate, lags):
+    """Autocorrelation of each latent's activity over that of permuted positions, mean over lags:
+    [window, d].
+
+    active [window, seq, d] is 0 or 1, or the probability of firing; rate [d] its mean."""
+    a, band, shuffled, variance = positions_apart(active, rate, lags)
+    return ((((a @ band) * a).sum(2) - shuffled) / variance).t()
+
+
+def autocorrelation_null(active, rate, lags, draws):
+    """The mean stability under random permutations of positions, shared by 64 windows each
+    [draws, d]; autocorrelation by lag [lag, d]."""
+    a, band, shuffled, variance = positions_apart(active, rate, lags)
+    n, seq, d = active.shape
+    null, both = a.new_zeros(d, draws), a.new_zeros(d, seq, seq)
+    for part in a.split(64, 1):
+        sums, order = part.transpose(1, 2) @ part, torch.rand(draws, seq, device=active.device).argsort(1)
+        null += sums.flatten(1) @ band[order[:, :, None], order[:, None]].flatten(1).t()
+        both += sums
+    null = (null / n - shuffled.mean(1, keepdim=True)) / variance
+    r = torch.stack([both.diagonal(l, 1, 2).mean(1) / n for l in range(1, min(33, seq))])
+    return null.t(), (r - rate ** 2) / variance[:, 0]
+
+
+def smoothness(z, x, scale):
+    """max_t |z_t+1 - z_t| / scale / |x_t+1 - x_t|, summed over latents: [window]."""
+    change = x.diff(dim=1).norm(dim=-1, keepdim=True).clamp_min(1e-9)
+    return torch.cat([((a.diff(dim=1).abs() / c).amax(1) / scale).sum(1)
+                      for a, c in zip(z.split(64), change.split(64))])
+
+
+def fire_given_token(active, tokens, fold):
+    """P(fire | token), as counted in the windows of the other fold [window], with one more firing at the mean rate: [window,
+    seq, d]; active sparse [window * seq, d], tokens [window, seq]."""
+    known, index = np.unique(tokens, return_inverse=True)
+    index, fold, rate = index.ravel(), np.repeat(fold, tokens.shape[1]), active.mean(0)
+    is_token = csr_array((np.ones(len(index)), index, np.arange(len(index) + 1)), (len(index), len(known)))
+    active, expected = active.tocsr(), np.empty(active.shape, dtype=np.float32)
+    for held in (fold, ~fold):
+        seen = np.bincount(index[~held], minlength=len(known))[:, None] + 1
+        expected[held] = (((is_token[~held].T @ active[~held]).toarray() + rate) / seen)[index[held]]
+    return expected.reshape(*tokens.shape, -1)
+
+
+def similarity_matrix(codes, seq):
+    """Mean over windows of the cosine of a window's codes at t and s, minus that between different windows: [seq, seq];
+    codes sparse [window * seq, d]."""
+    unit = normalize(codes)
+    windows = [unit[start:start + seq] for start in range(0, unit.shape[0], seq)]
+    same = sum((window @ window.T).toarray() for window in windows)
+    total, n = sum(windows), len(windows)
+    return same / n - ((total @ total.T).toarray() - same) / (n * (n - 1))
+
+
+def parameter_convergence(log):
+    """What a training log says of the parameters it follows: the last value of each, and the first step after which it
+    stays within 5 % of that; and of the consistency gap, at the end and before the last stage, with the alarm where it
+    fell."""
+    found = {}
+    for name in log["parameters"]:
+        steps, values = logged_values(log, "parameters", name)
+        final = values[-1]
+        off = np.flatnonzero(np.abs(np.array(values) - final) > 0.05 * max(abs(final), 1e-3))
+        found |= {f"{name}_final": final, f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
+    if "consistency_gap" in log["losses"]:
+        steps, gaps = logged_values(log, "losses", "consistency_gap")
+        before = gaps[max(np.searchsorted(steps, log["stage_starts"][-1], "right") - 1, 0)]
+        found |= {"consistency_gap": gaps[-1], "consistency_gap_before": before, "collapse_alarm": float(gaps[-1] < before)}
+    return found
+
+
+def logged_values(log, table, name):
+    """Steps and values of a row of a training log's table, where it has one."""
+    return zip(*((step, value) for step, value in zip(log["step"], log[table][name]) if value is not None))
+
+
+def parameter_sensitivities(sae, loss):
+    """The slope of loss() in each scalar parameter, by a central difference of 10 % of it."""
+    found = {}
+    for name, p in sae.named_parameters():
+        if p.numel() == 1:
+            at, d, losses = p.data.clone(), 0.1 * max(abs(p.item()), 0.1), []
+            for value in (at + d, at - d):
+                p.data.copy_(value)
+                losses.append(loss())
+            p.data.copy_(at)
+            found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
+    return found
+
+
+def decay_slope(variance, decay):
+    """Of the regression of log(-log decay) on log variance [latent]: slope and r^2; nothing where the variance is one."""
+    x, y = (part.double().cpu().numpy() for part in (variance, decay))
+    x, y = np.log(x), np.log(-np.log(y.clip(1e-30, 1 - 1e-7)))
+    if x.std() == 0:
+        return {}
+    fit = linregress(x, np.broadcast_to(y, x.shape))
+    return {"decay_slope": fit.slope, "decay_r2": fit.rvalue ** 2}
+
+
+def coherence(fired, classes, files, rate, rng, n_firings=50, group=100):
+    """How often a latent is recognised among `group` of like rate by the classes it fires on, from positions 1-32 to 64
+    on of other files; over the same from 1-32 to 1-32; each above chance.
+
+    fired: token indices [n] of each latent; classes: of each token; files: of each held-out window."""
+    roles, seq = [], len(classes) // len(files)
+    for at in (fired[i] for i in np.argsort(rate, kind="stable")):
+        window, position = np.divmod(at, seq)
+        early, other = position < 32, files[window] % 2 == 1
+        blocks = [at[early & ~other], at[early & other], at[(position >= 63) & other]]
+        if min(map(len, blocks)) >= n_firings:
+            drawn = (rng.choice(block, n_firings, replace=False) for block in blocks)
+            roles.append([np.bincount(classes[of], minlength=classes.max() + 1) for of in drawn])
+    n, hits = min(group, len(roles)), np.zeros(2)
+    if n < 10:
+        return None
+    for low in range(0, len(roles) - n + 1, n):
+        first, *blocks = np.array(roles[low:low + n]).swapaxes(0, 1)
+        hits += [(cdist(block, first, "jensenshannon").argmin(1) == np.arange(n)).sum() for block in blocks]
+    same, later = hits - len(roles) // n  # above chance
+    return later / same if same >= 1 else None
+
+
+def significant_fraction(values, null):
+    """Share of values [n] above their null draws [n, draws], taken as normal, at a false discovery rate of .05."""
+    p = norm.sf((values - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
+    return (false_discovery_control(p) < 0.05).mean()
+
+
+def mean_by_decile(values, rate):
+    """Mean of values [n] within each decile of rate [n]; 0 where one is empty."""
+    decile = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1)))
+    return np.bincount(decile, values, 10) / np.maximum(np.bincount(decile, minlength=10), 1)
+
+
+
 def follow(run):
     """What the training did to the parameters of interest, and the alarm of a collapse."""
-    found, sae = corpus.convergence(run.log), run.sae
-    found |= corpus.sensitivities(sae, lambda: validation_loss(sae, run.store))
+    found, sae = parameter_convergence(run.log), run.sae
+    found |= parameter_sensitivities(sae, lambda: validation_loss(sae, run.store))
     if getattr(sae, "traces", False):
-        found |= corpus.decay_slope(sae.scaled_variance().detach(), sae.decay().detach())
+        found |= decay_slope(sae.scaled_variance().detach(), sae.decay().detach())
     return found
 
 
@@ -1520,14 +1902,14 @@ def latent_statistics(run, z, full, alive, q95):
         dense = dense.view(*tokens.shape, -1)
         active = (dense > 0).float()
         rate, energy = active.mean((0, 1)), dense.square().mean((0, 1))
-        observed, far = (corpus.stability(active, rate, lags)
+        observed, far = (excess_autocorrelation(active, rate, lags)
                          for lags in (STABILITY_LAGS, FAR_LAGS))
-        null, r = corpus.stability_null(active, rate, STABILITY_LAGS, NULL_DRAWS)
-        expected = corpus.fire_given_token(z[:, alive[at]] > 0, tokens, fold)
-        token = corpus.stability(torch.from_numpy(expected).to(DEVICE), rate, STABILITY_LAGS)
+        null, r = autocorrelation_null(active, rate, STABILITY_LAGS, NULL_DRAWS)
+        expected = fire_given_token(z[:, alive[at]] > 0, tokens, fold)
+        token = excess_autocorrelation(torch.from_numpy(expected).to(DEVICE), rate, STABILITY_LAGS)
         found.append((observed.t(), far.t(), null.t(), token.mean(0), r.t(), rate, energy))
-        scaled += corpus.smoothness(dense, x, torch.from_numpy(q95[at]).to(DEVICE))
-        raw += corpus.smoothness(dense, x, 1.0)
+        scaled += smoothness(dense, x, torch.from_numpy(q95[at]).to(DEVICE))
+        raw += smoothness(dense, x, 1.0)
         present += active.amax(1).sum(1)
     windows = [(total / present.clamp_min(1)).cpu().numpy() for total in (scaled, raw)]
     return [torch.cat(part).cpu().double().numpy() for part in zip(*found)] + windows
@@ -1540,28 +1922,28 @@ def eval_temporal(run):
     torch.manual_seed(0)
     (z, errors, _), (live, rates), full = run.heldout, run.live_latents, windows.full()
     alive, files, seq = np.flatnonzero(live), windows.doc_ids[windows.n_train:], CONTEXT_LENGTH - 1
-    fired, q95 = [at for at, _ in firings(z, alive)], corpus.percentiles_95(z, alive)
+    fired, q95 = [at for at, _ in firings(z, alive)], percentiles_95(z, alive)
     z = z.tocsr()[(full[:, None] * seq + np.arange(seq)).ravel()]
     observed, far, null, token, r, rate, energy, scaled, raw = latent_statistics(
         run, z, full, alive, q95)
     mean, weight = observed.mean(1), energy / energy.sum()
-    kinds = windows.tokens[windows.n_train:, 1:].ravel(), corpus.token_classes(windows)
+    kinds = windows.tokens[windows.n_train:, 1:].ravel(), token_classes(windows)
     everything, places, half = windows.heldout(), windows.heldout_tokens(), seq // 2
     error, variance = np.nanmean(errors["error"], 0), np.array(variance_by_position(store)[0])
     metrics = {
         "stability_token": token @ weight,
         "stability_unweighted": mean.mean(), "energy": energy.sum(),
         "stability_null_95": np.quantile(weight @ null, 0.95),
-        "stable_fraction": corpus.significant_fraction(mean, null),
+        "stable_fraction": significant_fraction(mean, null),
         "autocorrelation_lag1": r[:, 0] @ weight,
         "smoothness": scaled.mean(), "smoothness_raw": raw.mean(),
-        "polysemanticity": corpus.polysemanticity(fired, kinds, places, rng, NULL_DRAWS),
-        "polysemanticity_channels": corpus.polysemanticity(
-            corpus.channel_firings(store.x(everything), store.valid(everything), rate.mean()),
+        "polysemanticity": polysemanticity(fired, kinds, places, rng, NULL_DRAWS),
+        "polysemanticity_channels": polysemanticity(
+            channel_firings(store.x(everything), store.valid(everything), rate.mean()),
             kinds, places, rng, NULL_DRAWS),
         "explained_variance_early": 1 - error[:half].sum() / variance[:half].sum(),
         "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()} | follow(run)
-    if (value := corpus.coherence(fired, kinds[1], files, rates[alive], rng)) is not None:
+    if (value := coherence(fired, kinds[1], files, rates[alive], rng)) is not None:
         metrics["coherence"] = value
     held = {"stability": weight @ observed}  # by window
     if seq > FAR_LAGS[1]:
@@ -1569,9 +1951,9 @@ def eval_temporal(run):
     metrics |= {name: values.mean() for name, values in held.items()}
     curves = {
         "autocorrelation": weight @ r, "stability_null": weight @ null,
-        "stability_by_rate_decile": corpus.mean_by_decile(mean, rate),
-        "similarity_matrix": corpus.similarity_matrix(z[:256 * seq], seq)[::2, ::2].round(4),
-        "evolution": corpus.evolution(z[:seq].toarray(), load_tokenizer().batch_decode(
+        "stability_by_rate_decile": mean_by_decile(mean, rate),
+        "similarity_matrix": similarity_matrix(z[:256 * seq], seq)[::2, ::2].round(4),
+        "evolution": top_latents_over_passage(z[:seq].toarray(), load_tokenizer().batch_decode(
             windows.tokens[full[0] + windows.n_train, 1:, None]), mean, alive)}
     if hasattr(sae, "variance"):
         curves |= {"variance": sae.variance, "decay": sae.decay(),
@@ -1582,16 +1964,434 @@ def eval_temporal(run):
 
 
 # ---- Probes: what latents tell about the context ----
+def probe_tasks(windows, every, n_documents=20):
+    """{name: (places [n] as token_classes counts held-out tokens, whether each is in the first of two folds [n], its
+    class [n])}: LABELS, where the tokens have them, and the domain, of every `every`-th token, the folds apart by file;
+    and the document, of all tokens of the first `n_documents` with most windows, the folds apart by window. What has one
+    class in a fold is left out."""
+    context, docs = windows.tokens.shape[1] - 1, windows.doc_ids[windows.n_train:]
+    all_places = windows.heldout_tokens()
+    places, found = all_places[::every], {}
+    if windows.labels is not None:
+        classes = windows.labels[:, 1:].reshape(-1, len(LABELS))
+        known = places[(classes[places] >= 0).all(1)]
+        if len(known) > len(places) / 2:
+            places, found = known, dict(zip(LABELS, classes[known].T))
+    of = docs[places // context]
+    found["domain"] = np.unique(np.asarray(windows.domains)[of], return_inverse=True)[1]
+    found = {name: (places, of % 2 == 0, classes) for name, classes in found.items()}
+    names, first, counts = np.unique(docs, return_index=True, return_counts=True)
+    chosen = names[counts == counts.max()][:n_documents]
+    places = all_places[np.isin(docs[all_places // context], chosen)]
+    of, window = docs[places // context], places // context
+    found["document"] = places, (window - first[np.searchsorted(names, of)]) % 2 == 0, np.searchsorted(chosen, of)
+    return {name: task for name, task in found.items()
+            if min(len(np.unique(task[2][part])) for part in (task[1], ~task[1])) > 1}
+
+
+def bags_of_tokens(windows, rows, positions, last):
+    """Counts of the token at each position [n] of the windows rows [n] and of the last - 1 before it, sparse
+    [n, vocabulary]."""
+    back = np.maximum(positions[:, None] - np.arange(last), 0)
+    tokens, shape = windows.tokens[rows[:, None], back], (len(rows), int(windows.tokens.max()) + 1)
+    return csr_array((np.ones(tokens.size), tokens.ravel(), np.arange(len(rows) + 1) * last), shape)
+
+
+def cross_fitted_probe(features, labels, fold):
+    """Labels as logistic regressions predict them, fitted on the other fold of files."""
+    predicted = np.empty_like(labels)
+    for held in (fold, ~fold):
+        model = LogisticRegression(max_iter=200, class_weight="balanced")
+        predicted[held] = model.fit(features[~held], labels[~held]).predict(features[held])
+    return predicted
+
+
+def probe_baselines(windows, every, folder):
+    """Of each of probe_tasks: balanced accuracy from the token alone, and from a bag of the last 8: {label: [2]}; kept
+    in the folder, which is of these windows alone."""
+    def compute():
+        found = {}
+        for name, (places, fold, of) in probe_tasks(windows, every).items():
+            row, at = np.divmod(places, windows.tokens.shape[1] - 1)
+            bags = [bags_of_tokens(windows, row + windows.n_train, at + 1, n) for n in (1, 8)]
+            found[name] = [balanced_accuracy_score(of, cross_fitted_probe(bag, of, fold)) for bag in bags]
+        return found
+
+    return cached_json(folder / f"probe_baselines-{every}.json", compute)
+
+
+def probe_scores(windows, features, every, folder):
+    """Of each of probe_tasks, from features [token, d], scaled by their largest values: balanced accuracy of `probe` beside
+    probe_baselines, and the share of a document's labels that it predicts [sample]; and their mean over all but token_type."""
+    metrics, right, docs = {}, {}, windows.doc_ids[windows.n_train:]
+    base, seq = probe_baselines(windows, every, folder), windows.tokens.shape[1] - 1
+    for name, (places, fold, of) in probe_tasks(windows, every).items():
+        predicted = cross_fitted_probe(MaxAbsScaler().fit_transform(features[places]), of, fold)
+        metrics[f"probe_{name}"] = balanced_accuracy_score(of, predicted)
+        metrics[f"probe_{name}_token"], metrics[f"probe_{name}_bag"] = base[name]
+        right[f"probe_{name}"] = windows.by_document(predicted == of, docs[places // seq])
+    if context := [name for name in right if name != "probe_token_type"]:
+        metrics["probe_context"] = np.mean([metrics[name] for name in context])
+        right["probe_context"] = np.nanmean([right[name] for name in context], 0)
+    return metrics, right
+
+
+
 def eval_probes(run):
     """Balanced accuracy of linear probes on a token's latents, beside those on tokens;
     `probe_context` is the mean over all labels but the token's type."""
-    metrics, right = corpus.probe_scores(run.store.windows, run.heldout[0].tocsr(), PROBE_EVERY,
+    metrics, right = probe_scores(run.store.windows, run.heldout[0].tocsr(), PROBE_EVERY,
                                          run.store.folder)
     return Result(metrics, {}, right)
 
 
 # ---- Unlearning: FORGET by clamping latents, and what that costs the rest ----
 CONTROLS = ("random_latents", "random_directions", "projection")
+
+
+def ranked_latents(z, forget, rule, most, n):
+    """All latents in order, and which to clamp: "forget", the first n that may be, and "random_latents", those next to them
+    in firing rate; of codes sparse [token, d_sae], the tokens forget [token] to be forgotten. By "ratio", E[z^2] there over
+    elsewhere (arXiv 2504.08192), or by "frequency" there, among those active on less than a share `most` of the tokens
+    elsewhere (SAEBench)."""
+    size = z.power(2) if rule == "ratio" else z > 0
+    there, elsewhere = (np.asarray(size[part].mean(0)).ravel() for part in (forget, ~forget))
+    score = there / (elsewhere + 0.01 * there.mean()) if rule == "ratio" else there * (elsewhere < most)
+    ranked, n = np.argsort(-score), min(n, (score > 0).sum())
+    if not 0 < n < len(score):
+        raise RunnerError(f"CLAMPED: {n} of {len(score)} latents may be clamped, it takes one and leaves one.")
+    return ranked, {"forget": ranked[:n], "random_latents": rate_matched((z > 0).mean(0), ranked[:n])}
+
+
+def mean_difference(x, keep, forget):
+    """Of x [n, seq, d]: the mean of tokens `keep` that are not to be forgotten [d], and the direction from it to the mean of
+    those that are [d], of length 1; keep, forget [n, seq] of bool."""
+    rest = x[keep & ~forget].mean(0)
+    return rest, F.normalize(x[keep & forget].mean(0) - rest, dim=0)
+
+
+class UnlearningPlan(NamedTuple):
+    """Windows to unlearn a domain with, spread over the files. Groups are "forget", "neighbours" (the domains nearest
+    to it in vocabulary) and "retain" (the others)."""
+    dev: np.ndarray         # ids of training windows
+    dev_group: np.ndarray   # group of each
+    test: np.ndarray        # ids of held-out windows
+    group: np.ndarray       # group of each
+    clozes: Clozes        # of the test windows
+    cloze_group: np.ndarray     # group of each
+    folder: Path | None = None  # keeps what no SAE changes
+
+    def kept(self, what, compute):
+        if self.folder is None:
+            return compute()
+        which = (self.dev, self.dev_group, self.test, self.group, self.clozes.options)
+        key = fingerprint(what, *(part.tolist() for part in which))
+        return cached_json(self.folder / f"unlearning-{key}.json", compute)
+
+    def means(self, losses, right, before=None):
+        """By group: mean of losses [test windows], if any, share of the clozes that are right [clozes]; where those that were right
+        before are given, the p of McNemar's test between the two."""
+        found = {} if losses is None else {str(g): losses[self.group == g].mean() for g in np.unique(self.group)}
+        for name in np.unique(self.cloze_group):
+            now = right[self.cloze_group == name]
+            found[f"cloze_{name}"] = now.mean()
+            if before is not None:
+                found[f"cloze_{name}_p"] = mcnemar(now, before[self.cloze_group == name])
+        return found
+
+    def by_document(self, windows, losses):
+        """By group: mean of losses [test windows] over each document of the sample."""
+        docs = windows.doc_ids[self.test]
+        return {str(name): windows.by_document(losses[self.group == name], docs[self.group == name])
+                for name in np.unique(self.group)}
+
+    def frontier(self, windows, forgetting, strategies, controls, edit, results):
+        """What strategies and controls cost the test windows, at the strengths that cost every fifth dev window of "forget"
+        `forgetting` nats, and strategies at a quarter of it to four times: {name: edit}, metrics, {name: its rows}, by
+        document of the sample.
+
+        edit(strategy, strength) -> an edit; results(edit, ids) -> as Clozes.scores takes them."""
+        def scores(*of):
+            return self.clozes.scores(results(*of))
+
+        def measured(name, factors):
+            strength = strength_for(lambda s: scores(edit(name, s), search)[0].mean() - own_search, forgetting)
+            return strength, [[part.tolist() for part in scores(edit(name, strength * factor), self.test)]
+                              for factor in factors]
+
+        edits, rows, lost = {"unclamped": edit("projection", 0.0)}, {}, {}        # which leaves all as it is
+        search = self.dev[self.dev_group == "forget"][::5]
+        own, own_right, own_search = map(np.array, self.kept("own", lambda: [part.tolist() for part in (
+            *scores(edits["unclamped"], self.test), scores(edits["unclamped"], search)[0].mean())]))
+        metrics = self.means(None, own_right)
+        for name in strategies + controls:
+            factors = (1, 0.25, 0.5, 2, 4) if name in strategies else (1,)
+            compute = partial(measured, name, factors)
+            strength, found = self.kept((name, forgetting), compute) if name == "projection" else compute()  # it has no latents
+            edits[name], rows[name] = edit(name, strength), []
+            for factor, (loss, right) in zip(factors, (map(np.array, of) for of in found)):
+                rows[name].append({"strength": strength * factor} | self.means(loss - own, right, own_right))
+                if factor == 1:
+                    lost |= {f"{name}_{g}": values for g, values in self.by_document(windows, loss - own).items()}
+            metrics |= {f"{name}_{key}": value for key, value in rows[name][0].items()}
+        return edits, metrics, rows, lost
+
+    def padded_losses(self, windows, strategies, edits, logits, config):
+        """What strategies add to the loss of full windows of "forget" behind 0, 32 and 64 tokens of "retain", as far as the
+        model takes so many; logits(edit, tokens [n, seq], mask [n, seq]) -> [n, seq, vocabulary]."""
+        (full, others), n = self.full(windows), windows.tokens.shape[1] - 2
+        longest, found = getattr(config, "max_position_embeddings", None) or math.inf, {}
+        for pad in (pad for pad in (0, 32, 64) if n + 2 + pad <= longest):
+            tokens = prepend_context(windows, full, others, pad)
+            loss = {name: last_loss(logits(edits[name], tokens, np.ones(tokens.shape, bool)), tokens, n)
+                    for name in ("unclamped", *strategies)}
+            found |= {f"{name}_padded_{pad}": loss[name] - loss["unclamped"] for name in strategies}
+        return found
+
+    def question_scores(self, datasets, tokenizer, edits, logits):
+        """`compared` answers of the model under each of edits {name: edit} to the data sets {kind: its name or None}, flat;
+        logits(edit, tokens, mask)."""
+        found = {}
+        for kind, dataset in datasets.items():
+            if dataset:
+                answers = {name: partial(right_answers, dataset, tokenizer, partial(logits, edit))
+                           for name, edit in edits.items()}
+                own = self.kept(("questions", data_identity(dataset)), lambda: answers["unclamped"]().tolist())
+                answers["unclamped"] = partial(np.array, own)
+                found |= compare_answers({name: right() for name, right in answers.items()}, f"_{kind}_questions")
+        return found
+
+    def full(self, windows, most=32):
+        """Up to `most` test windows of "forget" without padding, and as many of "retain"."""
+        forget, retain = (self.test[self.group == name] for name in ("forget", "retain"))
+        forget = forget[windows.lengths[forget] == windows.tokens.shape[1]][:most]
+        if not len(forget):
+            raise RunnerError("no held-out document of FORGET fills CONTEXT_LENGTH.")
+        return forget, np.resize(retain, len(forget))
+
+    def halves(self, windows):
+        """[dev windows] True for every other file of "forget", and of what is not."""
+        docs, half = windows.doc_ids[self.dev], np.zeros(len(self.dev), dtype=bool)
+        for side in (self.dev_group == "forget", self.dev_group != "forget"):
+            half[side] = np.unique(docs[side], return_inverse=True)[1] % 2 == 0
+        return half
+
+
+def strength_for(forgets, forgetting, low=2 ** -4, high=2.0 ** 8):
+    """The least strength, to 10 %, of which forgets(strength) is `forgetting` nats; `high` where none does."""
+    while high > 1.1 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if forgets(middle) >= forgetting else (middle, high)
+    return high
+
+
+def prepend_context(windows, ids, others, n):
+    """Tokens of windows `ids`, with n tokens of windows `others` put after the first."""
+    return np.concatenate([windows.tokens[others, :n + 1], windows.tokens[ids, 1:]], 1).astype(np.int64)
+
+
+def last_loss(logits, tokens, n):
+    """Mean loss of the last n of tokens [batch, seq]; logits [batch, seq, vocabulary]."""
+    following = torch.from_numpy(tokens[:, -n:]).to(logits.device)
+    return F.cross_entropy(logits[:, -n - 1:-1].flatten(0, 1).float(), following.flatten()).item()
+
+
+def mcnemar(now, before):
+    """Exact p that as many answers turned right as turned wrong; both [n] of bool."""
+    gained, lost = (now & ~before).sum(), (before & ~now).sum()
+    return binomtest(int(gained), int(gained + lost)).pvalue if gained + lost else 1.0
+
+
+def compare_answers(answers, suffix):
+    """Of {name: whether each question was answered rightly [n]}, flat: the share, and p of McNemar's test against
+    "unclamped"."""
+    found = {f"{name}{suffix}": right.mean() for name, right in answers.items()}
+    return found | {f"{name}{suffix}_p": mcnemar(right, answers["unclamped"])
+                    for name, right in answers.items() if name != "unclamped"}
+
+
+def right_answers(dataset, tokenizer, logits):
+    """Whether each question is answered rightly under all orders of its options (SAEBench): [question] of bool;
+    logits(tokens [24, seq], mask [24, seq]) -> [24, seq, vocabulary]."""
+    right = []
+    for tokens, mask, letters, answers in encoded_questions(dataset, tokenizer):
+        said = logits(tokens, mask)
+        last = said[np.arange(len(tokens)), mask.sum(1) - 1][:, np.array(letters) % said.shape[-1]]
+        right.append((last.argmax(1).cpu().numpy() == answers).all())
+    return np.array(right)
+
+
+def unlearning_plan(windows, forget, tokenizer, most=(256, 128), folder=None):
+    """UnlearningPlan of the domain `forget`, at most `most` windows of a group (dev, test)."""
+    n_near, found = min(3, (len(set(windows.domains)) - 1) // 2), []
+    near = nearest_domains(windows, forget, n_near) if n_near else []
+    for split, ids, n in (("dev", np.arange(windows.n_train), most[0]), ("test", windows.heldout(), most[1])):
+        domains = windows.domain_of(ids)
+        group = np.where(domains == forget, "forget", np.where(np.isin(domains, near), "neighbours", "retain"))
+        chosen = []
+        for g in ("forget", "neighbours", "retain"):
+            members = np.flatnonzero(group == g)
+            if g != "neighbours" and not len(members):
+                which = "of it" if g == "forget" else "of another domain"
+                raise RunnerError(f"FORGET = {forget!r}: no {split} window is {which}. The domains are "
+                                f"{', '.join(sorted(set(domains)))[:300]}.")
+            chosen.append(members[np.linspace(0, len(members) - 1, min(n, len(members))).astype(int)])
+        chosen = np.sort(np.concatenate(chosen))
+        found += ids[chosen], group[chosen]
+    strings = tokenizer.batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
+    _, _, test, group = found
+    questions = make_clozes(windows, test, strings)
+    return UnlearningPlan(*found, questions, group[np.searchsorted(test, questions.window)], folder)
+
+
+def bag_auroc(windows, plan, last):
+    """AUROC on the test windows of a logistic regression, fitted on `dev`, that tells "forget" by the last tokens."""
+    def compute():
+        bags, labels = [], []
+        for ids, group in ((plan.dev, plan.dev_group), (plan.test, plan.group)):
+            row, column = np.nonzero(windows.valid(ids))
+            bags.append(bags_of_tokens(windows, ids[row], column, last))
+            labels.append(group[row] == "forget")
+        model = LogisticRegression(max_iter=300, class_weight="balanced").fit(bags[0], labels[0])
+        return roc_auc_score(labels[1], model.decision_function(bags[1]))
+
+    return plan.kept(("bag", last), compute)
+
+
+@torch.enable_grad()
+def fit_matcher(kind, x, forget):
+    """Windows of codes x [n, f, w], whether they are to be forgotten [n] -> function of windows to that probability: a
+    logistic regression, or one learned attention query over the window."""
+    if kind == "logistic":
+        model = LogisticRegression(C=75 / len(x), max_iter=300, class_weight="balanced")
+        model.fit(x.flatten(1).cpu().numpy(), forget.cpu().numpy())
+        weights, bias = (x.new_tensor(a[0]) for a in (model.coef_, model.intercept_))
+        return lambda x: (x.flatten(-2) @ weights + bias).sigmoid()
+    (f, w), y = x.shape[1:], forget.float()
+    query, value, place, bias = parts = [x.new_zeros(n, requires_grad=True) for n in (f, f, w, 1)]
+
+    def logit(x):
+        return ((query @ x + place).softmax(-1) * (value @ x)).sum(-1) + bias
+
+    optimizer, balance = torch.optim.Adam(parts, 0.05), (1 - y).sum() / y.sum()
+    for _ in range(200):
+        optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(logit(x), y, pos_weight=balance).backward()
+        optimizer.step()
+    return lambda x: logit(x).detach().sigmoid()
+
+
+def gate_evidence(match, n):
+    """The greatest mean of n matches in a row up to each position: [window, seq]."""
+    if match.shape[1] < n:
+        return torch.zeros_like(match)
+    return F.pad(match.unfold(1, n, 1).mean(-1).cummax(1).values, (n - 1, 0))
+
+
+class Matcher:
+    """Tells by windows of `width` codes of the given latents where text to forget stands: a matcher for the patterns, one
+    that sees a single position, one that sees them in random order. `gate_tokens` matches in a row open the gate.
+    q95 [d_sae] are the units of latents z."""
+
+    def __init__(self, kind, width, gate_tokens, latents, q95):
+        self.kind, self.width, self.gate_tokens, self.latents, self.q95 = kind, width, gate_tokens, latents, q95
+
+    def codes(self, z):
+        """Of z [n, seq, d_sae], dense: [n, seq, f]."""
+        return self.scaled(z[..., self.latents])
+
+    def codes_of_sparse(self, z, seq):
+        """Of z [n * seq, d_sae]: [n, seq, f]."""
+        chosen = torch.from_numpy(z[:, self.latents].toarray()).to(self.q95.device)
+        return self.scaled(chosen.view(-1, seq, len(self.latents)))
+
+    def scaled(self, chosen):
+        return torch.log1p(chosen / self.q95[self.latents])
+
+    def fit(self, z, keep, forget, half, false_positives):
+        """On the tokens `keep`, of which `forget` are to be forgotten, both [n, seq] of bool, z sparse [n * seq, d_sae];
+        thresholds of each rate of `false_positives`, by matchers fitted on the windows of either `half` [n] for those of
+        the other: "pattern" and "hybrid" at the first rate, "pattern_RATE" and "hybrid_RATE" at others."""
+        codes = self.codes_of_sparse(z, keep.shape[1])
+        half = torch.from_numpy(half).to(keep.device)[:, None].expand(keep.shape)
+        if codes.shape[1] < self.gate_tokens:
+            raise RunnerError(f"CONTEXT_LENGTH: unlearning's gate needs more than {self.gate_tokens} tokens.")
+        apart = keep & (torch.arange(keep.shape[1], device=keep.device) % self.width == 0)  # windows do not overlap
+
+        def fitted(name, rows):
+            return fit_matcher(self.kind, self.windows(codes, name)[rows], forget[rows])
+
+        self.matchers = {side: fitted("pattern", apart & (half == side)) for side in (False, True)}
+        match = torch.where(half, self.match(codes, False), self.match(codes, True)) * keep
+        self.matchers = {name: fitted(name, apart) for name in ("pattern", "one_position", "shuffled")}
+        whole = gate_evidence(match, self.gate_tokens)[~forget[:, 0], -1]
+        self.thresholds = {
+            name + f"_{rate:g}" * (i > 0): evidence.quantile(1 - rate).item() for i, rate in enumerate(false_positives)
+            for name, evidence in (("pattern", match[keep & ~forget]), ("hybrid", whole))}
+
+    def windows(self, codes, name):
+        """The last codes at each position, zeros before the first: [n, seq, f, width]."""
+        width = 1 if name == "one_position" else self.width
+        x = F.pad(codes, (0, 0, width - 1, 0)).unfold(1, width, 1)
+        return x.gather(-1, torch.rand_like(x[..., :1, :]).argsort(-1).expand_as(x)) if name == "shuffled" else x
+
+    def match(self, codes, name="pattern"):
+        """The probability that text to forget stands at each position: [n, seq]."""
+        return torch.cat([self.matchers[name](self.windows(part, name)) for part in codes.split(32)])
+
+    def evidence(self, z):
+        """Match and gate at each position, [n, seq]."""
+        match = self.match(self.codes(z))
+        return match, gate_evidence(match, self.gate_tokens)
+
+    def opens(self, strategy, z):
+        """Whether the evidence of a strategy that has a threshold is above it; True for others: [n, seq]."""
+        if strategy not in self.thresholds:
+            return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        match, gate_evidence = self.evidence(z)
+        return (gate_evidence if strategy.startswith("hybrid") else match) > self.thresholds[strategy]
+
+    def passage(self, z, on, tokens, tokenizer):
+        """Of the window whose gate is the median at its end: its text, match, gate and its threshold, and where "standard"
+        clamps, which is `on` [n, seq], and "hybrid"; tokens [n, seq]."""
+        match, gate_evidence = self.evidence(z)
+        i, threshold = gate_evidence[:, -1].argsort()[len(gate_evidence) // 2].item(), self.thresholds["hybrid"]
+        return {"tokens": tokenizer.batch_decode(tokens[i, :, None]), "match": match[i], "gate": gate_evidence[i],
+                "threshold": torch.full_like(gate_evidence[i], threshold), "standard": on[i], "hybrid": on[i] & (gate_evidence[i] > threshold)}
+
+    def scores(self, z, keep, forget):
+        """detection_scores of tokens `keep` [n, seq], and of whole windows; forget [n]; z sparse [n * seq, d_sae]."""
+        codes = self.codes_of_sparse(z, keep.shape[1])
+        matches, of_token = {name: self.match(codes, name) * keep for name in self.matchers}, forget.repeat(keep.sum(1).tolist())
+        tasks = {name: (of_token, match[keep].cpu().numpy()) for name, match in matches.items()}
+        tasks["hybrid"] = forget, gate_evidence(matches["pattern"], self.gate_tokens)[:, -1].cpu().numpy()
+        return detection_scores(tasks, self.thresholds)
+
+
+def detection_scores(tasks, thresholds):
+    """Of tasks {name: (truth [n], score [n])}, flat: AUROC; above a threshold, for names that have one, false positives
+    and balanced accuracy; and {name: [101] true positives at evenly spaced rates of false ones}."""
+    found, rocs = {f"auroc_{name}": roc_auc_score(*task) for name, task in tasks.items()}, {}
+    for name, threshold in thresholds.items():
+        truth, score = tasks[name.partition("_")[0]]
+        found |= {f"false_positives_{name}": (score > threshold)[~truth].mean(),
+                  f"accuracy_{name}": balanced_accuracy_score(truth, score > threshold)}
+        if name in tasks:                   # and not the same at another threshold
+            false, true, _ = roc_curve(truth, score)
+            rocs[name] = np.interp(np.linspace(0, 1, 101), false, true)
+    return found, rocs
+
+
+def repetition(texts):
+    """Of each of {name: tokens [n, seq]}, flat: mean share of a row's pairs of neighbours that came before in it; mean
+    entropy of a row in nats."""
+    found = {}
+    for name, rows in texts.items():
+        rows = rows.tolist()
+        found |= {f"{name}_repetition": 1 - np.mean([len(set(zip(row, row[1:]))) / (len(row) - 1) for row in rows]),
+                  f"{name}_entropy": np.mean([miller_madow_entropy(row) for row in rows])}
+    return found
+
 
 
 class Unlearner:
@@ -1602,12 +2402,12 @@ class Unlearner:
         self.sae, store, ids = run.sae, run.store, plan.dev
         z, keep = encode_windows(self.sae, store, ids)[0], store.valid(ids)
         forget = keep & torch.from_numpy(plan.dev_group == "forget").to(DEVICE)[:, None]
-        self.q95 = torch.from_numpy(corpus.percentiles_95(z)).to(DEVICE)
-        ranked, self.clamped = corpus.ranked_latents(
+        self.q95 = torch.from_numpy(percentiles_95(z)).to(DEVICE)
+        ranked, self.clamped = ranked_latents(
             z.tocsr()[keep.flatten().cpu().numpy()], forget[keep].cpu().numpy(), SELECTION,
             1.0 if run.probing else RETAIN_FREQUENCY, CLAMPED)
-        self.rest, self.direction = corpus.mean_difference(store.x(ids), keep, forget)
-        self.matcher = corpus.Matcher(
+        self.rest, self.direction = mean_difference(store.x(ids), keep, forget)
+        self.matcher = Matcher(
             MATCHER, MATCHER_WINDOW, GATE_TOKENS, ranked[:MATCHED], self.q95)
         self.matcher.fit(z, keep, forget, plan.halves(store.windows), FALSE_POSITIVES)
 
@@ -1673,13 +2473,13 @@ def eval_unlearning(run):
     windows FORGETTING nats."""
     torch.manual_seed(0)
     store, windows, tokenizer = run.store, run.store.windows, load_tokenizer()
-    plan = corpus.unlearning_plan(windows, FORGET, tokenizer, folder=store.folder)
+    plan = unlearning_plan(windows, FORGET, tokenizer, folder=store.folder)
     unlearner = Unlearner(run, plan)
     strategies = "standard", *unlearner.matcher.thresholds
     metrics, rocs = unlearner.matcher.scores(
         encode_windows(run.sae, store, plan.test)[0], store.valid(plan.test),
         plan.group == "forget")
-    metrics["auroc_bag_of_tokens"] = corpus.bag_auroc(windows, plan, MATCHER_WINDOW)
+    metrics["auroc_bag_of_tokens"] = bag_auroc(windows, plan, MATCHER_WINDOW)
     edits, scores, frontier, per_sequence = plan.frontier(
         windows, FORGETTING, strategies, CONTROLS, unlearner.edit, lambda edit, ids: spliced(
             run, ids, lambda batch: store.unscaled(batch.x + edit(batch))))
@@ -1689,7 +2489,7 @@ def eval_unlearning(run):
     metrics |= plan.question_scores(
         {"forget": FORGET_QUESTIONS, "retain": RETAIN_QUESTIONS}, tokenizer, edits, logits)
     full, _ = plan.full(windows)
-    metrics |= corpus.repetition({name: sampled(
+    metrics |= repetition({name: sampled(
         run, edit, store.tokens(full)[:, :CONTEXT_LENGTH // 2]) for name, edit in edits.items()})
     z = run.sae.encode(batch := store.batch(full)).dense()
     clamped = z[..., unlearner.clamped["forget"]]
@@ -1701,9 +2501,79 @@ def eval_unlearning(run):
 
 
 # ---- Sparse probing, in SAEBench's protocol ----
+def binary_task(labels, train, c, rng):
+    """Class c against the rest: (train indices, their y, test indices, their y), y = 1 for c: the whole class and as
+    many of the others, drawn evenly from each."""
+    def part(of):
+        positive, *others = (np.flatnonzero(of & (labels == k)) for k in (c, *np.setdiff1d(labels, c)))
+        each = -(-len(positive) // len(others))
+        negative = rng.permutation(np.concatenate([rng.permutation(other)[:each] for other in others]))
+        index = np.concatenate([positive, negative[:len(positive)]])
+        return index, (labels[index] == c).astype(int)
+
+    return *part(train), *part(~train)
+
+
+def sparse_accuracies(features, windows, numbers):
+    """Test accuracy of one domain against the rest, mean over domains, by logistic regression on the k of `features`
+    [window, d] whose means differ most, for each k of `numbers`, and on all (SAEBench); training windows train."""
+    labels = np.unique(windows.domain_of(np.arange(len(windows.tokens))), return_inverse=True)[1]
+    train, rng, found = np.arange(len(labels)) < windows.n_train, np.random.default_rng(42), []
+    for c in range(labels.max() + 1):
+        fit, y, test, truth = binary_task(labels, train, c, rng)
+        difference = features[fit[y == 1]].mean(0) - features[fit[y == 0]].mean(0)
+        best = np.argsort(-np.abs(difference), kind="stable")
+        found.append([LogisticRegression(max_iter=1000).fit(features[fit][:, best[:k]], y).score(
+            features[test][:, best[:k]], truth) for k in (*numbers, None)])
+    return np.mean(found, 0)
+
+
+def mean_accuracies(found, numbers):
+    """Means over data sets of {features: sparse_accuracies}: flat, and as curves beside the single ones."""
+    curves = {name: np.mean([accuracies[name] for accuracies in found], 0) for name in found[0]}
+    kinds = *(f"top_{k}" for k in numbers), "all"
+    metrics = {f"{name}_{kind}": value for name, values in curves.items() for kind, value in zip(kinds, values)}
+    return metrics, curves | {"k": numbers, "data_sets": found}
+
+
+def pooled_features(store, values):
+    """values(batch) [batch, seq, d], mean over the tokens of each window that count: [window, d]."""
+    ids, found = np.arange(len(store.windows.tokens)), []
+    for part in np.array_split(ids, len(ids) // 32 + 1):
+        keep = store.valid(part)[..., None]
+        found.append(((values(store.batch(part)) * keep).sum(1) / keep.sum(1)).cpu().numpy())
+    return np.concatenate(found)
+
+
+def probing_baselines(store, features, numbers):
+    """sparse_accuracies of pooled features {name: function of a batch}, and of counts of tokens."""
+    found = {name: sparse_accuracies(pooled_features(store, values), store.windows, numbers).tolist()
+             for name, values in features.items()}
+    return found | {"tokens": sparse_accuracies(token_shares(store.windows), store.windows, numbers).tolist()}
+
+
+def sparse_probing(stores, features, numbers, key):
+    """mean_accuracies over stores of pooled features {name: function of a batch}; those of all but "sae", and of counts of
+    tokens, are kept beside the store's files, under the key."""
+    baselines, found = {name: values for name, values in features.items() if name != "sae"}, []
+    for store in stores:
+        base = cached_json(store.folder / f"{key}.json", lambda: probing_baselines(store, baselines, numbers))
+        found.append(base | {"sae": sparse_accuracies(pooled_features(store, features["sae"]), store.windows, numbers)})
+    return mean_accuracies(found, numbers)
+
+
+def token_shares(windows):
+    """Share of each token among those of a window that count, sparse [window, vocabulary]."""
+    keep = windows.valid(np.arange(len(windows.tokens)))
+    row, column = np.nonzero(keep)
+    shape = len(keep), int(windows.tokens.max()) + 1
+    return csr_array((1 / keep.sum(1)[row], (row, windows.tokens[row, column])), shape)
+
+
+
 def probing_store(run, dataset):
     """Activations of a data set's texts, one a window, scaled as in training."""
-    windows, key = corpus.probing_windows(
+    windows, key = probing_windows(
         dataset, load_tokenizer(), PROBING_SIZE, CONTEXT_LENGTH, cache_folder() / "tokens")
     like = run.store
     store = Store(like.folder.parent / fingerprint(key, like.folder.name), windows,
@@ -1721,13 +2591,297 @@ def eval_sparse_probing(run):
                 "untrained": lambda batch: control.encode(batch).dense(),
                 "sae": lambda batch: run.sae.encode(batch).dense()}
     stores = ((run.probing or probing_store)(run, dataset) for dataset in PROBING)
-    metrics, curves = corpus.sparse_probing(
+    metrics, curves = sparse_probing(
         stores, features, PROBED, fingerprint(
             *sources(TopK, untrained, eval_sparse_probing), TARGET_L0, PROBED, run.sae.d_sae))
     return Result(metrics, {"sparse_probing": curves}, {})
 
 
 # ---- Hierarchy: level 2 against level 1, and through the model ----
+def binary_information(both, first, second, n):
+    """Mutual information in nats of two events that happen first and second times in n, both times together."""
+    total = 0.0
+    for joint, a, b in ((both, first, second), (first - both, first, n - second), (second - both, n - first, second),
+                        (n - first - second + both, n - first, n - second)):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            total = total + np.where(joint > 0, joint / n * np.log(joint * n / np.asarray(a * b, dtype=float)), 0.0)
+    return total
+
+
+def binary_entropy(count, n):
+    return binary_information(count, count, count, n)
+
+
+class Edges(NamedTuple):
+    """What parents tell of children, by edge."""
+    information: np.ndarray     # [edge] bias-corrected mutual information over the child's entropy
+    p: np.ndarray               # [edge] share of circular shifts that reach it
+    draws: np.ndarray           # [draw] mean over edges for files drawn with replacement
+
+    @property
+    def mean(self):
+        return self.information.mean() if len(self.information) else 0.0
+
+
+def edge_information(parents, children_of, edges, files, draws=200, least_shift=17):
+    """Edges of pairs (parent, child) [edge, 2]: I(parent; child) of binary activity, less its mean over circular shifts
+    of the parent by at least `least_shift` tokens, over H(child). files [n]: of each token."""
+    rng, n, found = np.random.default_rng(0), parents.n, []
+    names, of = np.unique(files, return_inverse=True)
+    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws).T        # [file, draw]
+    if n <= 2 * least_shift:
+        raise RunnerError(f"{n} held-out tokens are too few for circular shifts of {least_shift}.")
+    shifts, sizes = rng.integers(least_shift, n - least_shift, draws), np.bincount(of)
+    on, total = np.zeros(2 * n, dtype=bool), np.zeros(draws)
+    for parent, child in edges:
+        at, times = parents.places[parent], children_of.places[child]
+        on[at], on[at + n] = True, True
+        both = times[on[times]]
+        shifted = on[times[None] + shifts[:, None]].sum(1)
+        on[at], on[at + n] = False, False
+        observed = binary_information(len(both), len(at), len(times), n)
+        null = binary_information(shifted, len(at), len(times), n)
+        miller_madow_entropy = max(binary_entropy(len(times), n), 1e-12)
+        found.append(((observed - null.mean()) / miller_madow_entropy, (1 + (null >= observed).sum()) / (1 + draws)))
+        counts = [np.bincount(of[part], minlength=len(names)) @ weights for part in (both, at, times)]
+        drawn = sizes @ weights
+        again = binary_information(*counts, drawn) - null.mean()
+        total += again / np.maximum(binary_entropy(counts[2], drawn), 1e-12)
+    information, p = np.array(found).reshape(-1, 2).T
+    return Edges(information, p, total / max(len(edges), 1))
+
+
+def alike_parents(rates, edges, rng):
+    """For each edge (parent, child) another parent, one of the ten nearest in rate."""
+    order = np.argsort(rates, kind="stable")
+    place = np.argsort(order)
+    found = []
+    for parent, child in edges:
+        low = int(np.clip(place[parent] - 5, 0, max(len(order) - 11, 0)))
+        near = order[low:low + 11]
+        found.append((rng.choice(near[near != parent]), child))
+    return np.array(found)
+
+
+def information_scores(edges, controls):
+    """Mean information of Edges and of {name: Edges} of controls; of each the difference with its 95 % interval over
+    files, and q after Benjamini-Hochberg over the controls; share of the edges that are significant after it."""
+    found = {"mutual_information": edges.mean,
+             "edges_significant": (false_discovery_control(edges.p) < 0.05).mean() if len(edges.p) else 0.0}
+    tails = []
+    for name, control in controls.items():
+        gap = edges.draws - control.draws
+        low, high = np.percentile(gap, (2.5, 97.5))
+        found |= {f"mutual_information_{name}": control.mean, f"mutual_information_over_{name}": edges.mean - control.mean,
+                  f"mutual_information_over_{name}_low": low, f"mutual_information_over_{name}_high": high}
+        tails.append(min(1.0, 2 * (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (1 + len(gap))))
+    for name, q in zip(controls, false_discovery_control(tails)):
+        found[f"mutual_information_over_{name}_q"] = q
+    return found
+
+
+def label_kinds(windows):
+    """Labels of the held-out tokens that count {name: class [n]}: the token, its class with all labels taken together,
+    and, where there are labels, its type and its context apart."""
+    keep = windows.heldout_tokens()
+    found = {"token": windows.tokens[windows.n_train:, 1:].ravel()[keep], "class": token_classes(windows)[keep]}
+    if windows.labels is not None and (windows.labels >= 0).any():
+        labels = windows.labels[:, 1:].reshape(-1, len(LABELS))[keep]
+        found["type"] = labels[:, 0] + 1
+        found["context"] = np.unique(labels[:, 1:], axis=0, return_inverse=True)[1].ravel()
+    return found
+
+
+def modal_labels(places, classes):
+    """The most frequent class on the tokens where each unit fires."""
+    return np.array([np.bincount(classes[at]).argmax() for at in places])
+
+
+def ward_groups(directions, n_groups):
+    """Group [unit] of directions [unit, d] by Ward's method."""
+    from sklearn.cluster import AgglomerativeClustering
+    return AgglomerativeClustering(int(np.clip(n_groups, 1, len(directions)))).fit_predict(directions)
+
+
+def kmeans_groups(directions, n_groups):
+    from sklearn.cluster import KMeans
+    return KMeans(int(np.clip(n_groups, 1, len(directions))), n_init=1, random_state=0).fit_predict(directions)
+
+
+def clustering_scores(groups, places, kinds, directions):
+    """How well groups [unit] follow the labels of the units: adjusted mutual information and adjusted Rand index with
+    the modal label of each of `kinds`; and the silhouette of the directions [unit, d], which proves nothing where a
+    loss trained it."""
+    from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, silhouette_score
+    found = {}
+    for kind, classes in kinds.items():
+        labels = modal_labels(places, classes)
+        found |= {f"ami_{kind}": adjusted_mutual_info_score(labels, groups), f"ari_{kind}": adjusted_rand_score(labels, groups)}
+    if 1 < len(np.unique(groups)) < len(groups):
+        found["silhouette"] = silhouette_score(directions, groups)
+    return found
+
+
+class Levels(NamedTuple):
+    """Two levels of live units: the children (level 1, or those of a flat dictionary) and the parent of each."""
+    lower: Activity
+    upper: Activity
+    parents: np.ndarray     # [child] index into upper
+    children_of: np.ndarray    # live children whose parent is live
+
+    @classmethod
+    def of(cls, lower, upper, parents, files, live):
+        alive = lower.live(files, *live) & upper.live(files, *live)[parents]
+        return cls(lower, upper, parents, np.flatnonzero(alive))
+
+    def families(self):
+        """{parent: its live children}, of parents that have at least two."""
+        order = self.children[np.argsort(self.parents[self.children], kind="stable")]
+        parents, first = np.unique(self.parents[order], return_index=True)
+        return {int(p): part for p, part in zip(parents, np.split(order, first[1:])) if len(part) > 1}
+
+    def edges(self):
+        found = [(parent, child) for parent, part in self.families().items() for child in part]
+        if not found:
+            raise RunnerError(f"no parent has two live children: {len(self.children)} live ones of {len(self.parents)} have "
+                            "a live parent, each another one.")
+        return np.array(found)
+
+    def information(self, files, edges=None):
+        return edge_information(self.upper, self.lower, self.edges() if edges is None else edges, files)
+
+
+def or_groups(activity, groups):
+    """Units in groups [unit], as Levels: a group fires where one of its units does."""
+    return Levels(activity, activity.union(groups), groups, np.arange(len(groups)))
+
+
+def levels_of_codes(windows, live, lower, upper, parents):
+    """Levels of codes of the held-out tokens, sparse [token, unit] by column."""
+    both = (Activity.of(codes, windows.heldout_tokens()) for codes in (lower, upper))
+    return Levels.of(*both, parents.cpu().numpy(), heldout_files(windows), live)
+
+
+def hierarchy_scores(windows, levels_of_codes, starts, flat, directions, flat_directions, live):
+    """What two Levels tell: -> metrics, curves, families.
+
+    starts: {name: Levels} with the level 2 that was not trained; flat: codes of a flat SAE, sparse; directions of the
+    features of level 1 and of the flat SAE's latents [unit, d]; live: (firings, files) of a live unit."""
+    files = heldout_files(windows)
+    if not levels_of_codes.families():                               # no parent has two live children
+        return {"groups": 0}, {}, {}
+    rng, edges, families = np.random.default_rng(0), levels_of_codes.edges(), levels_of_codes.families()
+    units, directions, flat_directions = levels_of_codes.children, directions.cpu().numpy(), flat_directions.cpu().numpy()
+    groups = np.unique(levels_of_codes.parents[units], return_inverse=True)[1]
+    flat = Activity.of(flat, windows.heldout_tokens())
+    of_flat = np.flatnonzero(flat.live(files, *live))
+    flat, flat_directions = flat.only(of_flat), flat_directions[of_flat]
+    n_groups = max(1, round(len(of_flat) * (groups.max() + 1) / len(units)))           # as many units in each
+    kinds, own = label_kinds(windows), [levels_of_codes.lower.places[i] for i in units]
+    metrics = {"groups": groups.max() + 1, "group_size": len(units) / (groups.max() + 1),
+               "singletons": (np.bincount(groups) == 1).mean(), "duplicates": duplicate_fraction(families, directions)}
+    tables = {"": (groups, own, directions[units])}
+    for method in (ward_groups, kmeans_groups):
+        tables[f"_{method.__name__}"] = method(flat_directions, n_groups), flat.places, flat_directions
+        tables[f"_{method.__name__}_level_1"] = method(directions[units], groups.max() + 1), own, directions[units]
+    for name, (found, places, d) in tables.items():
+        metrics |= {f"{key}{name}": value for key, value in clustering_scores(found, places, kinds, d).items()}
+    controls = {"non_edges": levels_of_codes.information(files, alike_parents(levels_of_codes.upper.rates(), edges, rng)),
+                "ward": or_groups(flat, tables["_ward"][0]).information(files)}
+    controls |= {name: start.information(files) for name, start in starts.items()}
+    metrics |= information_scores(levels_of_codes.information(files), controls)
+    shown = sorted(families, key=lambda p: -len(families[p]))[:12]
+    children_of = np.concatenate([families[p][:3] for p in shown])
+    pairs = np.array([(p, i) for p in shown for i in children_of])
+    matrix = edge_information(levels_of_codes.upper, levels_of_codes.lower, pairs, files, 50).information
+    curves = {"information_matrix": matrix.reshape(len(shown), -1).round(4), "matrix_parents": np.array(shown),
+              "matrix_children": children_of, "matrix_family": np.array([levels_of_codes.parents[i] for i in children_of])}
+    return metrics, curves, families
+
+
+def duplicate_fraction(families, directions):
+    """Share of the children that point as a sibling does, cosine above .95."""
+    same, n = 0, 0
+    for part in families.values():
+        unit = normalize(directions[part])
+        cosine = unit @ unit.T - 2 * np.eye(len(part))
+        same, n = same + (cosine.max(1) > 0.95).sum(), n + len(part)
+    return same / max(n, 1)
+
+
+def evenly_by_rate(families, rates, n):
+    """n parents, evenly spaced in the order of their rates."""
+    order = sorted(families, key=lambda p: (rates[p], p))
+    return [order[i] for i in np.unique(np.linspace(0, len(order) - 1, n).round().astype(int))] if order else []
+
+
+def row_cosines(a, b):
+    """Of rows [n, d]; 0 where one is zero."""
+    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+
+
+def matched_controls(size, parent, rates):
+    """Of latents of `size` [windows, seq, d_sae]: where the parent is active beside another one, [windows, seq]; which of
+    those is nearest to it in log size and log rate [d_sae] together; and which of all in rate."""
+    size, rate = size.log(), torch.as_tensor(rates, device=size.device).clamp_min(1e-9).log()
+    near = (rate - rate[parent]).abs()
+    near[parent] = math.inf
+    apart = (size - size[..., parent, None]).abs() + near
+    apart, rival = apart.nan_to_num(math.inf, math.inf).min(2)
+    return size[..., parent].isfinite() & apart.isfinite(), rival, near.argmin()
+
+
+def summarise_ablation(docs, on, changes, rises, h, children_of):
+    """Of one parent, at the tokens `on` [windows, seq] of documents [windows], n in all, what changes in the logits,
+    [2 + children, n, vocab], where it, its rival, each child is ablated; what in those, [2, m, vocab], where it and its rival
+    are put in; and level 1 there, h [2][m, d_1]. -> cosines with the children's sum [n]; mean rise of the ten tokens that
+    this sum lowers most; share of the children that then fire."""
+    files = docs[on.nonzero()[:, 0].cpu().numpy()]
+    changes, rises = changes.cpu().numpy(), rises.cpu().numpy()
+    fires = [(part[:, children_of] > 0).float().mean().item() for part in h]
+    own, other, *finite_number = changes
+    summed = np.sum(finite_number, 0)
+    top = np.argsort((summed - summed.mean(1, keepdims=True)).mean(0), kind="stable")[:10]
+    up = (rises - rises.mean(2, keepdims=True))[:, :, top].mean((1, 2))
+    return {"files": files, "own": row_cosines(own, summed), "rival": row_cosines(other, summed), "patched_rise": up[0],
+            "rival_rise": up[1], "patched_children": fires[0], "rival_children": fires[1]}
+
+
+def causal_scores(traces, windows):
+    """Of traces, one a parent (see `traced`): mean cosine of a parent's effect with its children's summed effects,
+    and of its rival's; their ratio, the causal specificity; p of the difference, by sign flips of files; what patching
+    does to the logits of the children's top tokens, and to the children; and the cosines by document [sample]."""
+    if not traces:
+        return {}, {}
+    files, own, rival = (np.concatenate([trace[name] for trace in traces]) for name in ("files", "own", "rival"))
+    means = np.array([[values[files == file].mean() for values in (own, rival)] for file in np.unique(files)])
+    gap, rng = means[:, 0] - means[:, 1], np.random.default_rng(0)
+    flips = rng.choice((-1.0, 1.0), (10_000, len(gap))) @ gap
+    found = {"causal_cosine": own.mean(), "causal_cosine_rival": rival.mean(),
+             "causal_specificity": own.mean() / max(rival.mean(), 1e-3),
+             "causal_p": (1 + (flips >= gap.sum() - 1e-12).sum()) / (1 + len(flips))}
+    for name in ("rise", "children"):
+        a, b = (np.array([trace[key] for trace in traces]) for key in (f"patched_{name}", f"rival_{name}"))
+        found |= {f"patched_{name}": a.mean(), f"patched_{name}_rival": b.mean(), f"patched_{name}_share": (a > b).mean()}
+    return found, {f"causal_cosine{end}": windows.by_document(values, files)
+                   for end, values in (("", own), ("_rival", rival))}
+
+
+def windows_with(windows, activity, unit, n=4):
+    """Ids of up to n windows, one a file, in which a unit fires most, and of as many of other files in which it fires
+    least."""
+    seq, files = windows.tokens.shape[1] - 1, windows.doc_ids[windows.n_train:]
+    rows = windows.heldout_tokens()[activity.places[unit]] // seq
+    counts = np.bincount(rows, minlength=len(files)) + np.random.default_rng(unit).random(len(files)) / 2  # ties: any
+    order = np.argsort(-counts)
+    first = order[np.sort(np.unique(files[order], return_index=True)[1])]          # the best window of each file
+    chosen = first[:min(n, len(first) // 2)]
+    others = order[::-1][~np.isin(files[order[::-1]], files[chosen])]
+    absent = others[np.sort(np.unique(files[others], return_index=True)[1])][:n]
+    return windows.n_train + chosen, windows.n_train + absent
+
+
+
 def batch_windows(store):  # of SAEs trained beside the run's own
     return min(BATCH_TOKENS // CONTEXT_LENGTH, store.windows.n_train)
 
@@ -1768,7 +2922,7 @@ def trace(run, parent, children, rates, ids, absent):
 
     batch = run.store.batch(ids)
     z, h = sae.encode(batch).dense(), sae.levels(batch).dense()
-    on, rival, like = corpus.rivals(z * norm, parent, rates)
+    on, rival, like = matched_controls(z * norm, parent, rates)
     deltas = [edited(z, latent, 0.0, on) for latent in (parent, rival[..., None])]
     deltas += [-(h[..., i] * on)[..., None] * sae.lower.W_dec[i] for i in children]
     changes, value = logit_changes(run, ids, deltas, on), z[..., parent][on].mean()
@@ -1778,7 +2932,7 @@ def trace(run, parent, children, rates, ids, absent):
     deltas = [edited(z, i, value * norm[parent] / norm[i], where) for i in (parent, like)]
     rises = logit_changes(run, absent, deltas, where)
     h = [sae.levels(batch._replace(x=batch.x + delta)).dense()[where] for delta in deltas]
-    return corpus.traced(run.store.windows.doc_ids[ids], on, changes, rises, h, children)
+    return summarise_ablation(run.store.windows.doc_ids[ids], on, changes, rises, h, children)
 
 
 @torch.no_grad()
@@ -1788,22 +2942,22 @@ def eval_hierarchy(run):
     ids, (flat, share) = windows.heldout(), flat_peer(run)
     (lower, rows, _), (peer, flat_rows, _) = (
         encode_windows(s, store, ids) for s in (sae.lower, flat))
-    levels = functools.partial(corpus.levels, windows, run.live, lower)
+    levels = functools.partial(levels_of_codes, windows, run.live, lower)
     both, starts = levels(run.heldout[0], sae.parents()), {}
     for name in ("untrained", "start"):
         start = copy.deepcopy(sae)
         torch.manual_seed(0)
         start.begin(store.batch(ids[:32]), grouped=name == "start")
         starts[name] = levels(encode_windows(start, store, ids)[0], start.parents())
-    metrics, curves, families = corpus.hierarchy_scores(
+    metrics, curves, families = hierarchy_scores(
         windows, both, starts, peer, sae.lower.W_dec, flat.W_dec, run.live)
     rates, variance = both.upper.rates(), controls(run)["variance"]
-    parents = corpus.evenly(families, rates, 2 if run.probing else TRACED)
-    traces = [trace(run, p, families[p], rates, *corpus.windows_with(windows, both.upper, p))
+    parents = evenly_by_rate(families, rates, 2 if run.probing else TRACED)
+    traces = [trace(run, p, families[p], rates, *windows_with(windows, both.upper, p))
               for p in parents]
-    curves["tree"] = corpus.family_tree(
+    curves["tree"] = family_tree(
         windows, load_tokenizer(), both, families, parents, sae.W_dec, traces)
-    causal, per_sequence = corpus.causal_scores(traces, windows)
+    causal, per_sequence = causal_scores(traces, windows)
     metrics |= causal | {"level_1_l0": np.nanmean(rows["l0"]), "flat_trained": share,
                          "level_1_explained_variance": explained_variance(rows, variance),
                          "flat_explained_variance": explained_variance(flat_rows, variance)}
@@ -1811,12 +2965,211 @@ def eval_hierarchy(run):
 
 
 # ---- Compositions: recovery of known ones, interaction and reuse ----
+def aurocs(values, positive):
+    """AUROC of each column of non-negative values [n, d], sparse in n, for positive [n]. A column that fires on less
+    than a fifth of the positives, for which it is at most .6, counts as .5."""
+    found, n = np.full(values.shape[1], 0.5), positive.sum()
+    often = np.flatnonzero((values[positive] > 0).mean(0) >= 0.2)
+    ranks = rankdata(values[:, often], axis=0)[positive].sum(0)
+    found[often] = (ranks - n * (n + 1) / 2) / (n * (len(positive) - n))
+    return found
+
+
+def recovery_scores(truth, dev, test, dictionary):
+    """How well latents dev and test [token, d_sae] >= 0 of truth's DEV and TEST, and a dictionary [d_sae, 96], match the
+    truth: mean cosine with the true directions under the best assignment (Hungarian); mean AUROC, on TEST, of the latent
+    that is best on DEV: of primitives, and of pairs against tokens with exactly one of the two, for pairs seen together
+    in training and pairs that never were ("unseen"); and the smaller of the two latents of its primitives instead
+    ("minimum"). One latent that is one of the two primitives has .75 there."""
+    cosine = truth.directions @ normalize(jsonable(dictionary)).T
+    rows, columns = linear_sum_assignment(-cosine)
+    found = np.zeros(len(cosine))                           # 0 for what no row is left for
+    found[rows] = cosine[rows, columns]
+    WATCHDOG.renew()
+    scores = {"cosine_primitives": found[:PRIMITIVES].mean(), "cosine_compositions": found[PRIMITIVES:].mean()}
+    on = [truth.amounts[part] > 0 for part in truth.parts()[1:]]
+    few = RunnerError("too few synthetic tokens: no pair of primitives is there often enough.")
+    if not all(part.any(0).all() for part in on):
+        raise few
+    best = [aurocs(dev, on[0][:, i]).argmax() for i in range(PRIMITIVES)]
+    scores["auroc_primitives"] = np.mean([roc_auc_score(on[1][:, i], test[:, b]) for i, b in enumerate(best)])
+    rows = []
+    for i, j in truth.wired.pairs:
+        one = [part[:, i] | part[:, j] for part in on]
+        both = [(part[:, i] & part[:, j])[rows_] for part, rows_ in zip(on, one)]
+        if min(part.sum() for part in both) < 3:
+            rows.append((np.nan, np.nan, -1))
+            continue
+        chosen = aurocs(dev[one[0]], both[0]).argmax()
+        least = np.minimum(test[one[1], best[i]], test[one[1], best[j]])
+        rows.append((roc_auc_score(both[1], test[one[1], chosen]), roc_auc_score(both[1], least), chosen))
+    rows = np.array(rows)
+    for name, part in (("seen", truth.wired.seen), ("unseen", ~truth.wired.seen)):
+        if np.isnan(rows[part, 0]).all():
+            raise few
+        scores[f"auroc_{name}"], scores[f"minimum_{name}"] = np.nanmean(rows[part, :2], 0)
+    return scores
+
+
+def keep_strongest(values, k):
+    """Values [n, d] >= 0 with all but the k largest of each row set to 0."""
+    least = np.partition(values, -k, axis=1)[:, -k, None]
+    return np.where(values >= least, values, 0.0)
+
+
+def signed_parts(values):  # [n, d] -> [n, 2 d] >= 0
+    return np.concatenate([np.maximum(values, 0), np.maximum(-values, 0)], 1)
+
+
+def recovery_baselines(truth, k, d_sae, seed=0):
+    """`recovery` of PCA (the k largest signed components of a token), of NMF of [x+, x-] with as many components as
+    there are true features (the k largest), and of a random dictionary of d_sae rows, as TopK reads it."""
+    train, *parts = (truth.flat_x()[part] for part in truth.parts())
+    pca = PCA(DIMENSIONS, random_state=seed).fit(train)
+    nmf = MiniBatchNMF(PRIMITIVES + COMPOSED, init="nndsvda", batch_size=1024, max_iter=20, random_state=seed)
+    nmf.fit(signed_parts(train[:8192]))
+    random = normalize(np.random.default_rng((seed, 1)).standard_normal((d_sae, DIMENSIONS)))
+    codes = {"pca": (lambda x: signed_parts(pca.transform(x)), np.concatenate([pca.components_, -pca.components_])),
+             "nmf": (lambda x: nmf.transform(signed_parts(x)), nmf.components_[:, :DIMENSIONS] - nmf.components_[:, DIMENSIONS:]),
+             "random": (lambda x: np.maximum((x - train.mean(0)) @ random.T, 0), random)}
+    return {name: recovery_scores(truth, *(keep_strongest(code(part), k) for part in parts), dictionary)
+            for name, (code, dictionary) in codes.items()}
+
+
+def ablation_effects(compose, f, fires, rng, draws=8):
+    """What each composition of a token loses where one of its features is dropped, or two.
+
+    compose(f) gives compositions [n, d_c] of features f [n, k] >= 0; fires [n, d_c] are those that count. -> singles:
+    (token, slot, composition, c(f) - c(f without slot)); pairs, `draws` at random of each token's active features:
+    (token, slot, slot, the composition that interacts most, |c(f) - c(f\\i) - c(f\\j) + c(f\\ij)| of it)."""
+    def without(*slots):
+        left = f.copy()
+        for slot in slots:
+            left[row, slot] = 0
+        return compose(left)
+
+    whole, row, k = compose(f), np.arange(len(f)), f.shape[1]
+    alone = np.stack([without(slot) for slot in range(k)], 1)
+    token, slot, of = np.nonzero((f > 0)[:, :, None] & fires[:, None])
+    singles = token, slot, of, (whole[token, of] - alone[token, slot, of]).astype(float)
+    pairs = []
+    for _ in range(draws):
+        first, second = np.where(f > 0, rng.random(f.shape), -1).argsort(1)[:, -2:].T
+        joint = np.abs(whole - alone[row, first] - alone[row, second] + without(first, second)) * fires
+        most = joint.argmax(1)
+        use = (f[row, first] > 0) & (f[row, second] > 0) & fires.any(1)
+        pairs.append([part[use] for part in (row, first, second, most, joint[row, most].astype(float))])
+    return singles, [np.concatenate(part) for part in zip(*pairs)]
+
+
+def composition_scores(compose, ids, f, codes, attention, text, rng, least):
+    """Metrics and curves of compositions, compose(f): features ids [n, k] with values f [n, k] of n tokens, text [n]; codes
+    [n, d_c] after the bottleneck; attention [n, heads, k, k] between features, or None; `least`: see reuse."""
+    device, (ids, f, codes) = f.device, (part.cpu().numpy() for part in (ids, f, codes))
+    (token, slot, of, effect), pairs = ablation_effects(
+        lambda f: compose(torch.from_numpy(f).to(device)).cpu().numpy(), f, codes > 0, rng)
+    metrics = {"compositions_per_token": (codes > 0).sum(1).mean(), "live_compositions": (codes > 0).any(0).mean()}
+    if not len(token):                                      # the features take all of TARGET_L0
+        return metrics, {}
+    row, a, b, composition, interaction = pairs
+    feature, first, second = ids[token, slot], ids[row, a], ids[row, b]
+    found, took, random = feature_reuse(token * codes.shape[1] + of, feature, of, effect, rng, least=least)
+    metrics |= found
+    if attention is not None:
+        attention = attention.mean(1).cpu().numpy()
+        seen = attention[row, a, b] + attention[row, b, a]
+        metrics |= interaction_scores(first, second, seen, interaction)
+    return metrics, {
+        "patterns": composition_patterns(codes, feature, of, effect, first, second, composition, interaction, text),
+        "reuse": np.bincount(took), "reuse_null": np.mean([np.bincount(r, minlength=len(took)) for r in random], 0)[:40]}
+
+
+def interaction_scores(first, second, attention, effect):
+    """Whether attention tells which features act together. Of each instance [n] two features, the attention between them
+    and the size of their interaction; by pair of features the means: Spearman's correlation of the two, and the AUROC
+    of attention for the tenth of the pairs that interact most against as many pairs with like numbers of instances."""
+    low, high = np.minimum(first, second), np.maximum(first, second)
+    _, index, counts = np.unique(low * (high.max() + 1) + high, return_inverse=True, return_counts=True)
+    attention, effect = (np.bincount(index, values) / counts for values in (attention, effect))
+    if len(counts) < 20 or effect.max() == effect.min():    # none acts together with another
+        return {"feature_pairs": len(counts)}
+    chosen = np.argsort(-effect, kind="stable")[:len(effect) // 10]
+    others = rate_matched(counts, chosen)
+    truth = np.arange(len(chosen) + len(others)) < len(chosen)
+    return {"attention_spearman": spearmanr(attention, effect).statistic,
+            "attention_auroc": roc_auc_score(truth, attention[np.concatenate([chosen, others])]), "feature_pairs": len(counts)}
+
+
+def gini(values):
+    """Gini coefficient of values [n] >= 0."""
+    order = np.sort(values)
+    n = len(order)
+    return (2 * np.arange(1, n + 1) - n - 1) @ order / max(n * order.sum(), 1e-12)
+
+
+def feature_reuse(group, feature, composition, effect, rng, draws=50, least=5):
+    """In how many compositions each feature takes part: in how many its ablation acts above the 95th percentile of what
+    it is when effects are shuffled among the features of a token.
+
+    Of each instance [n] its group (token and composition), feature, composition, effect; pairs of feature and
+    composition with fewer than `least` instances are left out. -> metrics; the counts of features with any such pair;
+    and of `draws` random bipartite graphs with as many edges the counts [draws, feature]."""
+    edges, index, counts = np.unique(np.stack([feature, composition]), axis=1, return_inverse=True, return_counts=True)
+    index, known = index.ravel(), counts >= least
+    total, null = np.bincount(index, effect), []
+    by_group = np.argsort(group, kind="stable")
+    for _ in range(draws):
+        order = np.lexsort((rng.random(len(group)), group))
+        shuffled = np.empty_like(effect)
+        shuffled[by_group] = effect[order]
+        null.append(np.bincount(index, shuffled, len(counts)))
+    acts = known & (total > np.quantile(null, 0.95, axis=0) + 1e-9 * np.abs(total).max())
+    features, of = np.unique(edges[0, known], return_inverse=True)
+    if not acts.any():
+        return {"reuse_edges": 0.0}, np.zeros(1, int), np.zeros((1, 1), int)
+    took = np.bincount(of, acts[known], len(features)).astype(int)
+    random = np.array([np.bincount(rng.choice(of, took.sum(), replace=False), minlength=len(features))
+                       for _ in range(draws)])
+    ginis = [gini(row) for row in random]
+    return {"reuse_mean": took.mean(), "reuse_gini": gini(took), "reuse_gini_null": np.mean(ginis),
+            "reuse_gini_null_95": np.quantile(ginis, 0.95), "reused_fraction": (took > 1).mean(),
+            "reuse_edges": acts.sum() / known.sum()}, took, random
+
+
+def composition_patterns(codes, feature, composition, effect, first, second, of, interaction, text, most=16):
+    """What the `most` compositions of the largest total value are made of: {"compositions": ids; "features": the features
+    that act most on them; "effects" [composition, feature]: mean change of it where the feature is dropped, over its mean
+    value; "pairs": of each the three pairs of features with the largest mean interaction; "tokens": of each the tokens
+    [str] where it is largest}. codes [token, d_c]; instances as of `reuse`, and of pairs."""
+    top = np.argsort(-codes.sum(0), kind="stable")[:most]
+    top = top[codes[:, top].sum(0) > 0]
+    mean = codes.sum(0) / np.maximum((codes > 0).sum(0), 1)
+    chosen = []
+    for c in top:
+        here = composition == c
+        names, index = np.unique(feature[here], return_inverse=True)
+        chosen += list(names[np.argsort(-np.bincount(index, effect[here]), kind="stable")[:2]])
+    features = np.array(list(dict.fromkeys(chosen)))
+    table, found = np.zeros((len(top), len(features))), []
+    for row, c in zip(table, top):
+        for column, name in enumerate(features):
+            here = (composition == c) & (feature == name)
+            row[column] = effect[here].mean() / mean[c] if here.any() else 0.0
+        low, high = np.minimum(first, second)[of == c], np.maximum(first, second)[of == c]
+        pairs, index = np.unique(np.stack([low, high]), axis=1, return_inverse=True)
+        means = np.bincount(index.ravel(), interaction[of == c]) / np.maximum(np.bincount(index.ravel()), 1)
+        found.append([(*pairs[:, i].tolist(), float(means[i])) for i in np.argsort(-means, kind="stable")[:3]])
+    return {"compositions": top, "features": features, "effects": table.round(4), "pairs": found,
+            "tokens": [[text[i] for i in np.argsort(-codes[:, c], kind="stable")[:5] if codes[i, c] > 0] for c in top]}
+
+
+
 def recovered(run, task, rho):
     """An SAE of this variant on synthetic activations -> its scores, those of baselines."""
     n_tokens, (width, k) = 2 ** 13 if run.probing else SYNTHETIC_TOKENS, SYNTHETIC_SAE
     made = task, rho, CONTEXT_LENGTH, n_tokens, FORGET
-    truth, folder = corpus.synthetic(*made), cache_folder() / "synthetic"
-    store = Store(folder, truth.windows, corpus.DIMENSIONS, torch.float32)
+    truth, folder = make_synthetic(*made), cache_folder() / "synthetic"
+    store = Store(folder, truth.windows, DIMENSIONS, torch.float32)
     store.maps = torch.from_numpy(truth.x).to(DEVICE).split(SHARD_WINDOWS)
     store.normalise()
     sae = make_sae(store.d_in, width, run.seed, k)
@@ -1825,12 +3178,13 @@ def recovered(run, task, rho):
     with tempfile.TemporaryDirectory() as state:
         train(sae, store, stages, run.seed, batch_windows(store), math.inf, Path(state, "sae"))
     z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
-    scores = corpus.recovery(truth, *np.split(z.toarray(), 2), sae.W_dec)
+    scores = recovery_scores(truth, *np.split(z.toarray(), 2), sae.W_dec)
     scores |= {"explained_variance": explained_variance(rows, variance_by_position(store)[1]),
                "l0": np.nanmean(rows["l0"])}
-    key = fingerprint(made, SYNTHETIC_SAE, Path(corpus.__file__).read_text())
-    return scores, kept(folder / f"{key}.json",
-                        lambda: corpus.recovery_baselines(truth, k, width))
+    key = fingerprint(made, SYNTHETIC_SAE, Path(data.synthetic.__file__).read_text(), *map(
+        inspect.getsource, (recovery_scores, recovery_baselines)))
+    return scores, cached_json(folder / f"{key}.json",
+                        lambda: recovery_baselines(truth, k, width))
 
 
 def eval_recovery(run):
@@ -1854,7 +3208,7 @@ def eval_composition(run):
     x, tokens = (a[torch.arange(len(at)), at][:, None] for a in (batch.x, batch.tokens))
     batch = batch._replace(x=x, mask=None)
     (ids, f), z = sae.features(batch), sae.encode(batch).dense()[:, 0, sae.d_f:]
-    metrics, curves = corpus.composition_scores(
+    metrics, curves = composition_scores(
         functools.partial(sae.compose, ids), ids, f, z, sae.attention(ids, f),
         load_tokenizer().batch_decode(tokens), rng, min(5, run.live[0]))
     return Result(metrics, curves, {})
@@ -1873,7 +3227,7 @@ def features(run):
     logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
     fires = torch.from_numpy(z[:, latents].tocsr()[:batch.tokens.numel()].toarray() > 0)
     related = run.sae.related(latents, batch, fires.view(*batch.tokens.shape, -1).to(batch.x))
-    return corpus.latents_page(store.windows, load_tokenizer(), latents, z,
+    return latents_page(store.windows, load_tokenizer(), latents, z,
                                (logits[:-1] - logits[-1]).cpu().numpy(), related, len(live))
 
 
@@ -1892,14 +3246,120 @@ EVALUATIONS = {
     "hierarchy": (eval_hierarchy, "levels", ("causal_specificity",))}
 
 
+def run_evaluation(evaluation, run_script):
+    """Its result as a dict; the SAE is as before it."""
+    WATCHDOG.renew()
+    before = copy.deepcopy(run_script.sae.state_dict())
+    result, after = evaluation(run_script), run_script.sae.state_dict()
+    changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    if changed or run_script.sae.training:
+        what = f"changes {changed} of the SAE" if changed else "leaves the SAE in training mode"
+        raise RunnerError(f"{evaluation.__name__} {what}: it must work on copy.deepcopy(run.sae).")
+    if not hasattr(result, "_asdict"):
+        raise RunnerError(f"{evaluation.__name__} returns a {type(result).__name__}, wanted Result(metrics, curves, per_sequence).")
+    metrics = {key: finite_number(value, f"metric {key!r} of {evaluation.__name__}") for key, value in result.metrics.items()}
+    return {"metrics": metrics, "curves": jsonable(result.curves), "per_sequence": jsonable(result.per_sequence)}
+
+
+def with_training(results, log, train_seconds):
+    """Results {evaluation: {"metrics", "curves", "per_sequence"}} of one seed, the templates' training figures and the log
+    in the first."""
+    first = next(iter(results.values()))
+    training = {"final_train_loss": np.mean([*logged_values(log, "losses", "reconstruction")][1][-5:]), "best_val_loss": min(log["val_loss"]),
+                "total_train_time": train_seconds}
+    first["metrics"] = training | first["metrics"]
+    first["curves"] = first["curves"] | {"training": log}
+    first["metrics"] = {name: finite_number(value, f"metric {name!r}") for name, value in first["metrics"].items()}
+    return results
+
+
+PLAIN_WEIGHTS = {"W_enc", "b_enc", "W_dec", "b_dec"}
+SAELENS = {"standard": PLAIN_WEIGHTS, "topk": PLAIN_WEIGHTS, "jumprelu": PLAIN_WEIGHTS | {"threshold"},
+           "gated": {"W_enc", "W_dec", "b_dec", "b_gate", "r_mag", "b_mag"}}   # the architectures that it knows
+SAELENS_OTHERS = {"abstopk", "matching_pursuit", "temporal", "transcoder", "skip_transcoder", "jumprelu_transcoder",
+                  "jumprelu_skip_transcoder"}                           # and those whose equations are none of ours
+
+
+def saelens_latents(weights, architecture, k, x):
+    """What SAELens would make of x [..., d_in] with a run's weights: [..., d_sae]."""
+    pre = (x - weights["b_dec"]) @ weights["W_enc"]
+    if architecture == "gated":
+        return torch.relu(weights["r_mag"].exp() * pre + weights["b_mag"]) * (pre + weights["b_gate"] > 0)
+    pre = pre + weights["b_enc"]
+    if architecture == "topk":
+        values, ids = pre.topk(k)
+        return torch.zeros_like(pre).scatter(-1, ids, torch.relu(values))
+    return torch.relu(pre) * (pre > weights.get("threshold", 0.0))
+
+
+def save_sae(folder, weights, architecture, k, metadata):
+    """SAELens's two files, of weights {name: tensor} that take the model's own activations."""
+    if architecture in SAELENS_OTHERS:
+        raise RunnerError(f"architecture = {architecture!r} is another SAE of SAELens's: give the class a name of its own.")
+    if architecture in SAELENS and (others := sorted(set(weights) ^ SAELENS[architecture])):
+        raise RunnerError(f"architecture = {architecture!r} is SAELens's, which knows {sorted(SAELENS[architecture])}; {others} "
+                        "differ. Give the class an `architecture` of its own.")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().float().cpu().contiguous() for name, value in weights.items()}
+    d_in, d_sae = len(weights.get("lower.W_enc", weights["W_enc"])), len(weights["W_dec"])
+    metadata = metadata | {"sae_lens_version": "6.54.12"}           # of the layout; without it SAELens drops the metadata
+    cfg = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu",
+           "apply_b_dec_to_input": True, "metadata": metadata, "normalize_activations": "none", "reshape_activations": "none"}
+    if architecture == "topk":
+        cfg |= {"k": k, "rescale_acts_by_decoder_norm": False}
+    save_file(weights, folder / "sae_weights.safetensors")
+    (folder / "sae_weights.safetensors").chmod(0o644)               # safetensors makes it readable for its owner alone
+    (folder / "cfg.json").write_text(json.dumps(cfg, indent=1))
+
+
+def exported_weights(sae, read):
+    """The weights that an SAE exports: its parameters and what it adds, then those of `read`, without what it drops."""
+    added, ablation_effects = sae.exported()
+    weights = dict(sae.named_parameters()) | added | read
+    for name in ablation_effects:
+        del weights[name]
+    return weights
+
+
+def recorded_config(constants, windows, steps):
+    """The UPPER_CASE ones of a module's constants, the data's figures, versions, and of the steps (planned, done) of each
+    seed whether all were done."""
+    import transformers
+    jsonable = {name: value for name, value in constants.items() if name.isupper() and name != "SOURCE"
+             and isinstance(value, str | int | float | tuple | None)}
+    planned, done = steps[0]
+    return jsonable | {"steps_planned": planned, "steps_done": done, "budget_hit": any(a != b for a, b in steps),
+                    "evaluation_files": len(windows.sample()),
+                    "data_hash": fingerprint(zlib.crc32(windows.tokens.tobytes())),
+                    "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def summary_text(info):
+    """A paragraph on a run: what it trained on what, and the means, of final_info.json's content."""
+    c = next(iter(info.values()))["config"]
+    off = f" without {', '.join(c['ABLATE'])}" if c["ABLATE"] else ""
+    planned, done = sum(c["steps_planned"]), sum(c["steps_done"])
+    cut = f" of {planned:,} planned, cut to the time budget" if c["budget_hit"] else ""
+    means = []
+    for entry in info.values():
+        for name, value in entry["means"].items():
+            name = name.removesuffix("_mean")
+            error = entry.get("stderrs", {}).get(f"{name}_stderr")
+            means.append(f"{name} {value:.4g}" + ("" if error is None else f" ± {error:.2g}"))
+    return (f"{c['SAE_VARIANT']}{off}, {c['d_sae']:,} latents with TARGET_L0 {c['TARGET_L0']}, on {c['MODEL_NAME']} after block "
+            f"{c['layer']}: {done:,} steps{cut} on {c['TRAIN_TOKENS']:,} tokens of {c['DATASET']}, seeds "
+            f"{', '.join(map(str, c['SEEDS']))}; measured on {c['evaluation_files']} held-out files. {', '.join(means)}.")
+
+
+
 # ---- Results ----
 def evaluate(run, train_seconds):
     """{evaluation: Result as a dict} of one seed, the templates' training figures first."""
     run.sae.eval()
-    results = {name: corpus.evaluated(EVALUATIONS[name][0], run) for name in EVALS}
+    results = {name: run_evaluation(EVALUATIONS[name][0], run) for name in EVALS}
     page, detection = features(run)
     results[EVALS[0]]["metrics"] |= detection
-    return corpus.with_training(results, run.log, train_seconds) | {"features": page}
+    return with_training(results, run.log, train_seconds) | {"features": page}
 
 
 def export(sae, store, layer, folder):
@@ -1908,11 +3368,11 @@ def export(sae, store, layer, folder):
     lower = getattr(sae, "lower", sae)  # what touches x
     scaled = {"W_enc": lower.W_enc / store.scale, "W_dec": lower.W_dec * store.scale,
               "b_dec": lower.b_dec * store.scale + store.mean}
-    weights = corpus.exported(sae, {"lower." * (lower is not sae) + name: value
+    weights = exported_weights(sae, {"lower." * (lower is not sae) + name: value
                                     for name, value in scaled.items()})
-    if sae.architecture not in corpus.SAELENS:
+    if sae.architecture not in SAELENS:
         weights |= {"input_mean": store.mean, "input_scale": torch.tensor(store.scale)}
-    corpus.save_sae(folder, weights, sae.architecture, sae.k, {
+    save_sae(folder, weights, sae.architecture, sae.k, {
         "sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
         "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
         "context_size": CONTEXT_LENGTH, "prepend_bos": True})
@@ -1923,13 +3383,153 @@ def write_results(folder, seeds, store, layer, timing):
     for seed, (sae, *_) in zip(SEEDS, seeds):
         export(sae, store, layer, folder if seed == SEEDS[0] else folder / f"seed_{seed}")
     results, steps = [result for _, result, *_ in seeds], [steps for _, _, *steps in seeds]
-    config = corpus.resolved(globals(), store.windows, steps) | {
+    config = recorded_config(globals(), store.windows, steps) | {
         "layer": layer, "d_in": store.d_in, "d_sae": seeds[0][0].d_sae}
     headlines = {name: means for name, (*_, means) in EVALUATIONS.items()}
-    return corpus.write_results(folder, results, headlines, config, timing, SOURCE)
+    return write_result_files(folder, results, headlines, config, timing, SOURCE, summary_text)
 
 
 # ---- Checks at the door ----
+def check_config(constants, variants, evaluations):
+    """The constants of experiment.py by name: what would be right for each. Others need no rule."""
+    check, choice, whole, positive, text, several, span = setting_rules(constants)
+    choice(SAE_VARIANT=" ".join(variants), ATTENTION="causal centred", DRIVE="u z",
+           TSAE_READING="paper code", TRAIN_ON="both forget retain", SELECTION="ratio frequency",
+           BUFFER_POSITIONS="learned sinusoidal", MATCHER="logistic attention",
+           LEVEL_SPARSITY="topk l1")
+    whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
+          "MATCHER_WINDOW COMPOSITION_HEADS COMPOSITION_HEAD_WIDTH")
+    positive("COMPOSITIONS", 0.9)
+    positive("COMPOSITION_SLOTS", 1)
+    whole("CONTEXT_LENGTH", 8)
+    whole("EVAL_FILES", 2)
+    whole("BATCH_TOKENS", constants["CONTEXT_LENGTH"])
+    whole("LAYER", 0, [None])
+    positive("EXPANSION TIME_BUDGET_MINUTES EPOCHS_SCALE REGULARISATION CONSISTENCY_WEIGHT "
+             "CONTRAST_WEIGHT DENSITY COSINE_WEIGHT GROUP_WEIGHT")
+    positive("CONSISTENT_FRACTION", 1)
+    positive("LEARNING_RATE", others=[None])
+    positive("TEMPERATURE", others=["learned", "scheduled"])
+    text("MODEL_NAME DATASET FORGET")
+    text("FORGET_QUESTIONS RETAIN_QUESTIONS", [None])
+    span("TRAIN_POSITIONS", constants["CONTEXT_LENGTH"])
+    check("LEVEL_WIDTHS", "(level 1, level 2), falling to TARGET_L0 at least", lambda v: type(
+        v) is tuple and [type(x) for x in v] == [int, int] and v[0] >= v[1] >= constants["TARGET_L0"], [None])
+    check("LIVE STABILITY_LAGS FAR_LAGS PROBING_SIZE SYNTHETIC_SAE", "two whole numbers from 1",
+          lambda v: type(v) is tuple and len(v) == 2 and all(type(x) is int and x > 0 for x in v))
+    several("SYNTHETIC_TASKS", TASKS)
+    several("SEEDS", range(2 ** 31))
+    name = constants["SAE_VARIANT"]
+    variant = variants[name]
+    check_curriculum(variant, name)
+    for evaluation, entry in evaluations.items():
+        if not (isinstance(entry, tuple) and len(entry) == 3 and callable(entry[0]) and isinstance(entry[2], tuple)):
+            raise RunnerError(f"EVALUATIONS[{evaluation!r}] is a {type(entry).__name__}, wanted (function, what it asks of a variant, "
+                            "(names of headline metrics,)), with all commas.")
+    several("EVALS", [evaluation for evaluation, (_, asks, _) in evaluations.items() if hasattr(variant, asks)], f" for {name}")
+    parts = set(variant.components).union(*(stage.weights for stage in variant.curriculum))
+    several("ABLATE", sorted(parts - {"reconstruction"}), f" for {name}", 0)
+
+
+CURRICULUM_EPOCHS = 20     # of a curriculum
+
+
+def check_curriculum(variant, name):
+    """A class with a tuple of stages, each with some epochs."""
+    if not inspect.isclass(variant):
+        raise RunnerError(f"SAE_VARIANTS[{name!r}] is a {type(variant).__name__}, wanted a class.")
+    stages = variant.curriculum if isinstance(variant.curriculum, tuple) else [None]
+    if not all(hasattr(stage, "epochs") for stage in stages):
+        raise RunnerError(f"the curriculum of {name} must be a tuple of Stage: (Stage(...),) with its comma.")
+    if none := [stage.name for stage in stages if not stage.epochs > 0]:
+        raise RunnerError(f"the stages {none} of {name} have no epochs: give them some, or leave them out.")
+    if (epochs := sum(stage.epochs for stage in stages)) != CURRICULUM_EPOCHS:
+        print(f"note: the stages of {name} add up to {epochs:g} epochs; runs compare at {CURRICULUM_EPOCHS} (EPOCHS_SCALE scales all alike)")
+
+
+def check_parameters(sae, losses, name):
+    """What the losses would teach are parameters of the SAE."""
+    known, seen = set(map(id, sae.parameters())), set()
+    nodes = [loss.grad_fn for loss in losses]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise RunnerError(f"{name} uses a tensor of shape {(*leaf.shape,)} that asks for a gradient, but that nothing trains or "
+                            "saves: make it an nn.Parameter and an attribute of the SAE, or several an nn.ParameterList or "
+                            "nn.ModuleList; a plain list hides them.")
+
+
+def check_losses(sae, batch, stage, name):
+    """The losses of a training batch, found to be a function of it, of parameters and buffers: of nothing that earlier
+    batches left elsewhere, nor of x at padding; and x stays as it is. All that the stage weighs are there."""
+    def losses_of(x):
+        sae.load_state_dict(state)
+        torch.manual_seed(0)
+        given = batch._replace(x=x)
+        return sae.train().losses(given, sae.encode(given))
+
+    WATCHDOG.renew()
+    state, totals = copy.deepcopy(sae.state_dict()), []
+    for x in (batch.x, batch.x + ~batch.mask[..., None], 2 * batch.x.flip(0), batch.x):
+        losses = losses_of(given := x.clone())
+        if given._version or not torch.equal(x, given):
+            losses_of(x.clone().requires_grad_())          # torch refuses, and tells the line
+            raise RunnerError(f"{name} changes batch.x in place, which others read too: make a new tensor of it.")
+        if not isinstance(losses, dict):
+            raise RunnerError(f"`losses` of {name} is a {type(losses).__name__}, wanted a dict {{name: scalar}}.")
+        for key, loss in losses.items():
+            if not isinstance(loss, torch.Tensor) or loss.shape:
+                what = f"of shape {(*loss.shape,)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+                raise RunnerError(f"the loss {key!r} of {name} is {what}, wanted a scalar tensor.")
+        totals.append([loss.detach().double() for loss in losses.values()])
+    if missing := sorted(set(stage.weights) - set(losses)):
+        raise RunnerError(f"stage {stage.name!r} weighs {missing}, but `losses` of {name} has {sorted(losses)}.")
+    check_parameters(sae, losses.values(), name)
+    first, padded, _, again = totals
+    for other, why in ((again, "what earlier batches left, or random numbers that are not torch's. Keep state in buffers "
+                        "(self.register_buffer): a resumed run has nothing else"),
+                       (padded, "x at padding: use batch.mask, `valid` or `counted`")):
+        if wrong := [key for key, a, b in zip(losses, first, other) if not torch.allclose(a, b, 1e-3, 1e-6, True)]:
+            raise RunnerError(f"{name}: the losses {wrong} depend on {why}.")
+    return losses
+
+
+def check_latents(sae, batch, alone, name):
+    """In evaluation, with every parameter moved: the batch's last row is as in the batch `alone`, of it; what is causal does
+    not look ahead; padding is silent."""
+    def differ(some, others):      # a tie that rounding breaks may move a token or two
+        return ((some - others).abs() > 1e-4 * (1 + others.abs())).any(-1).sum() > 2
+
+    WATCHDOG.renew()
+    if not sae.W_dec.any(1).all():
+        raise RunnerError(f"{name}: W_dec has rows of zeros, which no step can bring to unit norm. Begin with random ones.")
+    with torch.no_grad():
+        for p in sae.eval().parameters():      # at first a gate may be shut
+            p += 0.1 * torch.randn_like(p)
+        z = sae.encode(batch).dense()
+        if differ(sae.encode(alone).dense()[0], z[-1]):
+            raise RunnerError(f"{name}: the rows of a batch are different documents; one changes another's latents.")
+        half = batch.x.shape[1] // 2
+        later = batch._replace(x=torch.cat([batch.x[:, :half], batch.x[:, half:] + 1], 1))
+        if sae.causal and differ(sae.encode(later).dense()[:, :half], z[:, :half]):
+            raise RunnerError(f"{name}: later positions of a window change the latents of earlier ones. Look back only, or say "
+                            "causal = False in the class.")
+        if z[~batch.mask].any():
+            raise RunnerError(f"{name} has latents that fire on padding.")
+        weights = exported_weights(sae, {"W_enc": sae.W_enc})
+        if set(weights) == SAELENS.get(sae.architecture):          # otherwise save_sae says so
+            theirs = saelens_latents(weights, sae.architecture, sae.k, batch.x)
+            if differ(theirs[batch.mask], z[batch.mask]):
+                raise RunnerError(f"architecture = {sae.architecture!r} of {name} promises SAELens's equation, whose latents differ "
+                                "from encode's. Give the class an `architecture` of its own.")
+
+
+
 def expect_shape(name, tensor, wanted):
     if tensor.shape != wanted:
         raise RunnerError(f"{name} has shape {(*tensor.shape,)}, wanted {wanted}.")
@@ -1940,7 +3540,7 @@ def check_variant(sae, store, stages):
     batch, dark = store.batch(np.arange(store.windows.n_train)), dict(sae.named_parameters())
     for stage in stages:
         anneal(sae, stage, 0.0)
-        losses = corpus.check_losses(sae, batch, stage, SAE_VARIANT)
+        losses = check_losses(sae, batch, stage, SAE_VARIANT)
         total = sum(losses[name] for name in stage.weights)
         if total.requires_grad:
             total.backward()
@@ -1952,14 +3552,14 @@ def check_variant(sae, store, stages):
                           "no stage's `trains`.")
     z = sae.encode(batch).dense()
     expect_shape("encode(batch).dense()", z, (*batch.x.shape[:2], sae.d_sae))
-    corpus.check_latents(sae, batch, store.batch([len(z) - 1]), SAE_VARIANT)
+    check_latents(sae, batch, store.batch([len(z) - 1]), SAE_VARIANT)
 
 
 def preflight(config, cache):
     """Every stage, evaluation and result, on a stand-in."""
     with tempfile.TemporaryDirectory(prefix="preflight.", dir=cache) as folder:
         folder, d_in, model = Path(folder), config.hidden_size, stand_in(config)
-        windows = corpus.stand_in_windows(CONTEXT_LENGTH, FORGET)
+        windows = stand_in_windows(CONTEXT_LENGTH, FORGET)
         store = Store(folder / "activations", windows, d_in, torch.float32)
         store.collect(lambda: model, 0)
         sae = make_sae(d_in, min(round(EXPANSION * d_in), max(1024, 4 * TARGET_L0)), 0)
@@ -1980,30 +3580,30 @@ def make_sae(d_in, d_sae, seed, target_l0=None):
 
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
     """One SAE -> (sae, results, steps planned, done); the folder `state` keeps what is finished."""
-    with doing(training := f"training, seed {seed}", timing):
+    with run_stage(training := f"training, seed {seed}", timing):
         sae = make_sae(store.d_in, round(EXPANSION * store.d_in), seed)
         stages, size = planned_stages(type(sae)), BATCH_TOKENS // CONTEXT_LENGTH
         log, *steps = train(sae, store, stages, seed, size, deadline, state / f"seed_{seed}.pt")
     if RANKS.rank:
         return
-    with doing(f"evaluation, seed {seed}", timing), RANKS.alone():
+    with run_stage(f"evaluation, seed {seed}", timing), RANKS.alone():
         run = Run(sae, store, get_model, layer, LIVE, log, seed=seed)
-        result = kept(state / f"seed_{seed}.json", lambda: evaluate(run, timing[training]))
+        result = cached_json(state / f"seed_{seed}.json", lambda: evaluate(run, timing[training]))
     return sae, result, *steps
 
 
 def open_store(config, layer, cache):
     """-> store, function that loads the model."""
-    with doing("reading the data"):
-        wanted = corpus.Wanted(CONTEXT_LENGTH, TRAIN_TOKENS, EVAL_FILES, TRAIN_WINDOWS_PER_FILE,
+    with run_stage("reading the data"):
+        wanted = Wanted(CONTEXT_LENGTH, TRAIN_TOKENS, EVAL_FILES, TRAIN_WINDOWS_PER_FILE,
                                EVAL_WINDOWS_PER_FILE, MIN_WINDOW, DATA_SEED,
                                FORGET if "unlearning" in EVALS or TRAIN_ON != "both" else "")
-        windows, key = corpus.load_windows(DATASET, load_tokenizer(), wanted, cache / "tokens")
-    with doing("collecting activations"):
-        name = fingerprint(key, corpus.model_identity(MODEL_NAME, config), layer, MODEL_DTYPE,
+        windows, key = load_windows(DATASET, load_tokenizer(), wanted, cache / "tokens")
+    with run_stage("collecting activations"):
+        name = fingerprint(key, model_identity(MODEL_NAME, config), layer, MODEL_DTYPE,
                            SHARD_WINDOWS)
         store = Store(cache / "activations" / name, windows, config.hidden_size, MODEL_DTYPE)
-        print(corpus.memory_plan(config, store, EXPANSION, BATCH_TOKENS, DEVICE), flush=True)
+        print(memory_plan(config, store, EXPANSION, BATCH_TOKENS, DEVICE), flush=True)
         get_model = functools.cache(load_model)
         store.collect(get_model, layer)
     return store, get_model
@@ -2014,29 +3614,29 @@ def main():
     parser.add_argument("--out_dir", default="run_0", help="folder for the results")
     out_dir = Path(parser.parse_args().out_dir).resolve()
     began, cache, timing, seeds = time.time(), cache_folder(), {}, []
-    with doing("checking the settings"):
-        corpus.check_config(globals(), SAE_VARIANTS, EVALUATIONS)
-        corpus.make_folder(cache, "set SAE_CACHE_DIR to another folder")
-        config, layer = corpus.load_config(MODEL_NAME, LAYER, CONTEXT_LENGTH)
-    with corpus.publishing(out_dir, HERE) as partial:
-        with doing("preflight"), corpus.trial():
+    with run_stage("checking the settings"):
+        check_config(globals(), SAE_VARIANTS, EVALUATIONS)
+        make_folder(cache, "set SAE_CACHE_DIR to another folder")
+        config, layer = load_config(MODEL_NAME, LAYER, CONTEXT_LENGTH)
+    with atomic_run_folder(out_dir, HERE) as partial:
+        with run_stage("preflight"), preflight_sandbox():
             preflight(config, cache)
         print(f"preflight passed after {time.time() - began:.1f} s", flush=True)
         store, get_model = open_store(config, layer, cache)
         timing["seconds_before_training"] = time.time() - began
         code = fingerprint(SOURCE, store.folder.name)
-        with corpus.resuming(cache / "runs" / fingerprint(str(out_dir)), code) as state:
+        with resumable_state(cache / "runs" / fingerprint(str(out_dir)), code) as state:
             end = began + 60 * TIME_BUDGET_MINUTES * (1 - EVALUATION_RESERVE)
             for i, seed in enumerate(SEEDS):
                 deadline = time.time() + (end - time.time()) / (len(SEEDS) - i)
                 seeds.append(run_seed(seed, store, layer, get_model, state, deadline, timing))
             if RANKS.rank:
                 return
-            with doing("writing the results"):
+            with run_stage("writing the results"):
                 timing["total_seconds"] = time.time() - began
                 info = write_results(partial, seeds, store, layer, timing)
-    print(f"{out_dir.name}, {time.time() - began:.0f} s:", corpus.summary(info), flush=True)
+    print(f"{out_dir.name}, {time.time() - began:.0f} s:", summary_text(info), flush=True)
 
 
 if __name__ == "__main__":
-    corpus.run(main, __file__, SAE, SAE_VARIANTS, SAE_VARIANT)
+    run_script(main, __file__, SAE, SAE_VARIANTS, SAE_VARIANT)
