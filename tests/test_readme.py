@@ -1,47 +1,141 @@
-"""What the README says works: its commands, and its example of a new variant, run as it stands."""
+"""README.md and docs/ are true: their links, commands, constants and keys of results exist, and
+their examples run as they are written."""
+import json
+import os
 import re
 
 import pytest
+import torch
+from copies import copy_template, edit, PROJECT, results, run, substitute, write_text_data
+from safetensors.torch import save_file
 
-from copies import PROJECT, copy_template, edit, results, run, substitute, write_text_data
+PAGES = {str(path.relative_to(PROJECT)): path.read_text()
+         for path in (PROJECT / "README.md", *(PROJECT / "docs").glob("*.md"))}
+README = PAGES["README.md"]
+SOURCE = (PROJECT / "experiment.py").read_text()
+NO_CONSTANTS = {"SAE_CACHE_DIR"}  # a variable of the environment
+# Parts of the names in docs/metrics.md that stand for several words
+PLACEHOLDERS = {"REFERENCE", "PARAMETER", "LABEL", "STRATEGY", "GROUP", "TASK", "CONTROL", "METHOD",
+                "K", "N"}
+RETIRED = {"energy_first_fifth"}  # in committed runs of earlier code alone
 
-README = (PROJECT / "README.md").read_text()
+
+def anchors(text):
+    """Returns the anchors of the headings of a Markdown text, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_its_commands_are_targets_of_the_makefile():
-    commands = re.findall(r"^make (\w+)", README, flags=re.M)
+def links(page):
+    """Returns the targets of the links and images of a page."""
+    return re.findall(r"\]\(([^)\s]+)\)", PAGES[page])
+
+
+def example(page, name):
+    """Returns the Python code that follows the mark `<!-- example: name -->` on a page."""
+    pattern = rf"<!-- example: {name} -->\n```python\n(.*?)```"
+    return re.search(pattern, PAGES[page], flags=re.S)[1]
+
+
+def code_of(page):
+    """Returns the shell blocks and the inline code of a page."""
+    pairs = re.findall(r"```sh\n(.*?)```|`([^`\n]+)`", PAGES[page], flags=re.S)
+    return [block or inline for block, inline in pairs]
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 10_000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    for target in links(page):
+        place, _, anchor = target.partition("#")
+        file = (PROJECT / page).parent / place if place else PROJECT / page
+        assert "://" not in target and file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached, waiting = set(), {"README.md"}
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        places = [target.partition("#")[0] for target in links(page)]
+        found = {os.path.normpath(os.path.join(os.path.dirname(page), place)) for place in places}
+        waiting |= found & set(PAGES) - reached
+    assert reached == set(PAGES)
+
+
+def test_commands_are_targets_of_the_makefile_or_scripts():
     makefile = (PROJECT / "Makefile").read_text()
-    assert {"run", "test"} <= set(commands)
-    for target in commands:
-        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+    targets = set(re.search(r"^\.PHONY: (.+)$", makefile, flags=re.M)[1].split())
+    code = "\n".join(part for page in PAGES for part in code_of(page))
+    commands = set(re.findall(r"^(?:\w+=\S+ )?make (\w+)", code, flags=re.M))
+    assert {"run", "test", "env"} <= commands <= targets
+    for script in re.findall(r"\bpython ([\w/]+\.py)", code):
+        assert (PROJECT / script).exists(), script
     assert "make test" in (PROJECT / ".ci" / "run").read_text()
 
 
-def test_every_constant_that_it_sets_exists():
-    source = (PROJECT / "experiment.py").read_text()
-    for name in set(re.findall(r"\b[A-Z]+_[A-Z_0-9]+\b", README)) - {"HELDOUT_ONE_IN", "SAE_CACHE_DIR"}:
-        assert re.search(rf"\b{name}\b", source), name
+@pytest.mark.parametrize("page", PAGES)
+def test_every_constant_that_is_named_exists(page):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.S) + code_of(page))
+    for name in set(re.findall(r"\b[A-Z]+(?:_[A-Z0-9]+)+\b", code)) - NO_CONSTANTS:
+        assert re.search(rf"\b{name}\b", SOURCE), name
 
 
-def test_every_metric_key_is_explained(tmp_path):
-    source = (PROJECT / "experiment.py").read_text()
-    tables = re.findall(r'(?:losses = |metrics = (?:control \| )?|\| )\{(.*?)\}', re.search(
-        r"\ndef compute_controls\(.*?\n# ---- Temporal", source, flags=re.S)[0], flags=re.S)
-    keys = set(re.findall(r'"(\w+)":', "".join(tables)))
-    assert {"ce_model", "bigram_explained_variance", "l0", "avg_inference_tokens_per_second"} <= keys
-    for key in keys:
-        assert key.removesuffix("_explained_variance") in README, key
+def test_the_readme_has_a_line_and_a_result_for_every_variant():
+    table = re.search(r"^SAE_VARIANTS = \{(.*?)\}", SOURCE, flags=re.M | re.S)[1]
+    rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.M)
+    for name in re.findall(r'"(\w+)":', table):
+        assert rows.count(name) == 2, name
+
+
+def test_every_number_of_the_committed_runs_is_defined():
+    patterns = []
+    for name in re.findall(r"`([\w.]*[a-z][\w.]*)`", PAGES["docs/metrics.md"]):
+        parts = re.split("([A-Z]+)", name)  # every second one is in capitals
+        patterns.append("".join(r"[\w.]+" if part in PLACEHOLDERS else re.escape(part)
+                                for part in parts))
+    info = json.loads((PROJECT / "run_0" / "final_info.json").read_text())
+    names = {name for entry in info.values() for name in entry["metrics"]}
+    for path in (PROJECT / "bench" / "results" / "runs").glob("*.json"):
+        names |= set(json.loads(path.read_text())["metrics"])
+    undefined = [name for name in names - RETIRED
+                 if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    assert not undefined and len(names) > 200
+
+
+def test_the_example_that_loads_an_sae_runs(tmp_path, monkeypatch):
+    code = example("README.md", "load")
+    path = tmp_path / re.search(r'load_file\("(.+?)"\)', code)[1]
+    path.parent.mkdir(parents=True)
+    d_in, d_sae = 6, 24
+    sae = {"W_enc": torch.randn(d_in, d_sae), "b_enc": torch.zeros(d_sae),
+           "W_dec": torch.randn(d_sae, d_in), "b_dec": torch.randn(d_in),
+           "threshold": torch.full((d_sae,), 0.5)}
+    save_file(sae, path)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code, found)
+    pre_acts = (found["x"] - sae["b_dec"]) @ sae["W_enc"]
+    expected = torch.where(pre_acts > 0.5, pre_acts, 0.0)
+    assert torch.allclose(found["latents"], expected) and expected.any()
+    assert torch.allclose(found["reconstruction"], expected @ sae["W_dec"] + sae["b_dec"])
 
 
 @pytest.mark.parametrize("ablate", [(), ("l1",)])
 def test_the_example_variant_runs(tmp_path, ablate):
-    code = re.search(r"<!-- example -->\n```python\n(.*?)```", README, flags=re.S)[1]
-    folder = copy_template(tmp_path / "idea", DATASET=str(write_text_data(tmp_path / "texts.jsonl")), ABLATE=ablate)
+    texts = write_text_data(tmp_path / "texts.jsonl")
+    folder = copy_template(tmp_path / "idea", DATASET=str(texts), ABLATE=ablate)
     edit(folder, SAE_VARIANT="shrunk_topk")
-    table = re.search(r"^SAE_VARIANTS = \{.*?\}\n", (folder / "experiment.py").read_text(), flags=re.M | re.S)[0]
-    substitute(folder, table, table + "\n\n" + code)
+    table = re.search(r"^SAE_VARIANTS = \{.*?\}\n", SOURCE, flags=re.M | re.S)[0]
+    code = example("docs/adding-a-variant.md", "variant")
+    substitute(folder, table, f"{table}\n\n{code}")
     finished = run(folder, tmp_path / "cache")
     assert finished.code == 0, finished.tail
-    training = results(folder)["core"]["curves"][0]["training"]
-    assert training["stages"] == ["plain", "shrink"] and training["stage_starts"][1] > 0
-    assert ("l1" in training["losses"]) and max(training["losses"]["l1"]) > 0
+    log = next(entry["curves"][0]["training"] for entry in results(folder).values()
+               if "training" in entry["curves"][0])
+    assert log["stages"] == ["plain", "shrink"] and log["stage_starts"][1] > 0
+    assert "l1" in log["losses"] and max(log["losses"]["l1"]) > 0
