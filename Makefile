@@ -60,7 +60,7 @@ run:
 	    echo "$$2 was another: kept as $$2.old"; fi; cp "$$1" "$$2"; }; \
 	place "$$idea/.experiment.py" "$$idea/experiment.py"; rm "$$idea/.experiment.py"; \
 	for file in plot.py notes.txt requirements.txt; do place "$$file" "$$idea/$$file"; done; \
-	for folder in embedded data runtime pages assets run_0; do if [ -d "$$folder" ]; then cp -R "$$folder" "$$idea/"; fi; done; \
+	for folder in embedded data runtime pages run_0; do if [ -d "$$folder" ]; then cp -R "$$folder" "$$idea/"; fi; done; \
 	cd "$$idea"; \
 	echo "Running python experiment.py --out_dir=run_1"; "$$python" experiment.py --out_dir=run_1; \
 	echo "Running python plot.py"; "$$python" plot.py; \

@@ -1,55 +1,92 @@
-"""Parents with their children and the text that fires them, as Markdown."""
+"""Parents of a hierarchical SAE with their children and the passages on which they fire."""
 import textwrap
 
 import numpy as np
 
+WIDTH = 100     # characters of a line of Markdown
+
 
 def strongest_passages(windows, strings, places, values, n=3, around=8):
-    """The n strongest firings of a unit, each in another window: text before, token, text after, value."""
-    keep, found, seen = windows.heldout_tokens(), [], set()
+    """Returns the n strongest firings of a unit, each from another window, as dictionaries: the
+    texts "before" and "after" the "token" on which it fires, `around` tokens each, and its "value".
+
+    strings: token id -> text; places [firings]: indices into the held-out tokens that count;
+    values [firings].
+    """
+    seq = windows.tokens.shape[1] - 1
+    held_out = windows.heldout_tokens()
+    passages, seen = [], set()
     for i in np.argsort(-values, kind="stable"):
-        row, at = divmod(int(keep[places[i]]), windows.tokens.shape[1] - 1)
-        if row not in seen:
-            seen.add(row)
-            text = [strings[t] for t in windows.tokens[windows.n_train + row][:windows.lengths[windows.n_train + row]]]
-            found.append(("".join(text[max(1, at + 1 - around):at + 1]), text[at + 1],
-                          "".join(text[at + 2:at + 2 + around]), round(float(values[i]), 4)))
-        if len(found) == n:
+        window, offset = divmod(int(held_out[places[i]]), seq)
+        if window in seen:
+            continue
+        seen.add(window)
+        row = windows.n_train + window
+        texts = [strings[token] for token in windows.tokens[row, 1:windows.lengths[row]]]
+        passages.append({"before": "".join(texts[max(0, offset - around):offset]),
+                         "token": texts[offset],
+                         "after": "".join(texts[offset + 1:offset + 1 + around]),
+                         "value": round(float(values[i]), 4)})
+        if len(passages) == n:
             break
-    return found
+    return passages
 
 
-def family_tree(windows, tokenizer, levels_of_codes, families, parents, weights, traces):
-    """Of parents: rate, passages and causal cosines, and of each child its weight [parent, child], rate and passages."""
+def family_tree(windows, tokenizer, levels, families, parents, weights, traces):
+    """Returns a list of dictionaries, one for each of `parents`: its rate of firing, passages,
+    causal cosines, and its children, each with rate, passages and its weight.
+
+    levels: activity of both levels on the held-out tokens; families: parent -> its children;
+    weights [parent, child]: the parents' decoder; traces: for each of `parents` the cosines of
+    what ablating it ("own"), or a matched control ("rival"), does to the logits with what ablating
+    its children does in sum.
+    """
     strings = tokenizer.batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
 
     def unit(activity, i):
-        return {"id": int(i), "rate": float(len(activity.places[i]) / activity.n),
-                "passages": strongest_passages(windows, strings, activity.places[i], activity.values[i])}
+        """Returns what is shown of a parent or of a child."""
+        places, values = activity.places[i], activity.values[i]
+        return {"id": int(i), "rate": float(len(places) / activity.n),
+                "passages": strongest_passages(windows, strings, places, values)}
 
-    return [unit(levels_of_codes.upper, p) | {
-        "cosine": float(np.mean(trace["own"])), "cosine_rival": float(np.mean(trace["rival"])),
-        "children": [unit(levels_of_codes.lower, i) | {"weight": float(weights[p, i])} for i in families[p]]}
-        for p, trace in zip(parents, traces)]
+    tree = []
+    for parent, trace in zip(parents, traces):
+        children = [unit(levels.lower, child) | {"weight": float(weights[parent, child])}
+                    for child in families[parent]]
+        tree.append(unit(levels.upper, parent) | {
+            "cosine": float(np.mean(trace["own"])), "cosine_rival": float(np.mean(trace["rival"])),
+            "children": children})
+    return tree
+
+
+def passage_lines(passages):
+    """Returns passages as a Markdown list, the token in bold and its value in brackets."""
+    def code(text):
+        """Returns text as Markdown code in one line."""
+        return "`" + text.replace("`", "'").replace("\n", "\\n") + "`"
+
+    return [f"- {code(passage['before'])}**{code(passage['token'])}**{code(passage['after'])} "
+            f"({passage['value']:.2f})" for passage in passages]
 
 
 def case_studies(tree):
-    """family_tree as Markdown."""
-    def quoted(passage):
-        before, token, after, value = (part.replace("`", "'").replace("\n", "\\n") if isinstance(part, str) else part
-                                       for part in passage)
-        return f"`{before}`**`{token}`**`{after}` ({value:.2f})"
-
-    lines = ["# Case studies: parents, their children, and the text that fires them", "", textwrap.fill(
-        "Parents are latents of level 2 that have at least two live children, evenly spaced in the order of their firing "
-        "rates; none was selected for how it reads. A child's weight is the parent's decoder weight. Cosine: of what "
-        "ablating the parent does to the model's logits with what ablating its children singly does in sum, beside the "
-        "same for a rival matched in rate and size. In passages the token that fires is bold; its value follows.", 110)]
+    """Returns the content of case_studies.md, made of `family_tree`'s list."""
+    introduction = (
+        "Parents are latents of level 2 with at least two live children, evenly spaced in the "
+        "order of their firing rates; none was selected for how it reads. A child's weight is the "
+        "parent's decoder weight. Cosine: between what ablating the parent does to the model's "
+        "logits and the sum of what ablating each of its children does, beside the same for a "
+        "control matched in rate and size. In passages the token on which the unit fires is bold; "
+        "its value follows.")
+    lines = ["# Case studies: parents, their children, and passages on which they fire", "",
+             textwrap.fill(introduction, WIDTH)]
     for parent in tree:
-        lines += ["", f"## Parent {parent['id']}", f"Fires on {parent['rate']:.2%} of the tokens. Cosine "
-                  f"{parent['cosine']:.2f}, rival {parent['cosine_rival']:.2f}.", ""]
-        lines += [f"- {quoted(passage)}" for passage in parent["passages"]]
-        for child in sorted(parent["children"], key=lambda c: -c["weight"]):
-            lines += ["", f"Child {child['id']}, weight {child['weight']:.2f}, on {child['rate']:.2%}:", ""]
-            lines += [f"- {quoted(passage)}" for passage in child["passages"]]
+        lines += ["", f"## Parent {parent['id']}",
+                  f"Fires on {parent['rate']:.2%} of the tokens. Cosine {parent['cosine']:.2f}, "
+                  f"control {parent['cosine_rival']:.2f}.", "",
+                  *passage_lines(parent["passages"])]
+        for child in sorted(parent["children"], key=lambda child: -child["weight"]):
+            lines += ["", f"Child {child['id']}, weight {child['weight']:.2f}, fires on "
+                      f"{child['rate']:.2%} of the tokens:", "",
+                      *passage_lines(child["passages"])]
     return "\n".join(lines) + "\n"

@@ -31,7 +31,7 @@ def other_entries(seeds):
                "standard": [True, True, False, True], "pattern": [False, True, False, True], "hybrid": [False] * 4}
     probing = {"k": [1, 2, 5], "sae": [0.7, 0.8, 0.9], "channels": [0.6, 0.7, 0.9], "untrained": [0.5, 0.6, 0.6],
                "tokens": [0.6, 0.6, 0.7]}
-    passages = [("from ", "im\tport", " $x$\n", 0.5)]
+    passages = [{"before": "from ", "token": "im\tport", "after": " $x$\n", "value": 0.5}]
     unit = {"id": 7, "rate": 0.01, "passages": passages}
     levels = {"information_matrix": [[0.3, 0.1, 0.0], [0.0, None, 0.2]], "matrix_parents": [3, 5], "matrix_children": [7, 8, 9],
               "matrix_family": [3, 3, 5], "tree": [unit | {"cosine": 0.8, "cosine_rival": 0.1, "children": [
@@ -48,7 +48,7 @@ def other_entries(seeds):
                 "curves": [levels] * seeds},
             "unlearning": {"means": {"hybrid_retain_mean": 0.001}, "metrics": {"hybrid_retain": 0.001}, "curves": [{
                 "frontier": frontier, "roc": dict.fromkeys(("pattern", "hybrid"), [0.0, 0.8, 1.0]), "passage": passage}] * seeds,
-                "config": {"FORGETTING": 0.4}},
+                "config": {"FORGET_NATS": 0.4}},
             "sparse_probing": {"means": {"sae_top_1_mean": 0.7}, "metrics": {"sae_top_1": 0.7},
                                "curves": [{"sparse_probing": probing}] * seeds}}
 
@@ -114,13 +114,14 @@ def results(variant, fvu, seeds=1, starts=(0,), data="abc", ablate=(), temporal=
 
 
 def template(folder, runs, labels=None):
-    """A copy of plot.py in `folder` beside the runs {name: what final_info.json holds, or its text}."""
+    """A copy of plot.py, with pages/, in `folder` beside the runs {name: what final_info.json holds, or its text}."""
     source = (PROJECT / "plot.py").read_text()
     if labels is not None:
         source, found = re.subn(r"^labels = \{\n.*?^\}\n", lambda _: f"labels = {labels!r}\n", source, flags=re.M | re.S)
         assert found == 1
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plot.py").write_text(source)
+    (folder / "pages").symlink_to(PROJECT / "pages", target_is_directory=True)
     for name, content in runs.items():
         (folder / name).mkdir()
         if content is not None:
@@ -233,8 +234,7 @@ def test_metrics_never_seen(tmp_path):
     panel = next(axis for axis in axes if axis.get_title(loc="left") == "other: brand new score")
     assert [text.get_text() for text in panel.texts] == ["not measured", "-0.400"]
     assert panel.get_xlim()[0] < -0.5 and len(axes) == 12
-    assert [axis.get_title(loc="left") for axis in axes[5:8]] == [f"temporal: {name}" for name in
-                                                                ("stability ↑", "smoothness ↓", "coherence ↑")]
+    assert [axis.get_title(loc="left") for axis in axes[5:8]] == ["stability ↑", "smoothness ↓", "coherence ↑"]
     plot.plt.close("all")
 
 
@@ -539,12 +539,12 @@ def test_family_is_corrected_together(tmp_path):
     runs = {f"run_{i}": results(variant, fvu) for i, (variant, fvu) in enumerate([("standard", 0.3), ("a", 0.3), ("b", 0.29), ("c", 0.2)])}
     plot = load(template(tmp_path, runs, dict.fromkeys(runs)))
     loaded = plot.load_runs()
-    _, rows, notes = plot.compare(loaded)
-    p = sorted(row[-1] for row in rows)
+    rows, notes = plot.compare(loaded)
+    p = sorted(row.difference.p for row in rows)
     assert len(rows) == 12 and notes == []
-    assert {row[1] for row in rows} == {"fvu", "loss_increase_nats", "stability", "smoothness"}
+    assert {row.metric for row in rows} == {"fvu", "loss_increase_nats", "stability", "smoothness"}
     q = np.minimum.accumulate([p[i] * 12 / (i + 1) for i in reversed(range(12))])[::-1]
-    shown = sorted(float(line.split("|")[8]) for line in plot.comparison(loaded).splitlines() if line.startswith("| run_"))
+    shown = sorted(float(line.split("|")[8]) for line in plot.comparison_text(loaded).splitlines() if line.startswith("| run_"))
     assert shown == pytest.approx(np.minimum(q, 1), abs=6e-5)
 
 
@@ -553,9 +553,9 @@ def test_runs_that_cannot_be_paired(tmp_path):
     short["core"]["per_sequence"][0]["fvu"].pop()
     del none["core"]["config"]["data_hash"], none["core"]["per_sequence"]
     runs = {"run_0": results("standard", 0.3), "run_1": short, "run_2": none}
-    _, rows, notes = (lambda plot: plot.compare(plot.load_runs()))(load(template(tmp_path, runs, dict.fromkeys(runs))))
-    assert {(row[0].folder, row[1]) for row in rows} == {("run_1", name) for name in ("loss_increase_nats", "stability", "smoothness")}
-    assert len(notes) == 2 and "run_1 was not tested on fvu" in notes[0] and "run_2 was not tested: other held-out data" in notes[1]
+    rows, notes = (lambda plot: plot.compare(plot.load_runs()))(load(template(tmp_path, runs, dict.fromkeys(runs))))
+    assert {(row.run.folder, row.metric) for row in rows} == {("run_1", name) for name in ("loss_increase_nats", "stability", "smoothness")}
+    assert len(notes) == 2 and "run_2 was not tested: other held-out data" in notes[0] and "run_1 was not tested on fvu" in notes[1]
 
 
 def test_files_that_only_one_run_has(tmp_path):
@@ -565,18 +565,18 @@ def test_files_that_only_one_run_has(tmp_path):
     runs["run_1"]["temporal"]["per_sequence"][0]["smoothness"] = [None] * FILES
     plot = load(template(tmp_path, runs, dict.fromkeys(runs)))
     base, one, two = plot.load_runs()
-    _, rows, notes = plot.compare([base, one, two])
-    _, _, mine, other, difference, low, high, p = next(row for row in rows if row[1] == "stability")
+    rows, notes = plot.compare([base, one, two])
+    _, _, mine, other, (difference, low, high, p) = next(row for row in rows if row.metric == "stability")
     kept = [i for i in range(FILES) if i not in (0, 7)]
     expected = [[seed["stability"][i] for i in kept] for seed in one.per_sequence]
     assert np.array_equal(mine, expected) and other.shape == (1, 62)
     assert difference == pytest.approx(np.mean(expected) - other.mean()) and low < difference < high and 0 < p <= 1
     assert [note.split(":")[0] for note in notes] == ["run_1 was not tested on smoothness", "run_2 was not tested on stability",
                                                       "run_2 was not tested on smoothness"]
-    assert "nan" not in plot.comparison([base, one, two]).lower()
+    assert "nan" not in plot.comparison_text([base, one, two]).lower()
 
 
 def test_an_older_baseline_without_the_temporal_metrics(tmp_path):
     runs = {"run_0": results("standard", 0.3, temporal=False), "run_1": results("topk", 0.2)}
-    _, rows, notes = (lambda plot: plot.compare(plot.load_runs()))(load(template(tmp_path, runs)))
-    assert [row[1] for row in rows] == ["fvu", "loss_increase_nats"] and len(notes) == 2 and "on stability" in notes[0]
+    rows, notes = (lambda plot: plot.compare(plot.load_runs()))(load(template(tmp_path, runs)))
+    assert [row.metric for row in rows] == ["fvu", "loss_increase_nats"] and len(notes) == 2 and "on stability" in notes[0]
