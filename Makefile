@@ -4,7 +4,7 @@ PYTHON ?= python3
 VARIANT ?= temporal
 IDEA ?= $(VARIANT)
 export PYTHON VARIANT IDEA SAE_CACHE_DIR
-.PHONY: help env run test mutations kills interop
+.PHONY: help env run test references mutations kills interop
 .DEFAULT_GOAL := help
 
 # What every target begins with: a way to stop with one line, the cache's folder, the path of the environment.
@@ -37,6 +37,7 @@ endef
 help:
 	@echo "make run [VARIANT=temporal] [IDEA=VARIANT]  trains, evaluates and plots VARIANT in a copy under ideas/IDEA"
 	@echo "make test                                   runs the whole test suite"
+	@echo "make references                             makes the committed runs again: run_0 and run_batch_topk"
 	@echo "make mutations                              runs 93 edits of the kind agents make; a table of what comes of each"
 	@echo "make kills                                  kills runs at 20 random moments and compares how they end"
 	@echo "make interop                                loads and measures SAEs of every variant in SAELens and SAEBench"
@@ -60,7 +61,7 @@ run:
 	    echo "$$2 was another: kept as $$2.old"; fi; cp "$$1" "$$2"; }; \
 	place "$$idea/.experiment.py" "$$idea/experiment.py"; rm "$$idea/.experiment.py"; \
 	for file in plot.py notes.txt requirements.txt; do place "$$file" "$$idea/$$file"; done; \
-	for folder in embedded data runtime pages run_0; do if [ -d "$$folder" ]; then cp -R "$$folder" "$$idea/"; fi; done; \
+	for folder in embedded data runtime pages run_0 run_batch_topk; do if [ -d "$$folder" ]; then cp -R "$$folder" "$$idea/"; fi; done; \
 	cd "$$idea"; \
 	echo "Running python experiment.py --out_dir=run_1"; "$$python" experiment.py --out_dir=run_1; \
 	echo "Running python plot.py"; "$$python" plot.py; \
@@ -75,6 +76,9 @@ test:
 	        || die "the tests' requirements could not be installed (see above)"; \
 	    : > "$$tested"; fi; \
 	echo "Running python -m pytest tests -q -n 2 --dist loadfile"; "$$python" -m pytest tests -q -n 2 --dist loadfile
+
+references:
+	@$(BEGIN); $(BUILD); "$$python" bench/references.py
 
 mutations kills:
 	@$(BEGIN); $(BUILD); "$$python" tests/$@.py

@@ -21,8 +21,9 @@ from safetensors.numpy import load_file
 
 PROJECT = Path(__file__).resolve().parent.parent
 SMALL = dict(TRAIN_TOKENS=16_384, CONTEXT_LENGTH=64, EXPANSION=2, TARGET_L0=12, EPOCHS_SCALE=0.3, BATCH_TOKENS=512,
-             EVAL_FILES=48, SYNTHETIC_TOKENS=8_192, SYNTHETIC_SAE=(96, 8), TRACED=4, PROBING_SIZE=(60, 20),
+             EVAL_FILES=48, SYNTHETIC_TOKENS=8_192, SYNTHETIC_SAE=(96, 8), TRACED_PARENTS=4, PROBING_SIZE=(60, 20),
              COMPOSED_TOKENS=128)
+RENAMED = {"TRACED_PARENTS": "TRACED"}         # constants of earlier trees
 FEW = ("core", "temporal", "probes")
 ALL = (*FEW, "unlearning", "sparse_probing", "recovery")
 # name -> the constants that differ from SMALL, and the evaluations
@@ -30,7 +31,7 @@ RUNS = {
     "standard": ({}, ALL), "topk": ({}, ALL), "batch_topk": ({}, ALL), "jumprelu": ({}, ALL), "gated": ({}, ALL),
     "matryoshka": ({}, ALL), "tsae": ({}, ALL), "temporal": ({}, ALL), "temporal_adaptation": ({}, ALL),
     "temporal_context": ({}, ALL), "compositional": ({}, (*ALL, "composition")), "hierarchical": ({}, (*ALL[:-1], "hierarchy")),
-    "temporal, centred, two seeds": (dict(ATTENTION="centred", HEADS=2, SEEDS=(0, 1)), FEW),
+    "temporal, centred, two seeds": (dict(ATTENTION="centred", SEEDS=(0, 1)), FEW),
     "temporal, no attention": (dict(ABLATE=("attention",), CONSISTENT_FRACTION=0.5, TRAIN_POSITIONS=(3, 40)), FEW),
     "tsae, code": (dict(TSAE_READING="code"), FEW),
     "temporal_adaptation, by feature, driven by z": (dict(ABLATE=("sharing",), TEMPERATURE="scheduled", DRIVE="z"), FEW),
@@ -51,7 +52,10 @@ def copy_of(tree, folder, name):
             (folder / part).symlink_to(tree / part, target_is_directory=True)
     constants, chosen = RUNS[name]
     text = (tree / "experiment.py").read_text()
+    if "def eval_detection" in text:            # in earlier trees no evaluation of its own
+        chosen += ("detection",)
     for constant, value in (SMALL | {"SAE_VARIANT": name.partition(",")[0], "EVALS": chosen} | constants).items():
+        constant = constant if re.search(rf"^{constant} = ", text, flags=re.M) else RENAMED[constant]
         text, n = re.subn(rf"^{constant} = [^#\n]*", f"{constant} = {value!r}  ", text, flags=re.M)
         assert n == 1, f"experiment.py has {n} lines that begin with {constant} ="
     (folder / "experiment.py").write_text(text)
@@ -93,6 +97,17 @@ def flat(value, name=""):
     return {name: value}
 
 
+def merged(info):
+    """The evaluations of a final_info.json in one: {"metrics", "curves", "per_sequence"}."""
+    found = {key: {} for key in ("metrics", "curves", "per_sequence")}
+    for entry in info.values():
+        found["metrics"] |= entry["metrics"]
+        for key in ("curves", "per_sequence"):
+            for seed, values in enumerate(entry[key]):
+                found[key].setdefault(seed, {}).update(values)
+    return found
+
+
 def differences(before, after):
     """Lines that tell what differs between two files of results, the first 20."""
     if before.suffix == ".safetensors":
@@ -100,7 +115,10 @@ def differences(before, after):
         return [f"{key}: {old[key].shape if key in old else None}, {new[key].shape if key in new else None}"
                 for key in sorted(old.keys() | new.keys())
                 if key not in old or key not in new or not np.array_equal(old[key], new[key])]
-    old, new = (flat(json.loads(path.read_text())) for path in (before, after))
+    old, new = (json.loads(path.read_text()) for path in (before, after))
+    if not before.name.endswith(".features.json"):
+        old, new = merged(old), merged(new)
+    old, new = flat(old), flat(new)
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key, "absent") != new.get(key, "absent")]
     lines = [f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in keys[:20]]
     return lines + [f"... and {len(keys) - 20} more"] * (len(keys) > 20)
