@@ -5,7 +5,6 @@ import os
 import runpy
 import sys
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -107,8 +106,8 @@ def scaled(x):
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """load(old, new, helper_old, helper_new) -> the edited script as a module, in a folder of its own
-    whose runtime/ and data/ are links."""
+    """load(old, new, helper_old, helper_new) -> the edited script as a module, in a folder of its
+    own whose runtime/ and data/ are links."""
     def load(old="", new="", helper_old="", helper_new=""):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
