@@ -79,7 +79,7 @@ def advice_lines(error, frames, memory_settings):
         settings = frames[-1][0].f_globals if frames else {}
         halved = [f"{name} = {value / 2:g}" for name in memory_settings
                   if isinstance(value := settings.get(name), (int, float))]
-        lower = f"lower {', '.join(memory_settings) or 'what takes memory'}"
+        lower = f"lower {' or '.join(memory_settings) or 'what takes memory'}"
         lines.append(f"Try: {', or '.join(halved) or lower}.")
     if getattr(error, "errno", None) == errno.ENOSPC:
         lines.append("Try: free disk space, or set SAE_CACHE_DIR to a larger disk.")
