@@ -115,9 +115,11 @@ def reached_texts(definitions):
         for module, path in names if node not in seen else ():
             start = vars(importlib.import_module(module)) if module else namespace
             home, name, value = resolve(start, path, scripts)
-            if counts(home, scripts) and is_plain(value):
+            if not counts(home, scripts) or name.startswith("__"):  # __file__ differs in a copy
+                continue
+            if is_plain(value):
                 texts.add(f"{name} = {value!r}")
-            elif counts(home, scripts):
+            else:
                 todo += [(home, found) for found in parsed(home["__file__"])[1].get(name, ())]
         seen.add(node)
     return texts

@@ -24,6 +24,7 @@ from runtime.files import fingerprint
 LIMIT = 3  # tokens
 TABLE = {"even": [0, 2]}
 LOWEST = HIGHEST = None
+HERE = [__file__]
 
 
 class Base:
@@ -54,7 +55,7 @@ def mean_of(x):
     if x < 0:
         raise ValueError(f"{x} is negative")
     print("a message", x)
-    return helper(x) + LIMIT + len(TABLE["even"]) + rescaled(x) + SCALE
+    return helper(x) + LIMIT + len(TABLE["even"]) + rescaled(x) + SCALE + len(HERE)
 
 
 def by_module(x):
