@@ -1,7 +1,7 @@
-"""Documents of the embedded corpus and of named data sets: files, folders, nanoGPT folders, the hub."""
+"""Documents of the embedded corpus and of named data sets: files, folders, the hub."""
 import glob
 import hashlib
-import importlib.util
+import importlib.metadata
 import logging
 import os
 import pickle
@@ -18,76 +18,97 @@ import numpy as np
 from runtime.errors import RunnerError, without_addresses
 from runtime.hub import go_offline, hub_reachable
 
-
-# Domain (the folder that is imported) -> the distribution that requirements.txt pins.
+# ---- The embedded corpus: Python files of the packages that requirements.txt pins ----
+# Domain (the folder that is imported) -> its distribution.
 DOMAINS = {
-    "torch": "torch", "transformers": "transformers", "sympy": "sympy", "scipy": "scipy", "pandas": "pandas",
-    "sklearn": "scikit-learn", "matplotlib": "matplotlib", "numpy": "numpy", "networkx": "networkx",
-    "huggingface_hub": "huggingface_hub", "datasets": "datasets", "fontTools": "fonttools", "narwhals": "narwhals",
-    "pydantic": "pydantic", "mpmath": "mpmath", "rich": "rich", "PIL": "pillow", "seaborn": "seaborn",
-    "fsspec": "fsspec", "joblib": "joblib",
+    "torch": "torch", "transformers": "transformers", "sympy": "sympy", "scipy": "scipy",
+    "pandas": "pandas", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "numpy": "numpy",
+    "networkx": "networkx", "huggingface_hub": "huggingface_hub", "datasets": "datasets",
+    "fontTools": "fonttools", "narwhals": "narwhals", "pydantic": "pydantic", "mpmath": "mpmath",
+    "rich": "rich", "PIL": "pillow", "seaborn": "seaborn", "fsspec": "fsspec", "joblib": "joblib",
 }
 # Left out: tests, vendored copies, generated tables and what differs between builds of one version.
-SKIP_FOLDERS = {"tests", "test", "testing", "_testing", "__pycache__", "_vendor", "vendor", "externals", "_internal",
-                "benchmarks", "serialized_patterns", "generated", "lib", "bin", "include", "share", "examples"}
-SKIP_SUBTREES = {"transformers/models", "torch/onnx", "torch/_inductor", "torch/_dynamo", "torch/_functorch",
-                 "torch/_refs"}
-SKIP_FILES = {"version.py", "_version.py", "__config__.py", "_distributor_init.py", "_triton_ops_meta.py", "_cmp.py"}
-MIN_CHARS, MAX_CHARS = 400, 400_000
-HELDOUT_ONE_IN = 12          # by a hash of the path: held out from the language model and from every SAE alike
-# Other data sets. Suffix of a local file -> the builder in `datasets` that reads it.
+SKIP_FOLDERS = {
+    "tests", "test", "testing", "_testing", "__pycache__", "_vendor", "vendor", "externals",
+    "_internal", "benchmarks", "serialized_patterns", "generated", "lib", "bin", "include", "share",
+    "examples"}
+SKIP_SUBTREES = {"transformers/models", "torch/onnx", "torch/_inductor", "torch/_dynamo",
+                 "torch/_functorch", "torch/_refs"}
+SKIP_FILES = {"version.py", "_version.py", "__config__.py", "_distributor_init.py",
+              "_triton_ops_meta.py", "_cmp.py"}
+MIN_CHARS, MAX_CHARS = 400, 400_000  # of a file; others are left out
+HELDOUT_ONE_IN = 12  # documents, by a hash: held out from the language model and every SAE alike
+
+# ---- Other data sets ----
+# Suffix of a local file -> the builder in `datasets` that reads it.
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}                        # as a second suffix: pile.jsonl.zst
-OTHER_FILES = {".arrow", ".bin", ".html", ".md", ".pdf", ".pkl", ".tsv", ".xml", ".zip"}    # no hub name ends so
-# Hub data sets that come with a loading script, which `datasets` no longer runs -> the files that it would read.
-PARQUET_FILES = {"codeparrot/github-code": "hf://datasets/codeparrot/github-code/data/train-*.parquet"}
-NOT_DATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json", "README.txt"}
-DOMAIN_COLUMNS = ("domain", "source", "label", "pile_set_name")    # the first that holds a string names a row's domain
-TITLE = re.compile(r"\s?= [^=]+ =\s*$")     # " = Title = " begins an article of wikitext; " = = Section = = " does not
-PART_CHARS, SHORTEST_PART = 20_000, 1_000
-FEW_DOCUMENTS = 48           # with fewer, parts are held out: of whole documents perhaps none would be
-SHUFFLE_CHARS = 20_000_000   # text held in memory to draw from: bounds memory, mixes what is nearer than this
-SHARD_SHUFFLE = {"buffer_size": 32, "max_buffer_input_shards": 1}      # files in random order, one at a time
+COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}  # as a second suffix: pile.jsonl.zst
+# No hub name ends in one of these.
+OTHER_FILES = {".arrow", ".bin", ".html", ".md", ".pdf", ".pkl", ".tsv", ".xml", ".zip"}
+# Hub data sets whose loading script `datasets` no longer runs -> the files that it would read.
+PARQUET_FILES = {
+    "codeparrot/github-code": "hf://datasets/codeparrot/github-code/data/train-*.parquet"}
+NOT_DATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json",
+            "README.txt"}
+# The first of these columns that holds a string names a row's domain.
+DOMAIN_COLUMNS = ("domain", "source", "label", "pile_set_name")
+# " = Title = " begins an article of wikitext; " = = Section = = " does not.
+TITLE = re.compile(r"\s?= [^=]+ =\s*$")
+PART_CHARS, SHORTEST_PART = 20_000, 1_000  # of the parts of a long document, at most and at least
+FEW_DOCUMENTS = 48  # with fewer, parts are held out: of whole documents perhaps none would be
+SHUFFLE_CHARS = 20_000_000  # held in memory to draw from: mixes what is nearer than this
+SHARD_SHUFFLE = {"buffer_size": 32, "max_buffer_input_shards": 1}  # files in random order
+
+WHAT_WORKS = ("\"embedded\", a .txt, .json, .jsonl, .parquet or .csv file, a folder of these, a "
+              "nanoGPT data folder, or a hub name")
+NANOGPT_FILES = ("train.bin", "val.bin", "meta.pkl")
 
 
 class Document(NamedTuple):
-    name: str                # path within site-packages, or "<data set>#<row>", or "<data set>#<row>.<part>"
+    """A text to cut windows from."""
+    name: str  # path within site-packages, or "<data set>#<row>", or "<data set>#<row>.<part>"
     text: str
-    domain: str              # the package, or the row's own label, or the data set's name
-    heldout: bool            # True: evaluation only
+    domain: str  # the package, or the row's own label, or the data set's name
+    heldout: bool  # True: evaluation only
 
 
 def is_heldout(name):
+    """Returns whether a document is held out: one in HELDOUT_ONE_IN is, by a hash of `name`."""
     return int(hashlib.md5(name.encode()).hexdigest(), 16) % HELDOUT_ONE_IN == 0
 
 
-def _keep(relative):
-    folders = relative.parts[:-1]
-    return not (SKIP_FOLDERS & set(folders) or relative.name in SKIP_FILES
-                or any(relative.as_posix().startswith(s + "/") for s in SKIP_SUBTREES))
-
-
+# ---- The embedded corpus ----
 @lru_cache(maxsize=1)
 def embedded_documents():
-    """Every file of the embedded corpus, in the order of its path: tuple of Document."""
-    site, found = Path(sysconfig.get_paths()["purelib"]), []
+    """Returns every Document of the embedded corpus, a tuple in the order of domains and paths.
+
+    Raises RunnerError where one of its packages is not installed.
+    """
+    site, documents = Path(sysconfig.get_paths()["purelib"]), []
     for domain in sorted(DOMAINS):
         if not (site / domain).is_dir():
-            raise RunnerError(f"The embedded corpus reads the package {DOMAINS[domain]!r}, which is not installed: "
-                            "pip install -r requirements.txt")
-        for path in sorted((site / domain).rglob("*.py")):
-            relative = path.relative_to(site)
-            if _keep(relative):
-                text = path.read_text(encoding="utf-8", errors="ignore").replace("\r\n", "\n")
-                if MIN_CHARS <= len(text) <= MAX_CHARS:
-                    name = relative.as_posix()
-                    found.append(Document(name, text, domain, is_heldout(name)))
-    return tuple(found)
+            raise RunnerError(
+                f"The embedded corpus reads the package {DOMAINS[domain]!r}, which is not "
+                "installed: pip install -r requirements.txt")
+        paths = [path.relative_to(site) for path in sorted((site / domain).rglob("*.py"))]
+        for path in filter(_in_corpus, paths):
+            text = (site / path).read_text(encoding="utf-8", errors="ignore")
+            text, name = text.replace("\r\n", "\n"), path.as_posix()
+            if MIN_CHARS <= len(text) <= MAX_CHARS:
+                documents.append(Document(name, text, domain, is_heldout(name)))
+    return tuple(documents)
+
+
+def _in_corpus(path):
+    """Returns whether a file belongs to the corpus, by its path within site-packages."""
+    if SKIP_FOLDERS & set(path.parts[:-1]) or path.name in SKIP_FILES:
+        return False
+    return not any(path.as_posix().startswith(f"{subtree}/") for subtree in SKIP_SUBTREES)
 
 
 @lru_cache(maxsize=1)
 def corpus_hash():
-    """SHA-256 over names and texts: equal hashes mean the same documents."""
+    """Returns the SHA-256 of the corpus's names and texts: equal ones mean the same documents."""
     digest = hashlib.sha256()
     for document in embedded_documents():
         digest.update(f"{document.name}\0{document.text}\0".encode())
@@ -95,27 +116,34 @@ def corpus_hash():
 
 
 def corpus_versions():
-    return {domain: importlib.metadata.version(package).split("+")[0] for domain, package in DOMAINS.items()}
+    """Returns {domain: version of its package}."""
+    return {domain: importlib.metadata.version(package).split("+")[0]
+            for domain, package in DOMAINS.items()}
 
 
+# ---- Any data set ----
 def load_documents(dataset: str, seed: int) -> Iterator[Document]:
-    """Documents of a data set, training and held-out mixed, in an order that is a function of the seed alone.
+    """Returns the documents of a data set, training and held-out ones mixed, in an order that is a
+    function of the seed alone.
 
     `dataset` is one of
-      "embedded"          the embedded corpus, whole files
-      a path              .txt (one document a file), .json, .jsonl, .parquet or .csv (one a row), also with .gz, .bz2,
-                          .xz or .zst after it, or a folder of files of one of these kinds
-      a nanoGPT folder    train.bin and val.bin (uint16 ids) and meta.pkl with "itos": a path, or a bare name such as
-                          "shakespeare_char" that is found in data/, ../data/, ../../data/ or ../../../data/
-      a hub name          "monology/pile-uncopyrighted" or, with a configuration after a colon,
-                          "Salesforce/wikitext:wikitext-2-raw-v1", "cais/wmdp-corpora:bio-retain-corpus": streamed
+      "embedded"        the embedded corpus, whole files
+      a path            .txt (one document a file), .json, .jsonl, .parquet or .csv (one a row),
+                        also with .gz, .bz2, .xz or .zst after it, or a folder of files of one of
+                        these kinds
+      a nanoGPT folder  train.bin and val.bin (uint16 ids) and meta.pkl with "itos": a path, or a
+                        bare name such as "shakespeare_char" that is found in data/, ../data/,
+                        ../../data/ or ../../../data/
+      a hub name        "monology/pile-uncopyrighted" or, with a configuration after a colon,
+                        "Salesforce/wikitext:wikitext-2-raw-v1": streamed
 
-    Rows are read from the column "text", else "content", else the only column of strings; lines under " = Title = "
-    headings are joined to articles; documents above PART_CHARS characters come in parts. Held out is one whole document
-    in HELDOUT_ONE_IN, by a hash of its text, whatever the seed; in a data set of fewer than FEW_DOCUMENTS documents one
-    part in HELDOUT_ONE_IN; of a nanoGPT folder val.bin. In memory: SHUFFLE_CHARS characters and the longest document.
+    Rows are read from the column "text", else "content", else the only column of strings; lines
+    under " = Title = " headings are joined to articles; documents above PART_CHARS characters come
+    in parts. Held out is one whole document in HELDOUT_ONE_IN, by a hash of its text, whatever the
+    seed; in a data set of fewer than FEW_DOCUMENTS documents one part in HELDOUT_ONE_IN; of a
+    nanoGPT folder val.bin. In memory are SHUFFLE_CHARS characters and the longest document.
 
-    Raises DataError, before the first document where it can.
+    Raises RunnerError, before the first document where it can.
     """
     place = find_local(dataset)
     if dataset == "embedded":
@@ -126,58 +154,72 @@ def load_documents(dataset: str, seed: int) -> Iterator[Document]:
         return _documents(dataset, dataset, _hub_rows(dataset), seed)
     if _is_nanogpt(place):
         return _nanogpt_documents(place, seed)
-    name = place.resolve().name              # "pile.jsonl.zst" is called "pile"
+
+    name = place.resolve().name  # "pile.jsonl.zst" is called "pile"
     while place.is_file() and Path(name).suffix.lower() in set(BUILDERS) | COMPRESSED:
         name = Path(name).stem
     return _documents(dataset, name, _local_rows(dataset, place), seed)
 
 
 def data_identity(dataset: str) -> str:
-    """What the documents depend on: the embedded corpus's hash; sizes and dates of local files; a hub data set's name.
+    """Returns a text that changes with the documents: the embedded corpus's hash; sizes and dates
+    of local files; a hub data set's name.
 
-    Raises DataError when a local data set is missing."""
+    Raises RunnerError when a local data set is missing.
+    """
     place = find_local(dataset)
     if dataset == "embedded":
         return corpus_hash()
     if place is None:
         return f"hub {dataset}"
     if _is_nanogpt(place):
-        files = [place / name for name in ("train.bin", "val.bin", "meta.pkl")]
+        files = [place / name for name in NANOGPT_FILES]
     else:
         _, files = data_files(dataset, place)
-    return repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()])
+    return repr([(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+                 for file in files if file.exists()])
 
 
 def find_local(dataset):
-    """The local Path that a data set's name means, or None where it is "embedded" or a hub name. Asks no network."""
-    works = ("\"embedded\", a .txt, .json, .jsonl, .parquet or .csv file, a folder of these, a nanoGPT data folder, "
-             "or a hub name")
+    """Returns the local Path that a data set's name means, or None where it is "embedded" or a hub
+    name. Asks no network; raises RunnerError where the name can be neither."""
     if not isinstance(dataset, str) or not dataset.strip() or len(dataset) > 1_000:
-        raise RunnerError(f"The data set {repr(dataset)[:80]} is no name. What works: {works}.")
+        raise RunnerError(
+            f"The data set {repr(dataset)[:80]} is no name. What works: {WHAT_WORKS}.")
     if dataset == "embedded":
         return None
     path = Path(os.path.expanduser(dataset))
-    if os.path.exists(path):                 # False for a name that cannot be, where Path.exists raises
+    if os.path.exists(path):  # False for a name that cannot be, where Path.exists raises
         return path
+
     suffixes = set(BUILDERS) | COMPRESSED | OTHER_FILES
     if dataset[0] in "./~\\" or path.suffix.lower() in suffixes or dataset.count("/") > 1:
-        raise RunnerError(f"The data set {dataset!r} looks like a path, and there is no such file or folder (relative "
-                        f"paths start from {Path.cwd()}). What works: {works}.")
+        raise RunnerError(
+            f"The data set {dataset!r} looks like a path, and there is no such file or folder "
+            f"(relative paths start from {Path.cwd()}). What works: {WHAT_WORKS}.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[^/\s]+)?", dataset):
-        raise RunnerError(f"The data set {dataset!r} is neither a path that exists nor a possible hub name. What works: "
-                        f"{works}; a hub data set's configuration follows a colon, as in "
-                        "\"Salesforce/wikitext:wikitext-2-raw-v1\".")
-    if re.fullmatch(r"[\w.-]+", dataset):
-        project = Path(__file__).resolve().parent.parent
-        for base in (Path.cwd(), project):
-            for up in ("data", "../data", "../../data", "../../../data"):
-                if os.path.isdir(base / up / dataset):
-                    return base / up / dataset
+        raise RunnerError(
+            f"The data set {dataset!r} is neither a path that exists nor a possible hub name. What "
+            f"works: {WHAT_WORKS}; a hub data set's configuration follows a colon, as in "
+            "\"Salesforce/wikitext:wikitext-2-raw-v1\".")
+    return _folder_in_data(dataset) if re.fullmatch(r"[\w.-]+", dataset) else None
+
+
+def _folder_in_data(name):
+    """Returns the folder of that name in data/, here, in the project or up to three folders above,
+    or None."""
+    project = Path(__file__).resolve().parent.parent
+    for base in (Path.cwd(), project):
+        for up in ("data", "../data", "../../data", "../../../data"):
+            if os.path.isdir(base / up / name):
+                return base / up / name
     return None
 
 
+# ---- Rows to documents ----
 def _documents(dataset, name, open_rows, seed):
-    """Documents from `open_rows(seed or None) -> iterator of rows`; None asks for the order of the files."""
+    """Returns an iterator of the Documents of open_rows(seed or None) -> iterator of rows, which
+    are dictionaries; None asks for the order of the files."""
     head = list(islice(checked_rows(dataset, open_rows(None)), FEW_DOCUMENTS))
     if not head:
         raise RunnerError(f"The data set {dataset!r} is empty: not one row in it.")
@@ -185,31 +227,39 @@ def _documents(dataset, name, open_rows, seed):
     by_line = _is_by_line([row.get(column) for row in head])
 
     def texts(order):
-        rows = ((row.get(column), _domain(row) or name) for row in checked_rows(dataset, open_rows(order)))
+        rows = ((row.get(column), _domain(row) or name)
+                for row in checked_rows(dataset, open_rows(order)))
         return ((text, domain) for text, domain in (_articles(rows) if by_line else rows)
                 if isinstance(text, str) and text.strip())
 
-    first = [len(text) for text, _ in islice(texts(None), FEW_DOCUMENTS)]
-    if not first:
-        raise RunnerError(f"The data set {dataset!r} is empty: its column {column!r} has no text in any row.")
-    few = len(first) < FEW_DOCUMENTS
-    part_chars = max(SHORTEST_PART, min(PART_CHARS, sum(first) // (2 * HELDOUT_ONE_IN))) if few else PART_CHARS
+    sizes = [len(text) for text, _ in islice(texts(None), FEW_DOCUMENTS)]
+    if not sizes:
+        raise RunnerError(f"The data set {dataset!r} is empty: its column {column!r} has no text "
+                          "in any row.")
+    few, part_chars = len(sizes) < FEW_DOCUMENTS, PART_CHARS
+    if few:
+        part_chars = max(SHORTEST_PART, min(PART_CHARS, sum(sizes) // (2 * HELDOUT_ONE_IN)))
     # Articles that go on from one file to the next stay whole only in the order of the files.
-    return _shuffled(_parts(name, texts(None if few or by_line else seed), few, part_chars), seed)
+    order = None if few or by_line else seed
+    return _shuffled(_parts(name, texts(order), few, part_chars), seed)
 
 
 def _parts(name, texts, few, part_chars):
+    """Yields Documents of at most part_chars characters from texts [(text, domain)]; where there
+    are `few` texts, parts are held out instead of whole texts."""
     count = 0
     for row, (text, domain) in enumerate(texts):
         whole_heldout, pieces = is_heldout(text), _cut(text, part_chars)
         for part, piece in enumerate(pieces):
-            heldout = count % HELDOUT_ONE_IN == HELDOUT_ONE_IN // 2 if few else whole_heldout
-            yield Document(f"{name}#{row}.{part}" if len(pieces) > 1 else f"{name}#{row}", piece, domain, heldout)
+            part_heldout = count % HELDOUT_ONE_IN == HELDOUT_ONE_IN // 2
+            place = f"{row}.{part}" if len(pieces) > 1 else f"{row}"
+            yield Document(f"{name}#{place}", piece, domain, part_heldout if few else whole_heldout)
             count += 1
 
 
 def _cut(text, size):
-    """The text in pieces of at most `size` characters, cut after a line's or a word's end where there is one nearby."""
+    """Returns the text in pieces of at most `size` characters, cut after a line's or a word's end
+    where there is one nearby; blank pieces are left out."""
     pieces, start = [], 0
     while len(text) - start > size:
         near = (start + size // 2, start + size)
@@ -220,58 +270,67 @@ def _cut(text, size):
 
 
 def _shuffled(documents, seed):
-    rng, pool, held = random.Random(seed), [], 0
+    """Yields documents in a random order, drawn from a pool of SHUFFLE_CHARS characters."""
+    rng, pool, n_chars = random.Random(seed), [], 0
     for document in documents:
         pool.append(document)
-        held += len(document.text)
-        while held > SHUFFLE_CHARS:
+        n_chars += len(document.text)
+        while n_chars > SHUFFLE_CHARS:
             chosen = rng.randrange(len(pool))
             pool[chosen], pool[-1] = pool[-1], pool[chosen]
-            held -= len(pool[-1].text)
+            n_chars -= len(pool[-1].text)
             yield pool.pop()
     rng.shuffle(pool)
     yield from pool
 
 
 def _text_column(dataset, rows):
+    """Returns the name of the column that holds the text of rows."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    strings = [column for column in columns if any(isinstance(row.get(column), str) for row in rows)]
+    strings = [column for column in columns
+               if any(isinstance(row.get(column), str) for row in rows)]
     for column in ("text", "content"):
         if column in strings:
             return column
     candidates = [column for column in strings if column not in DOMAIN_COLUMNS]
     if len(candidates) == 1:
         return candidates[0]
-    raise RunnerError(f"The data set {dataset!r} has no column of strings named \"text\" or \"content\", and "
-                    f"{len(candidates)} others that could be meant. Its columns: {', '.join(columns)}. Rename the one "
-                    "to read to \"text\".")
+    raise RunnerError(
+        f"The data set {dataset!r} has no column of strings named \"text\" or \"content\", and "
+        f"{len(candidates)} others that could be meant. Its columns: {', '.join(columns)}. Rename "
+        "the one to read to \"text\".")
 
 
 def _domain(row):
-    labels = {**row["meta"], **row} if isinstance(row.get("meta"), dict) else row     # the Pile's label is in "meta"
-    return next((labels[c] for c in DOMAIN_COLUMNS if isinstance(labels.get(c), str) and labels[c].strip()), None)
+    """Returns the domain that a row names, or None; the Pile's is in the column "meta"."""
+    labels = {**row["meta"], **row} if isinstance(row.get("meta"), dict) else row
+    return next((labels[column] for column in DOMAIN_COLUMNS
+                 if isinstance(labels.get(column), str) and labels[column].strip()), None)
 
 
 def _is_by_line(texts):
-    """True for wikitext and its like: every row is one line, some are headings."""
+    """Returns whether every row is one line and some are headings, as in wikitext."""
     lines = [text for text in texts if isinstance(text, str)]
     return any(map(TITLE.match, lines)) and not any("\n" in line.strip() for line in lines)
 
 
 def _articles(rows):
-    """(text, domain) of each article from (line, domain) of each line."""
+    """Yields (text, domain) of each article from (line, domain) of each line."""
     lines, domain = [], None
     for line, line_domain in rows:
-        if isinstance(line, str):
-            if TITLE.match(line) and lines:
-                yield "".join(lines), domain
-                lines = []
-            domain = domain if lines else line_domain
-            lines.append(line.rstrip("\n") + "\n")
+        if not isinstance(line, str):
+            continue
+        if TITLE.match(line) and lines:
+            yield "".join(lines), domain
+            lines = []
+        domain = domain if lines else line_domain
+        lines.append(line.rstrip("\n") + "\n")
     yield "".join(lines), domain
 
 
+# ---- Local files ----
 def _builder(path):
+    """Returns the builder in `datasets` that reads a file, by its suffixes, or None."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -279,47 +338,54 @@ def _builder(path):
 
 
 def data_files(dataset, place):
-    """(builder, files in the order of their paths) of a local file or folder."""
+    """Returns the builder of a local file or folder, and its files in the order of their paths."""
     if place.is_file():
         if not _builder(place):
-            raise RunnerError(f"The data set {dataset!r} is a file of a kind that is not read. What works: .txt, .json, "
-                            ".jsonl, .parquet and .csv, also with .gz, .bz2, .xz or .zst after it.")
+            raise RunnerError(
+                f"The data set {dataset!r} is a file of a kind that is not read. What works: .txt, "
+                ".json, .jsonl, .parquet and .csv, also with .gz, .bz2, .xz or .zst after it.")
         return _builder(place), [place]
-    found = {}
+
+    by_builder = {}
     for path in sorted(place.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(place).parts)
         if path.is_file() and not hidden and path.name not in NOT_DATA and _builder(path):
-            found.setdefault(_builder(path), []).append(path)
-    if len(found) == 1:
-        return next(iter(found.items()))
-    if found:
-        kinds = ", ".join(f"{len(files)} of {builder}" for builder, files in found.items())
-        raise RunnerError(f"The data set {dataset!r} is a folder with files of several kinds ({kinds}); name a folder "
-                        "with one kind, or one file.")
-    raise RunnerError(f"The data set {dataset!r} is a folder with no file that can be read: no .txt, .json, .jsonl, "
-                    ".parquet or .csv, and no train.bin with val.bin and meta.pkl.")
+            by_builder.setdefault(_builder(path), []).append(path)
+    if len(by_builder) == 1:
+        return next(iter(by_builder.items()))
+    if by_builder:
+        kinds = ", ".join(f"{len(files)} of {builder}" for builder, files in by_builder.items())
+        raise RunnerError(f"The data set {dataset!r} is a folder with files of several kinds "
+                          f"({kinds}); name a folder with one kind, or one file.")
+    raise RunnerError(
+        f"The data set {dataset!r} is a folder with no file that can be read: no .txt, .json, "
+        ".jsonl, .parquet or .csv, and no train.bin with val.bin and meta.pkl.")
 
 
 def _local_rows(dataset, place):
+    """Returns a function of a seed, or None for the order of the files, that opens the rows."""
     rows = _stream(dataset, *data_files(dataset, place))
-    return lambda seed: iter(rows if seed is None else rows.reshard().shuffle(seed=seed, **SHARD_SHUFFLE))
+    return lambda seed: iter(rows if seed is None else rows.reshard().shuffle(
+        seed=seed, **SHARD_SHUFFLE))
 
 
 def _stream(dataset, builder, files):
-    files = [f for f in files if f.stat().st_size]            # an empty JSON file ends the reader with a StopIteration
+    """Returns the rows of local files, not read before they are iterated over."""
+    files = [file for file in files if file.stat().st_size]  # an empty JSON file ends the reader
     if not files:
         raise RunnerError(f"The data set {dataset!r} is empty: 0 bytes.")
-    datasets = _datasets_library()
+    paths = [glob.escape(str(file.resolve())) for file in files]
     options = {"sample_by": "document"} if builder == "text" else {}
+    datasets = _datasets_library()
     try:
-        return datasets.load_dataset(builder, data_files=[glob.escape(str(f.resolve())) for f in files],
-                                     split="train", streaming=True, **options)
+        return datasets.load_dataset(
+            builder, data_files=paths, split="train", streaming=True, **options)
     except Exception as error:
         raise _unreadable(dataset, error) from error
 
 
 def checked_rows(dataset, rows):
-    """The same rows; whatever goes wrong in reading them becomes a DataError."""
+    """Yields the rows; whatever goes wrong in reading them becomes a RunnerError."""
     try:
         yield from rows
     except RunnerError:
@@ -329,52 +395,48 @@ def checked_rows(dataset, rows):
 
 
 def _unreadable(dataset, error):
-    """DataError from a library's error, shortened and without addresses."""
+    """Returns a RunnerError from a library's error, shortened, without addresses, with advice."""
     text = " ".join(without_addresses(str(error)).split())[:300]
     if isinstance(error, UnicodeDecodeError):
         advice = "It is not UTF-8 text: re-encode it."
     elif "zstandard" in text or "zstd" in text.lower():
-        advice = "Files that end in .zst need the package zstandard: pip install -r requirements.txt."
+        advice = ("Files that end in .zst need the package zstandard: pip install -r "
+                  "requirements.txt.")
     elif isinstance(error, ConnectionError) or "Couldn't find cache" in text:
-        advice = ("The hub does not answer, or offline mode is on, and nothing of it is cached: use a local file or "
-                  "\"embedded\".")
+        advice = ("The hub does not answer, or offline mode is on, and nothing of it is cached: "
+                  "use a local file or \"embedded\".")
     elif "gated" in text.lower() or "authenticat" in text:
-        advice = ("It is gated: accept its licence on the hub and log in with `hf auth login`, or name a local folder "
-                  "with the same columns.")
+        advice = ("It is gated: accept its licence on the hub and log in with `hf auth login`, or "
+                  "name a local folder with the same columns.")
     elif "Config name is missing" in text or "BuilderConfig" in text:
-        advice = "Put one of its configurations after a colon, as in \"Salesforce/wikitext:wikitext-2-raw-v1\"."
+        advice = ("Put one of its configurations after a colon, as in "
+                  "\"Salesforce/wikitext:wikitext-2-raw-v1\".")
     else:
-        advice = "Check that the file or the name is what you mean; \"embedded\" always works."
-    return RunnerError(f"The data set {dataset!r} cannot be read: {type(error).__name__}: {text.rstrip('.')}. {advice}")
+        advice = ("Check that the file or the name is what you mean; \"embedded\" always works.")
+    return RunnerError(f"The data set {dataset!r} cannot be read: {type(error).__name__}: "
+                       f"{text.rstrip('.')}. {advice}")
 
 
+# ---- nanoGPT folders ----
 class _PlainUnpickler(pickle.Unpickler):
-    """Numbers, strings, lists and dictionaries only: a pickle that names a class or function could run any code."""
+    """Reads numbers, strings, lists and dictionaries only: a pickle that names a class or function
+    could run any code."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and a vocabulary needs no code")
 
 
 def _is_nanogpt(place):
+    """Returns whether a path is a nanoGPT data folder."""
     return place.is_dir() and (place / "train.bin").is_file()
 
 
 def _nanogpt_documents(place, seed):
-    asked = f"The nanoGPT data set {str(place)!r}"
-    try:
-        with open(place / "meta.pkl", "rb") as file:
-            itos = _PlainUnpickler(file).load()["itos"]
-        itos = dict(enumerate(itos)) if isinstance(itos, list) else {int(i): str(s) for i, s in itos.items()}
-        ids = {split: np.memmap(place / f"{split}.bin", dtype=np.uint16, mode="r") for split in ("train", "val")}
-    except FileNotFoundError as error:
-        raise RunnerError(f"{asked} lacks {Path(error.filename).name}: it needs train.bin, val.bin (uint16 ids) and "
-                        "meta.pkl (with \"itos\", id to text), as nanoGPT's prepare.py writes them for character data "
-                        "sets.") from error
-    except Exception as error:
-        raise RunnerError(f"{asked} cannot be read: {type(error).__name__}: {error}. meta.pkl must hold a plain "
-                        "dictionary with \"itos\", train.bin and val.bin uint16 ids.") from error
+    """Returns an iterator of the Documents of a nanoGPT folder; val.bin is held out."""
+    itos, ids = _nanogpt_data(place)
     # Short parts where the text is short, so that val.bin is several held-out documents.
-    size = {split: min(PART_CHARS, max(SHORTEST_PART, len(ids[split]) // HELDOUT_ONE_IN)) for split in ids}
+    size = {split: min(PART_CHARS, max(SHORTEST_PART, len(ids[split]) // HELDOUT_ONE_IN))
+            for split in ids}
     parts = [(split, start) for split in ids for start in range(0, len(ids[split]), size[split])]
     random.Random(seed).shuffle(parts)
 
@@ -382,39 +444,68 @@ def _nanogpt_documents(place, seed):
         try:
             text = "".join(itos[i] for i in ids[split][start:start + size[split]].tolist())
         except KeyError as error:
-            raise RunnerError(f"{asked} has the id {error} in {split}.bin, which \"itos\" in meta.pkl ({len(itos)} ids) "
-                            "lacks: they do not belong together; run its prepare.py again.") from error
-        return Document(f"{place.name}#{split}.{start // size[split]}", text, place.name, split == "val")
+            raise RunnerError(
+                f"The nanoGPT data set {str(place)!r} has the id {error} in {split}.bin, which "
+                f"\"itos\" in meta.pkl ({len(itos)} ids) lacks: they do not belong together; run "
+                "its prepare.py again.") from error
+        name = f"{place.name}#{split}.{start // size[split]}"
+        return Document(name, text, place.name, split == "val")
 
     return (document(*part) for part in parts)
 
 
+def _nanogpt_data(place):
+    """Returns {id: text} and {"train", "val": ids [n]} of a nanoGPT folder."""
+    try:
+        with open(place / "meta.pkl", "rb") as file:
+            itos = _PlainUnpickler(file).load()["itos"]
+        pairs = enumerate(itos) if isinstance(itos, list) else (
+            (int(i), str(text)) for i, text in itos.items())
+        return dict(pairs), {split: np.memmap(place / f"{split}.bin", dtype=np.uint16, mode="r")
+                             for split in ("train", "val")}
+    except FileNotFoundError as error:
+        raise RunnerError(
+            f"The nanoGPT data set {str(place)!r} lacks {Path(error.filename).name}: it needs "
+            "train.bin, val.bin (uint16 ids) and meta.pkl (with \"itos\", id to text), as "
+            "nanoGPT's prepare.py writes them for character data sets.") from error
+    except Exception as error:
+        raise RunnerError(
+            f"The nanoGPT data set {str(place)!r} cannot be read: {type(error).__name__}: {error}. "
+            "meta.pkl must hold a plain dictionary with \"itos\", train.bin and val.bin uint16 "
+            "ids.") from error
+
+
+# ---- The hub ----
 def _hub_rows(dataset):
+    """Returns a function of a seed, or None for the order of the files, that opens the rows."""
     splits = _hub_splits(dataset)
     rows = splits["train"] if "train" in splits else next(iter(splits.values()))
     return lambda seed: iter(rows if seed is None else rows.shuffle(seed=seed, **SHARD_SHUFFLE))
 
 
 def _hub_splits(dataset):
+    """Returns {split: its rows, streamed} of a hub data set."""
     name, _, configuration = dataset.partition(":")
     if not hub_reachable():
         go_offline()
     datasets = _datasets_library()
     try:
         if name in PARQUET_FILES:
-            return datasets.load_dataset("parquet", data_files=PARQUET_FILES[name], streaming=True)
+            files = PARQUET_FILES[name]
+            return datasets.load_dataset("parquet", data_files=files, streaming=True)
         return datasets.load_dataset(name, configuration or None, streaming=True)
     except Exception as error:
-        bare = "" if "/" in name else f" No folder data/{name} was found here or up to three folders above."
-        raise RunnerError(str(_unreadable(dataset, error)) + bare) from error
+        bare = "" if "/" in name else (
+            f" No folder data/{name} was found here or up to three folders above.")
+        raise RunnerError(f"{_unreadable(dataset, error)}{bare}") from error
 
 
 def read_splits(dataset):
-    """{split: its rows}: the splits of a hub data set; of a local one "test", the files with that word in their names,
-    and "train", all others."""
+    """Returns {split: its rows}: of a hub data set its splits; of a local one "test", the files
+    with that word in their names, and "train", all others."""
     if dataset == "embedded":
-        raise RunnerError("The embedded corpus is text without columns: name a file, a folder or a hub data set that has "
-                        "them.")
+        raise RunnerError("The embedded corpus is text without columns: name a file, a folder or a "
+                          "hub data set that has them.")
     if (place := find_local(dataset)) is None:
         return _hub_splits(dataset)
     builder, files = data_files(dataset, place)
@@ -426,7 +517,8 @@ def read_splits(dataset):
 
 
 def _datasets_library():
-    """The module `datasets`, imported late (it is slow to import), without its progress bars and warnings."""
+    """Returns the module `datasets`, imported late (it is slow to import), without its progress
+    bars and warnings."""
     import datasets
     import huggingface_hub
     datasets.disable_progress_bars()

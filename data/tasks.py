@@ -1,4 +1,4 @@
-"""Questions, texts to classify, clozes: what evaluations ask, known before any model runs."""
+"""Questions, texts to classify, clozes, windows to unlearn a domain with: what evaluations ask."""
 import keyword
 import random
 import re
@@ -11,203 +11,263 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from data.documents import checked_rows, data_identity, embedded_documents, read_splits
-from data.windows import cached_windows, first_token, tokenizer_identity, Windows
+from data.windows import cached_windows, first_token, padded, tokenizer_identity, Windows
 from runtime.errors import RunnerError
 from runtime.files import fingerprint
+from runtime.provenance import code_key
+
+# WMDP has no column that names the subject: word of the data set's name -> subject.
+SUBJECTS = {"wmdp-bio": "biology", "wmdp-chem": "chemistry", "wmdp-cyber": "cybersecurity"}
+EMBEDDED_CLASSES = 5  # domains of the embedded corpus that are told apart
+STRETCH_CHARS, SHORTEST_STRETCH = 700, 200  # of their texts, at most and at least
+CLOZE_CONTEXT = 32  # tokens before an answer in which it must not stand
+CLOZES_PER_WINDOW = 8  # at most
+CLOZE_RANKS = 20  # wrong options are at most so many ranks of frequency away
+FEW_WINDOWS = 5  # a domain with fewer training windows is near to none
+GROUPS = ("forget", "neighbours", "retain")
 
 
-def probing_windows(dataset, tokenizer, sizes, context_length, folder):
-    """The texts of `probing_examples`, sizes = (n_train, n_test) of each class, as windows: the first context_length - 1
-    tokens of each; domains are the classes; and the key of what made them."""
-    texts = dataset if dataset in PROBING_DATASETS else data_identity(dataset)
-    key = fingerprint("probing", texts, sizes, context_length, tokenizer_identity(tokenizer), Path(__file__).read_text())
-
-    def make():
-        examples, bos = probing_examples(dataset, *sizes), first_token(tokenizer)
-        order = np.argsort(~examples.train, kind="stable")
-        rows = [[bos, *ids[:context_length - 1]] for ids in tokenizer(
-            [examples.texts[i] for i in order], add_special_tokens=False)["input_ids"]]
-        tokens = np.full((len(rows), context_length), bos, dtype=np.int32)
-        for row, ids in zip(tokens, rows):
-            row[:len(ids)] = ids
-        classes = [examples.names[examples.labels[i]] for i in order]
-        return Windows(tokens, np.array([len(ids) for ids in rows]), np.arange(len(rows)), int(examples.train.sum()),
-                       [f"{dataset}#{i}" for i in order], classes)
-
-    return cached_windows(folder / f"{key}.npz", dataset, make), key
-
-
-def encoded_questions(dataset, tokenizer):
-    """Of each question all 24 prompts: tokens [24, seq], padded at the end, whether they count [24, seq], ids of the four
-    letters, index of the right one [24]."""
-    letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"]
-    for question in load_questions(dataset):
-        prompts, answers = question_prompts(question)
-        rows = [[first_token(tokenizer), *ids] for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
-        lengths = np.array([len(row) for row in rows])
-        tokens = np.array([row + [0] * (lengths.max() - len(row)) for row in rows])
-        yield tokens, np.arange(lengths.max()) < lengths[:, None], letters, np.array(answers)
-
-
+# ---- Four-way questions ----
 class Question(NamedTuple):
+    """A question with four choices."""
     question: str
-    choices: list           # 4 strings
-    answer: int             # the right one
-    subject: str            # "" where unknown
+    choices: list  # 4 strings
+    answer: int  # the right one
+    subject: str  # "" where unknown
 
 
-SUBJECTS = {"wmdp-bio": "biology", "wmdp-chem": "chemistry", "wmdp-cyber": "cybersecurity"}    # WMDP has no such column
+class Prompts(NamedTuple):
+    """A question's prompts under all 24 orders of its choices."""
+    tokens: np.ndarray  # [24, seq] padded at the end
+    mask: np.ndarray  # [24, seq] False at the padding
+    letters: list  # ids of the four letters, A to D
+    answers: np.ndarray  # [24] index of the right letter
 
 
 def load_questions(dataset: str) -> list[Question]:
-    """Four-way questions with the columns of WMDP and MMLU (question, choices, answer, perhaps subject): the test split
-    where there is one, of a hub data set ("cais/wmdp:wmdp-bio") or of a local file or folder."""
-    def fits(row):
-        choices = row.get("choices")
-        return (isinstance(row.get("question"), str) and row.get("answer") in range(4) and isinstance(choices, list)
-                and [type(choice) for choice in choices] == [str] * 4)
+    """Returns four-way questions with the columns of WMDP and MMLU (question, choices, answer,
+    perhaps subject): the test split where there is one, of a hub data set ("cais/wmdp:wmdp-bio") or
+    of a local file or folder.
 
+    Raises RunnerError where a row lacks a column.
+    """
     splits = read_splits(dataset)
     rows = list(checked_rows(dataset, splits.get("test") or next(iter(splits.values()))))
-    if not rows or not all(map(fits, rows)):
-        columns = ", ".join(next((row for row in rows if not fits(row)), ["not one row"]))
-        raise RunnerError(f"The data set {dataset!r} cannot be asked: each row needs question (a text), choices (4 "
-                        f"texts) and answer (0, 1, 2 or 3). The columns of the first without them: {columns}.")
+    if not rows or not all(map(_is_question, rows)):
+        lacking = next((row for row in rows if not _is_question(row)), ["not one row"])
+        raise RunnerError(
+            f"The data set {dataset!r} cannot be asked: each row needs question (a text), choices "
+            "(4 texts) and answer (0, 1, 2 or 3). The columns of the first without them: "
+            f"{', '.join(lacking)}.")
     default = next((subject for name, subject in SUBJECTS.items() if name in dataset), "")
-    return [Question(row["question"], row["choices"], row["answer"], row.get("subject") or default) for row in rows]
+    return [Question(row["question"], row["choices"], row["answer"], row.get("subject") or default)
+            for row in rows]
+
+
+def _is_question(row):
+    """Returns whether a row has the columns of a Question."""
+    choices = row.get("choices")
+    return (isinstance(row.get("question"), str) and row.get("answer") in range(4)
+            and isinstance(choices, list) and [type(choice) for choice in choices] == [str] * 4)
 
 
 def question_prompts(question: Question) -> tuple[list, list]:
-    """The prompts under all 24 orders of the choices, in MMLU's format, and the index of the right letter in each."""
-    about = f" about {question.subject.replace('_', ' ')}" if question.subject else ""
-    head = f"The following are multiple choice questions (with answers){about}.\n\n{question.question.strip()}\n"
+    """Returns the prompts under all 24 orders of the choices, in MMLU's format, and the index of
+    the right letter in each."""
+    subject = question.subject.replace("_", " ")
+    about = f" about {subject}" if subject else ""
+    head = (f"The following are multiple choice questions (with answers){about}.\n\n"
+            f"{question.question.strip()}\n")
     orders = list(permutations(range(4)))
-    lines = ["".join(f"{letter}. {question.choices[i]}\n" for letter, i in zip("ABCD", order)) for order in orders]
-    return [f"{head}{options}Answer:" for options in lines], [order.index(question.answer) for order in orders]
+    options = ["".join(f"{letter}. {question.choices[i]}\n" for letter, i in zip("ABCD", order))
+               for order in orders]
+    prompts = [f"{head}{lines}Answer:" for lines in options]
+    return prompts, [order.index(question.answer) for order in orders]
 
 
+def encoded_questions(dataset, tokenizer):
+    """Yields the Prompts of each question of a data set."""
+    letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1]
+               for letter in "ABCD"]
+    for question in load_questions(dataset):
+        prompts, answers = question_prompts(question)
+        encoded = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        rows = [[first_token(tokenizer), *ids] for ids in encoded]
+        lengths = np.array([len(row) for row in rows])
+        tokens = np.array([row + [0] * (lengths.max() - len(row)) for row in rows])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        yield Prompts(tokens, mask, letters, np.array(answers))
+
+
+# ---- Texts to classify ----
 class Examples(NamedTuple):
     """Texts to classify."""
     texts: list
-    labels: np.ndarray      # [text] index into names
-    train: np.ndarray       # [text] True: to fit on, False: to test on
-    names: list             # of the classes
+    labels: np.ndarray  # [text] index into names
+    train: np.ndarray  # [text] True: to fit on, False: to test on
+    names: list  # of the classes
 
 
 def _columns(text, label, group=None):
-    """What reads a row: its text, its label and the group that is balanced within a class."""
+    """Returns a function that returns of a row its text, its label and the group that is balanced
+    within a class, from the columns of these names."""
     def read(row):
         if not {text, label} <= set(row):
-            raise RunnerError(f"A data set to classify needs the columns {text} and {label}; this one has "
-                            f"{', '.join(row)}.")
+            raise RunnerError(f"A data set to classify needs the columns {text} and {label}; this "
+                              f"one has {', '.join(row)}.")
         return row[text], row[label], row.get(group)
+
     return read
 
 
-def _code(row):
-    """Without the first 150 characters, mostly the licence, of files with more than 384 others."""
-    return row["content"][150:] if len(row["content"]) > 534 else "", Path(row["path"]).suffix, None
+def _read_code(row):
+    """Returns text, label and group of a row of github-code: of files with more than 534 characters
+    without the first 150, mostly the licence; of shorter ones no text."""
+    text = row["content"]
+    return text[150:] if len(text) > 534 else "", Path(row["path"]).suffix, None
 
 
-def _europarl(row):
+def _read_europarl(row):
+    """Returns text, label and group of a row of Europarl, in the language that is read."""
     language = EUROPARL["-".join(sorted(row["translation"]))]
     return row["translation"][language], language, None
 
 
-EUROPARL = {"en-fr": "en", "fr-it": "fr", "de-en": "de", "es-fr": "es", "nl-pt": "nl"}      # pair -> the one read
+# Pair of languages -> the one that is read.
+EUROPARL = {"en-fr": "en", "fr-it": "fr", "de-en": "de", "es-fr": "es", "nl-pt": "nl"}
 BIOS, REVIEWS = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
-_bios = _columns("hard_text", "profession", "gender")
-# SAEBench's data sets: name -> ({hub name: {label: class}}, what reads a row).
+CODE, NEWS, PARLIAMENT = "codeparrot/github-code", "fancyzhx/ag_news", "Helsinki-NLP/europarl"
+_read_bios = _columns("hard_text", "profession", "gender")
+# SAEBench's data sets: name -> ({hub name: {label: class}}, the function that reads a row).
 PROBING_DATASETS = {
-    f"{BIOS}_class_set1": (
-        {BIOS: {0: "accountant", 1: "architect", 2: "attorney", 6: "dentist", 9: "filmmaker"}}, _bios),
-    f"{BIOS}_class_set2": (
-        {BIOS: {11: "journalist", 13: "nurse", 14: "painter", 18: "photographer", 19: "physician"}}, _bios),
-    f"{BIOS}_class_set3": (
-        {BIOS: {20: "poet", 21: "professor", 22: "psychologist", 25: "surgeon", 26: "teacher"}}, _bios),
-    REVIEWS: ({REVIEWS: {1: "Toys_and_Games", 2: "Cell_Phones_and_Accessories", 3: "Industrial_and_Scientific",
-                         5: "Musical_Instruments", 6: "Electronics"}}, _columns("text", "category", "rating")),
+    f"{BIOS}_class_set1": ({BIOS: {
+        0: "accountant", 1: "architect", 2: "attorney", 6: "dentist", 9: "filmmaker"}}, _read_bios),
+    f"{BIOS}_class_set2": ({BIOS: {
+        11: "journalist", 13: "nurse", 14: "painter", 18: "photographer", 19: "physician"}},
+        _read_bios),
+    f"{BIOS}_class_set3": ({BIOS: {
+        20: "poet", 21: "professor", 22: "psychologist", 25: "surgeon", 26: "teacher"}},
+        _read_bios),
+    REVIEWS: ({REVIEWS: {
+        1: "Toys_and_Games", 2: "Cell_Phones_and_Accessories", 3: "Industrial_and_Scientific",
+        5: "Musical_Instruments", 6: "Electronics"}}, _columns("text", "category", "rating")),
     f"{REVIEWS}_sentiment": ({REVIEWS: {1.0: "1.0", 5.0: "5.0"}}, _columns("text", "rating")),
-    "codeparrot/github-code": ({"codeparrot/github-code": {".c": "C", ".h": "C", ".py": "Python", ".html": "HTML",
-                                                           ".java": "Java"} | dict.fromkeys(
-        (".php", ".php3", ".php4", ".php5", ".phps", ".phpt"), "PHP")}, _code),
-    "fancyzhx/ag_news": (
-        {"fancyzhx/ag_news": dict(enumerate(("World", "Sports", "Business", "Sci/Tech")))}, _columns("text", "label")),
-    "Helsinki-NLP/europarl": (
-        {f"Helsinki-NLP/europarl:{pair}": {chosen: chosen} for pair, chosen in EUROPARL.items()}, _europarl),
+    CODE: ({CODE: {
+        ".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".java": "Java", ".php": "PHP",
+        ".php3": "PHP", ".php4": "PHP", ".php5": "PHP", ".phps": "PHP", ".phpt": "PHP"}},
+        _read_code),
+    NEWS: ({NEWS: {0: "World", 1: "Sports", 2: "Business", 3: "Sci/Tech"}},
+           _columns("text", "label")),
+    PARLIAMENT: ({f"{PARLIAMENT}:{pair}": {language: language}
+                  for pair, language in EUROPARL.items()}, _read_europarl),
 }
 
 
 def probing_examples(dataset: str, n_train: int, n_test: int, seed: int = 42) -> Examples:
-    """`n_train` and `n_test` texts of each class of
-      "embedded"                 the five domains with most files: stretches of at most 700 characters that begin at a
-                                 line's start and share nothing; those to test on from held-out files, the others not
-      one of PROBING_DATASETS    drawn as SAEBench draws them, but for blank texts
-      another hub name or path   with columns text and label; drawn from its own train and test where it has both
+    """Returns `n_train` and `n_test` texts of each class of a data set.
 
-    Raises DataError where a class has fewer."""
-    drawn = (_draw_stretches if dataset == "embedded" else _draw_texts)(dataset, (n_train, n_test), seed)
+    `dataset` is one of
+      "embedded"                the domains with most files: stretches of at most STRETCH_CHARS
+                                characters that begin at a line's start and share nothing; those to
+                                test on from held-out files, the others not
+      one of PROBING_DATASETS   drawn as SAEBench draws them, but for blank texts
+      another hub name or path  with columns text and label; drawn from its own train and test where
+                                it has both
+
+    Raises RunnerError where a class has fewer.
+    """
+    draw = _draw_stretches if dataset == "embedded" else _draw_texts
+    drawn = draw(dataset, (n_train, n_test), seed)
     for name, (train, test) in drawn.items():
         if len(train) < n_train or len(test) < n_test or len(drawn) < 2:
-            raise RunnerError(f"The data set {dataset!r} is too small: {len(drawn)} classes, and {name!r} does not give "
-                            f"{n_train} texts to train on and {n_test} others to test on, in equal groups.")
+            raise RunnerError(
+                f"The data set {dataset!r} is too small: {len(drawn)} classes, and {name!r} does "
+                f"not give {n_train} texts to train on and {n_test} others to test on, in equal "
+                "groups.")
+    texts = [text for train, test in drawn.values() for text in train + test]
     is_train = np.arange(n_train + n_test) < n_train
-    return Examples([text for train, test in drawn.values() for text in train + test],
-                    np.repeat(np.arange(len(drawn)), len(is_train)), np.tile(is_train, len(drawn)), list(drawn))
+    labels = np.repeat(np.arange(len(drawn)), len(is_train))
+    return Examples(texts, labels, np.tile(is_train, len(drawn)), list(drawn))
 
 
 def _draw_stretches(_, sizes, seed):
-    """{domain: (train texts, test texts)}: of each file one stretch, then a second, ..."""
+    """Returns {domain: (train texts, test texts)} of the embedded corpus, so many (sizes) of each:
+    of every file one stretch, then a second, ..."""
     rng, drawn = np.random.default_rng(seed), {}
-    for domain, _ in Counter(document.domain for document in embedded_documents()).most_common(5):
-        ranked = [], []
-        for document in embedded_documents():
-            if document.domain == domain:
-                stretches = rng.permutation(_stretches(document.text, rng)).tolist()
-                ranked[document.heldout].extend((i, rng.random(), stretch) for i, stretch in enumerate(stretches))
-        drawn[domain] = tuple([stretch for _, _, stretch in sorted(part)[:n]] for part, n in zip(ranked, sizes))
+    n_files = Counter(document.domain for document in embedded_documents())
+    for domain, _ in n_files.most_common(EMBEDDED_CLASSES):
+        ranked = [], []  # to train on, to test on: (which of its file, random, stretch)
+        for document in (d for d in embedded_documents() if d.domain == domain):
+            stretches = rng.permutation(_stretches(document.text, rng)).tolist()
+            ranked[document.heldout].extend(
+                (i, rng.random(), stretch) for i, stretch in enumerate(stretches))
+        drawn[domain] = tuple([stretch for _, _, stretch in sorted(part)[:n]]
+                              for part, n in zip(ranked, sizes))
     return drawn
 
 
-def _stretches(text, rng, size=700, least=200):
-    """What a text is cut into from a random one of its first lines on."""
+def _stretches(text, rng, size=STRETCH_CHARS, least=SHORTEST_STRETCH):
+    """Returns the stretches of `size` characters that a text is cut into, each from a line's start,
+    the first from a random one of its first lines; those with fewer than `least` are left out."""
     starts = [0] + [match.end() for match in re.finditer("\n", text[:size])]
-    start, found = starts[rng.integers(len(starts))], []
+    start, stretches = starts[rng.integers(len(starts))], []
     while start < len(text):
-        found.append(text[start:start + size])
-        start = text.find("\n", start + len(found[-1]) - 1) + 1 or len(text)
-    return [stretch for stretch in found if len(stretch.strip()) >= least]
+        stretches.append(text[start:start + size])
+        start = text.find("\n", start + len(stretches[-1]) - 1) + 1 or len(text)
+    return [stretch for stretch in stretches if len(stretch.strip()) >= least]
 
 
 def _draw_texts(dataset, sizes, seed):
-    """{class: (train texts, test texts)}, SAEBench's way: a sample of each split, in equal groups, where there are both
-    splits; else the first that are enough (all where the classes are not known), shuffled."""
+    """Returns {class: (train texts, test texts)}, so many (sizes) of each, SAEBench's way.
+
+    Where the data set has both splits: a sample of each, in equal groups. Else the first texts that
+    are enough (all where the classes are not known), shuffled.
+    """
     sources, read = PROBING_DATASETS.get(dataset, ({dataset: {}}, _columns("text", "label")))
-    pools = {name: {} for classes in sources.values() for name in classes.values()}  # {class: {(split, group): texts}}
+    names = [name for classes in sources.values() for name in dict.fromkeys(classes.values())]
+    pools = {name: {} for name in names}  # {class: {(split, group): texts}}
     for source, classes in sources.items():
-        splits = read_splits(source)
-        both = {"train", "test"} <= set(splits)
-        for split in ("train", "test") if both else list(splits)[:1]:
-            for text, label, group in checked_rows(source, map(read, splits[split])):
-                if isinstance(text, str) and text.strip() and label in (classes or {label} - {None}):
-                    pool = pools.setdefault(classes.get(label, str(label)), {})
-                    pool.setdefault((split if both else "", group), []).append(text)
-                    if classes and not both and all(sum(map(len, pools[name].values())) > sum(sizes)
-                                                    for name in classes.values()):
-                        break
-    shuffler, drawn = random.Random(seed), {}
-    for name in [name for classes in sources.values() for name in dict.fromkeys(classes.values())] or sorted(pools):
-        groups = [[pools[name][key] for key in sorted(pools[name]) if key[0] == split]
-                  for split in ("train", "test", "")]
-        for texts in groups[2]:
+        _fill_pools(pools, source, classes, read, sum(sizes))
+
+    shuffler, drawn, (n_train, n_test) = random.Random(seed), {}, sizes
+    for name in names or sorted(pools):
+        train, test, unsplit = ([pools[name][key] for key in sorted(pools[name]) if key[0] == split]
+                                for split in ("train", "test", ""))
+        for texts in unsplit:
             shuffler.shuffle(texts)
-        drawn[name] = (groups[2][0][:sizes[0]], groups[2][0][sizes[0]:sum(sizes)]) if groups[2] else tuple(
-            _sample(of_split, n, seed) for of_split, n in zip(groups, sizes))
+        if unsplit:
+            drawn[name] = unsplit[0][:n_train], unsplit[0][n_train:n_train + n_test]
+        else:
+            drawn[name] = _sample(train, n_train, seed), _sample(test, n_test, seed)
     return drawn
 
 
+def _fill_pools(pools, source, classes, read, enough):
+    """Adds a data set's texts to pools {class: {(split, group): texts}}, the split "" where it has
+    not both; then, if the classes are known, no more than give each of them `enough`."""
+    splits = read_splits(source)
+    both = {"train", "test"} <= set(splits)
+    for split in ("train", "test") if both else list(splits)[:1]:
+        for text, name, group in _labelled_texts(source, splits[split], classes, read):
+            key = (split if both else "", group)
+            pools.setdefault(name, {}).setdefault(key, []).append(text)
+            if classes and not both and all(sum(map(len, pools[known].values())) > enough
+                                            for known in classes.values()):
+                break
+
+
+def _labelled_texts(source, rows, classes, read):
+    """Yields (text, class, group) of the rows that have a text and one of classes {label: class};
+    where there are none of these the label is the class."""
+    for text, label, group in checked_rows(source, map(read, rows)):
+        labelled = label in classes if classes else label is not None
+        if labelled and isinstance(text, str) and text.strip():
+            yield text, classes.get(label, str(label)), group
+
+
 def _sample(groups, n, seed):
-    """n texts, as many of each group, as pandas samples them; [] where a group has not so many."""
+    """Returns n texts, as many of each group, as pandas samples them; [] where a group has not so
+    many."""
     parts = [n // len(groups) + (i < n % len(groups)) for i in range(len(groups))]
     if any(len(group) < part for group, part in zip(groups, parts)):
         return []
@@ -215,77 +275,208 @@ def _sample(groups, n, seed):
             for i in np.random.RandomState(seed).choice(len(group), part, replace=False)]
 
 
+def probing_windows(dataset, tokenizer, sizes, context_length, folder):
+    """Returns the Windows of make_probing_windows, from the cache `folder` where they are there,
+    and the key of what made them."""
+    texts = dataset if dataset in PROBING_DATASETS else data_identity(dataset)
+    key = fingerprint("probing", texts, sizes, context_length, tokenizer_identity(tokenizer),
+                      code_key(make_probing_windows))
+
+    def make():
+        return make_probing_windows(dataset, tokenizer, sizes, context_length)
+
+    return cached_windows(folder / f"{key}.npz", dataset, make), key
+
+
+def make_probing_windows(dataset, tokenizer, sizes, context_length):
+    """Returns the texts of probing_examples, sizes = (n_train, n_test) of each class, as Windows:
+    the first context_length - 1 tokens of each; domains are the classes."""
+    examples, bos = probing_examples(dataset, *sizes), first_token(tokenizer)
+    order = np.argsort(~examples.train, kind="stable")
+    texts = [examples.texts[i] for i in order]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [[bos, *ids[:context_length - 1]] for ids in encoded]
+    lengths = np.array([len(row) for row in rows])
+    names = [f"{dataset}#{i}" for i in order]
+    classes = [examples.names[examples.labels[i]] for i in order]
+    return Windows(padded(rows, context_length, bos), lengths, np.arange(len(rows)),
+                   int(examples.train.sum()), names, classes)
+
+
+# ---- Domains ----
 def nearest_domains(windows, domain, n=3):
-    """Names of the n domains whose training tokens' TF-IDF vectors have the highest cosine to a domain's; domains with
-    fewer than 5 training windows are left out."""
+    """Returns the names of the n domains whose training tokens' TF-IDF vectors have the highest
+    cosine to a domain's; domains with fewer than FEW_WINDOWS training windows are left out.
+
+    Raises RunnerError where the domain itself is.
+    """
     from sklearn.feature_extraction.text import TfidfTransformer
     train = np.arange(windows.n_train)
-    names, of, sizes = np.unique(windows.domain_of(train), return_inverse=True, return_counts=True)
+    names, row, sizes = np.unique(
+        windows.domain_of(train), return_inverse=True, return_counts=True)
     valid = windows.valid(train)
     tokens = windows.tokens[train][valid]
-    counts = csr_array((np.ones(len(tokens)), (np.repeat(of, valid.sum(1)), tokens)))[sizes >= 5]
-    names = names[sizes >= 5]
+    places = (np.repeat(row, valid.sum(1)), tokens)
+    enough = sizes >= FEW_WINDOWS
+    counts, names = csr_array((np.ones(len(tokens)), places))[enough], names[enough]
     if domain not in names:
-        raise RunnerError(f"The domain {domain!r} has fewer than 5 training windows, unlike {', '.join(names)}.")
-    vectors = TfidfTransformer().fit_transform(counts)     # of length 1
-    row_cosines = (vectors @ vectors[names == domain].T).toarray()[:, 0]
-    return [str(name) for name in names[np.argsort(-row_cosines, kind="stable")] if name != domain][:n]
+        raise RunnerError(f"The domain {domain!r} has fewer than {FEW_WINDOWS} training windows, "
+                          f"unlike {', '.join(names)}.")
+
+    vectors = TfidfTransformer().fit_transform(counts)  # of length 1
+    cosines = (vectors @ vectors[names == domain].T).toarray()[:, 0]
+    order = np.argsort(-cosines, kind="stable")
+    return [str(name) for name in names[order] if name != domain][:n]
 
 
+# ---- Clozes ----
 class Clozes(NamedTuple):
-    """Four-way questions: which token follows."""
-    window: np.ndarray      # [n] id
-    position: np.ndarray    # [n] of the last token that is given
-    options: np.ndarray     # [n, 4] tokens, the right one first
+    """Four-way questions about windows: which token follows."""
+    window: np.ndarray  # [n] id
+    position: np.ndarray  # [n] of the last token that is given
+    options: np.ndarray  # [n, 4] tokens, the right one first
 
-    def answered(self, ids, logp):
-        """Whether each cloze of the windows `ids` is answered rightly by logp [len(ids), seq, vocabulary], of the
-        tokens that follow positions from 1."""
-        here = np.flatnonzero(np.isin(self.window, ids))
-        row, at = np.searchsorted(ids, self.window[here]), self.position[here] - 1
-        return logp[row[:, None], at[:, None], self.options[here]].cpu().numpy().argmax(1) == 0
 
-    def scores(self, parts):
-        """Mean loss of each window, and whether each cloze of them is answered rightly; of windows in parts (ids,
-        log-probabilities as in `answered`, losses [len(ids), seq], NaN at padding)."""
-        found = [(np.nanmean(loss, 1), self.answered(ids, logp)) for ids, logp, loss in parts]
-        losses, right = map(np.concatenate, zip(*found))
-        return losses, right
+class NameTokens(NamedTuple):
+    """The tokens that begin or go on with a name, by frequency in a domain's training windows."""
+    counts: np.ndarray  # [token]
+    kinds: np.ndarray  # [token] 1: without a space in front, 2: with one, 0: part of no name
+    ranked: dict  # kind -> its tokens that occur, by ascending count, equal ones in random order
+    rank: dict  # token -> its place among those of its kind
 
 
 def make_clozes(windows, ids, strings, seed=0):
-    """Clozes of the windows `ids`, at most 8 each, where a name begins or goes on with a token that is not among the 32
-    before it. strings: token -> text.
+    """Returns the Clozes of the windows `ids`, at most CLOZES_PER_WINDOW each, where a name begins
+    or goes on with a token that is not among the CLOZE_CONTEXT before it. strings: token -> text.
 
-    The wrong options are such tokens too, with a space in front or without as the right one, about as frequent in the
-    domain's training windows: up to 20 ranks and a factor of 2 away. How many of them are the more frequent ones is
-    drawn evenly from 0 to 3, so that frequency cannot answer."""
-    rng, found = np.random.default_rng(seed), []
-    kinds = np.array([0 if not re.fullmatch(r" ?_*[^\W\d_]\w*", text) or keyword.iskeyword(text.strip())
-                      else 1 + text.startswith(" ") for text in strings])
+    The wrong options are such tokens too, with a space in front or without as the right one, about
+    as frequent in the domain's training windows: up to CLOZE_RANKS ranks and a factor of 2 away.
+    How many of them are the more frequent ones is drawn evenly from 0 to 3, so that frequency
+    cannot answer.
+    """
+    rng, rows, ids = np.random.default_rng(seed), [], np.asarray(ids, int)
+    kinds = np.array([_name_kind(text) for text in strings])
     domains = windows.domain_of(np.arange(len(windows.tokens)))
     for domain in np.unique(domains[ids]):
         train = np.flatnonzero(domains[:windows.n_train] == domain)
         tokens = windows.tokens[train][windows.valid(train)]
-        counts = np.bincount(tokens, minlength=len(strings))[:len(strings)]
-        order = rng.permutation(len(strings))              # among equals at random
-        order = order[np.argsort(counts[order], kind="stable")]
-        ranked = {kind: order[(kinds[order] == kind) & (counts[order] > 0)] for kind in (1, 2)}
-        rank = {int(token): i for members in ranked.values() for i, token in enumerate(members)}
-        for window in np.asarray(ids)[domains[ids] == domain]:
-            tokens, asked = windows.tokens[window], []
-            for position in rng.permutation(np.arange(33, windows.lengths[window] - 1)):
-                right, recent = int(tokens[position + 1]), tokens[position - 31:position + 1]
-                if right in recent or right not in rank:
-                    continue
-                members, at = ranked[kinds[right]], rank[right]
-                below, above = (part[~np.isin(part, recent) & (counts[part] <= 2 * counts[right])
-                                     & (counts[right] <= 2 * counts[part])]
-                                for part in (members[max(at - 20, 0):at], members[at + 1:at + 21]))
-                if min(len(below), len(above)) >= 3 and len(asked) < 8:
-                    more = rng.integers(4)
-                    asked.append((window, position, right, *rng.choice(above, more, replace=False),
-                                  *rng.choice(below, 3 - more, replace=False)))
-            found += sorted(asked)
-    table = np.array(sorted(found), dtype=np.int64).reshape(-1, 6)
+        names = _name_tokens(tokens, kinds, rng)
+        for window in ids[domains[ids] == domain]:
+            rows += _window_clozes(windows, window, names, rng)
+    table = np.array(sorted(rows), dtype=np.int64).reshape(-1, 6)
     return Clozes(table[:, 0], table[:, 1], table[:, 2:])
+
+
+def _name_kind(text):
+    """Returns 1 where a token's text is a part of a name, 2 where it begins with a space too, 0
+    where it is neither, or a keyword."""
+    if not re.fullmatch(r" ?_*[^\W\d_]\w*", text) or keyword.iskeyword(text.strip()):
+        return 0
+    return 1 + text.startswith(" ")
+
+
+def _name_tokens(tokens, kinds, rng):
+    """Returns the NameTokens of a domain's training tokens [n]; kinds [token]."""
+    counts = np.bincount(tokens, minlength=len(kinds))[:len(kinds)]
+    order = rng.permutation(len(kinds))
+    order = order[np.argsort(counts[order], kind="stable")]
+    ranked = {kind: order[(kinds[order] == kind) & (counts[order] > 0)] for kind in (1, 2)}
+    rank = {int(token): i for members in ranked.values() for i, token in enumerate(members)}
+    return NameTokens(counts, kinds, ranked, rank)
+
+
+def _window_clozes(windows, window, names, rng):
+    """Returns the sorted rows (window, position, right, three wrong tokens) of a window's clozes,
+    at random positions."""
+    tokens, rows = windows.tokens[window], []
+    positions = np.arange(CLOZE_CONTEXT + 1, windows.lengths[window] - 1)
+    for position in rng.permutation(positions):
+        right = int(tokens[position + 1])
+        recent = tokens[position - CLOZE_CONTEXT + 1:position + 1]
+        if right in recent or right not in names.rank:
+            continue
+        below, above = _rivals(right, recent, names)
+        if min(len(below), len(above)) >= 3:
+            n_above = rng.integers(4)
+            rows.append((window, position, right, *rng.choice(above, n_above, replace=False),
+                         *rng.choice(below, 3 - n_above, replace=False)))
+        if len(rows) == CLOZES_PER_WINDOW:
+            break
+    return sorted(rows)
+
+
+def _rivals(right, recent, names):
+    """Returns the tokens of the kind of `right` that are a little less frequent, and those that are
+    a little more, without recent ones."""
+    members, place, counts = names.ranked[names.kinds[right]], names.rank[right], names.counts
+    below = members[max(place - CLOZE_RANKS, 0):place]
+    above = members[place + 1:place + 1 + CLOZE_RANKS]
+
+    def near(part):
+        within = (counts[part] <= 2 * counts[right]) & (counts[right] <= 2 * counts[part])
+        return part[~np.isin(part, recent) & within]
+
+    return near(below), near(above)
+
+
+# ---- Unlearning ----
+class UnlearningPlan(NamedTuple):
+    """Windows to unlearn a domain with, spread over the files. The groups are "forget" (the
+    domain), "neighbours" (the domains nearest to it in vocabulary) and "retain" (the others)."""
+    dev: np.ndarray  # ids of training windows
+    dev_group: np.ndarray  # group of each
+    test: np.ndarray  # ids of held-out windows
+    group: np.ndarray  # group of each
+    clozes: Clozes  # of the test windows
+    cloze_group: np.ndarray  # group of each
+
+    def full(self, windows, most=32):
+        """Returns the ids of up to `most` test windows of "forget" without padding, and as many of
+        "retain", repeated where there are fewer; raises RunnerError where none of "forget" is full.
+        """
+        forget, retain = (self.test[self.group == name] for name in ("forget", "retain"))
+        forget = forget[windows.lengths[forget] == windows.tokens.shape[1]][:most]
+        if not len(forget):
+            raise RunnerError("no held-out document of FORGET fills CONTEXT_LENGTH.")
+        return forget, np.resize(retain, len(forget))
+
+    def halves(self, windows):
+        """Returns [dev windows], True for every other file of "forget", and of what is not."""
+        docs, half = windows.doc_ids[self.dev], np.zeros(len(self.dev), dtype=bool)
+        for side in (self.dev_group == "forget", self.dev_group != "forget"):
+            half[side] = np.unique(docs[side], return_inverse=True)[1] % 2 == 0
+        return half
+
+
+def unlearning_plan(windows, forget, tokenizer, most=(256, 128)):
+    """Returns the UnlearningPlan of the domain `forget`, with at most `most` = (dev, test) windows
+    of a group; raises RunnerError where one of its windows or of the others' is missing."""
+    n_near = min(3, (len(set(windows.domains)) - 1) // 2)
+    near = nearest_domains(windows, forget, n_near) if n_near else []
+    train = np.arange(windows.n_train)
+    dev, dev_group = _spread(windows, "dev", train, forget, near, most[0])
+    test, group = _spread(windows, "test", windows.heldout(), forget, near, most[1])
+
+    strings = tokenizer.batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
+    clozes = make_clozes(windows, test, strings)
+    cloze_group = group[np.searchsorted(test, clozes.window)]
+    return UnlearningPlan(dev, dev_group, test, group, clozes, cloze_group)
+
+
+def _spread(windows, split, ids, forget, near, most):
+    """Returns at most `most` of the windows `ids` of each group, evenly spaced, as ids in order,
+    and their groups. `split` is what the message calls them."""
+    domains = windows.domain_of(ids)
+    others = np.where(np.isin(domains, near), "neighbours", "retain")
+    group, chosen = np.where(domains == forget, "forget", others), []
+    for name in GROUPS:
+        members = np.flatnonzero(group == name)
+        if name != "neighbours" and not len(members):
+            which = "of it" if name == "forget" else "of another domain"
+            raise RunnerError(
+                f"FORGET = {forget!r}: no {split} window is {which}. The domains are "
+                f"{', '.join(sorted(set(domains)))[:300]}.")
+        places = np.linspace(0, len(members) - 1, min(most, len(members))).astype(int)
+        chosen.append(members[places])
+    chosen = np.sort(np.concatenate(chosen))
+    return ids[chosen], group[chosen]

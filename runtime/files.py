@@ -13,30 +13,44 @@ from runtime.errors import RunnerError
 from runtime.preflight import WATCHDOG
 from runtime.ranks import RANKS
 
-COMPLETED = set()         # what this process has come to: "run", "results"
+COMPLETED = set()  # how far this process has come: "run", then "results"
 
 
 def cache_folder():
+    """Returns the folder of the caches: SAE_CACHE_DIR, or one in the user's cache directory."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("SAE_CACHE_DIR") or user / "temporal-sae-runner").absolute()
 
 
 def fingerprint(*parts):
+    """Returns 20 hexadecimal digits that stand for values that JSON or str can spell."""
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:20]
 
 
 def make_folder(folder, advice):
-    """Makes a folder, or says at once why nothing can be written there."""
+    """Makes a folder; raises RunnerError, which ends with `advice`, where no file can be written
+    there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise RunnerError(f"{folder} cannot be written ({error.strerror or error}): {advice}.") from None
+        reason = error.strerror or error
+        raise RunnerError(f"{folder} cannot be written ({reason}): {advice}.") from None
+
+
+def check_room(folder, need):
+    """Raises RunnerError where a folder's disk has not `need` bytes left, and 5 % more."""
+    free = shutil.disk_usage(folder).free
+    if free < need * 1.05:
+        raise RunnerError(
+            f"{folder} needs {need / 1e6:,.0f} MB and has {free / 1e6:,.0f}. Take less data, or "
+            "set SAE_CACHE_DIR to a larger disk.")
 
 
 @contextmanager
 def replacing(path, durable=True):
-    """A partial file that becomes `path` only when it is whole and, where it must be durable, on the disk."""
+    """Yields the path of a partial file that becomes `path` when the block ends without an error;
+    where it must be durable, only once its bytes are on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -51,7 +65,7 @@ def replacing(path, durable=True):
 
 @contextmanager
 def locked(path):
-    """Waits until no other process holds the lock at `path`; a killed process holds none."""
+    """Holds the lock at `path`, once no other process does; a killed process holds none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
@@ -62,48 +76,78 @@ def locked(path):
         yield
 
 
+def cached_json(path, compute):
+    """Returns compute() as JSON spells it, from the file at `path`, which is written if missing.
+
+    Lists stand for tuples, and keys of dictionaries are texts.
+    """
+    if not path.exists():
+        WATCHDOG.renew()
+        value = compute()
+        WATCHDOG.renew()
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(value))
+    return json.loads(path.read_text())
+
+
+def folder_identity(folder):
+    """Returns [(name, checksum)] of a folder's files; from 64 MB on size and date stand for it."""
+    def identity(path):
+        size, date = path.stat().st_size, path.stat().st_mtime_ns
+        return path.name, zlib.crc32(path.read_bytes()) if size < 2 ** 26 else (size, date)
+
+    return [identity(path) for path in sorted(folder.iterdir()) if path.is_file()]
+
+
 @contextmanager
 def resumable_state(folder, key):
-    """A folder, locked, for what a killed run leaves behind: empty at first and where the key has changed, gone when
-    all went well."""
+    """Yields a folder, under a lock, for what a killed run leaves behind: empty at first and where
+    `key` has changed since; it goes when the block ends without an error."""
     state = folder / key
     if RANKS.rank:
-        RANKS.total(0)
+        RANKS.total(0)  # waits for rank 0
         yield state
         return
+
     with locked(folder.with_suffix(".lock")):
         if folder.exists() and not state.exists():
             print("settings or code have changed: starting afresh")
             shutil.rmtree(folder)
         state.mkdir(parents=True, exist_ok=True)
-        RANKS.total(0)                                      # the others may begin
+        RANKS.total(0)  # the others may begin
         yield state
         shutil.rmtree(folder)
 
 
 @contextmanager
 def atomic_run_folder(out_dir, template):
-    """A folder that takes out_dir's place only when all went well; files of an earlier run that
-    this one does not write (ratings) are kept. Rank 0 alone publishes."""
+    """Yields a partial folder that takes out_dir's place when the block ends without an error and
+    final_info.json is in it; what else an earlier run's folder holds (ratings) is kept.
+
+    Rank 0 alone has a folder, the others None. Raises RunnerError where `out_dir` is the template's
+    folder, one around it or a file.
+    """
     if RANKS.rank:
         yield None
         COMPLETED.add("results")
         return
-    if out_dir == template or out_dir in template.parents or out_dir.exists() and not out_dir.is_dir():
+
+    is_file = out_dir.exists() and not out_dir.is_dir()
+    if is_file or out_dir in (template, *template.parents):
         raise RunnerError(f"--out_dir={out_dir} must be a folder for the results alone.")
     partial, old = (out_dir.with_name(out_dir.name + end) for end in (".partial", ".replaced"))
-    if old.exists() and not out_dir.exists():        # killed between the two renames below
+    if old.exists() and not out_dir.exists():  # killed between the two renames below
         os.replace(old, out_dir)
-    for rest in (partial, old):
-        shutil.rmtree(rest, ignore_errors=True)
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
     make_folder(partial, "choose another --out_dir")
+
     try:
         yield partial
         if not (partial / "final_info.json").exists():
-            raise RunnerError("final_info.json was not written: `main` must call write_results(partial, ...).")
-        for earlier in out_dir.iterdir() if out_dir.exists() else ():
-            if not (partial / earlier.name).exists():
-                (shutil.copytree if earlier.is_dir() else shutil.copy2)(earlier, partial / earlier.name)
+            raise RunnerError(
+                "final_info.json was not written: `main` must call write_results(partial, ...).")
+        copy_missing(out_dir, partial)
         if out_dir.exists():
             os.replace(out_dir, old)
         os.replace(partial, out_dir)
@@ -113,29 +157,8 @@ def atomic_run_folder(out_dir, template):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def cached_json(path, compute):
-    """compute() as it stands in the file at `path`, written where there is none."""
-    if not path.exists():
-        WATCHDOG.renew()
-        found = compute()
-        WATCHDOG.renew()
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(found))
-    return json.loads(path.read_text())
-
-
-def folder_identity(folder):
-    """Name and checksum of each file of a folder; above 64 MB size and date stand for the bytes."""
-    def identity(path):
-        size, date = path.stat().st_size, path.stat().st_mtime_ns
-        return path.name, zlib.crc32(path.read_bytes()) if size < 2 ** 26 else (size, date)
-
-    return [identity(path) for path in sorted(folder.iterdir()) if path.is_file()]
-
-
-def check_room(folder, need):
-    """Raises where a folder's disk has not `need` bytes left."""
-    free = shutil.disk_usage(folder).free
-    if free < need * 1.05:
-        raise RunnerError(f"{folder} needs {need / 1e6:,.0f} MB and has {free / 1e6:,.0f}. Lower TRAIN_TOKENS or set "
-                        "SAE_CACHE_DIR.")
+def copy_missing(source, target):
+    """Copies into a folder the files and folders of `source`, if it exists, that it lacks."""
+    for path in source.iterdir() if source.exists() else ():
+        if not (target / path.name).exists():
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, target / path.name)

@@ -1,4 +1,4 @@
-"""Whether the model and data hub answers."""
+"""Whether the hub of models and data sets answers, and how not to ask it."""
 import os
 import sys
 import threading
@@ -7,9 +7,8 @@ from functools import lru_cache
 
 @lru_cache(maxsize=1)
 def hub_reachable(timeout: float = 4.0) -> bool:
-    """Whether the model and data hub answers within `timeout` seconds: asked once a process; False in offline mode.
-
-    In a thread, because the look-up of a host's name heeds no timeout."""
+    """Returns whether the hub answers within `timeout` seconds; False in offline mode. A process
+    asks once, in a thread, because the look-up of a host's name heeds no timeout."""
     from huggingface_hub import constants, is_offline_mode
     from huggingface_hub.utils import get_session
     answers = []
@@ -17,7 +16,7 @@ def hub_reachable(timeout: float = 4.0) -> bool:
     def ask():
         try:
             answers.append(get_session().head(constants.ENDPOINT, timeout=timeout))
-        except Exception:            # whatever the reason: no answer
+        except Exception:  # whatever the reason: no answer
             pass
 
     if not is_offline_mode():
@@ -28,9 +27,10 @@ def hub_reachable(timeout: float = 4.0) -> bool:
 
 
 def go_offline() -> None:
-    """From here on transformers, datasets and huggingface_hub look in their caches only: a look-up ends at once."""
+    """Makes transformers, datasets and huggingface_hub look in their caches only: a look-up ends at
+    once."""
     from huggingface_hub import constants
-    os.environ["HF_HUB_OFFLINE"] = "1"                    # for processes that start later
-    constants.HF_HUB_OFFLINE = True                       # read at each request, by transformers too
-    if "datasets" in sys.modules:                         # has a copy of its own, made when it is imported
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that start later
+    constants.HF_HUB_OFFLINE = True  # read at each request, by transformers too
+    if "datasets" in sys.modules:  # has a copy of its own, made when it is imported
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True

@@ -1,4 +1,4 @@
-"""The process that a run is: memory, libraries, its start and its end."""
+"""The process that a run is: its libraries, its threads, its start and its end."""
 import atexit
 import inspect
 import logging
@@ -11,16 +11,18 @@ from pathlib import Path
 
 import torch
 
-from runtime.files import COMPLETED
 from runtime.errors import error_report, RunnerError
+from runtime.files import COMPLETED
 from runtime.memory import bound_memory, keep_freed_memory
 from runtime.ranks import RANKS
 from runtime.shards import WRITING
 
+SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", "")).name
+
 
 @contextmanager
 def allow_tf32():
-    """Products of fp32 matrices with 10 bits of mantissa, on a GPU."""
+    """Lets a GPU multiply fp32 matrices with 10 bits of mantissa within the block."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -30,40 +32,44 @@ def allow_tf32():
 
 
 def prefetched(make, slow):
-    """make, a function of a step that gives a tuple of tensors; where that is slow a thread makes the next step's meanwhile, on
-    a stream of its own."""
+    """Returns a function of a step that returns what make(step), a tuple with tensors in it, does.
+
+    Where `slow`, a thread makes the next step's tuple meanwhile, on a CUDA stream of its own.
+    """
     if not slow:
         return make
-    pool, waiting = ThreadPoolExecutor(1), {}
+    pool, waiting = ThreadPoolExecutor(1), {}  # step -> its future
     stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
-    def made(step):
+    def make_on_stream(step):
         with torch.cuda.stream(stream):
             return make(step), stream and stream.record_event()
 
     def get(step):
-        wanted = waiting.pop(step, None) or pool.submit(made, step)
+        future = waiting.pop(step, None) or pool.submit(make_on_stream, step)
         waiting.clear()
-        waiting[step + 1] = pool.submit(made, step + 1)
-        batch, event = wanted.result()
+        waiting[step + 1] = pool.submit(make_on_stream, step + 1)
+        batch, event = future.result()
         if event:
             torch.cuda.current_stream().wait_event(event)
-            for part in batch:
-                if torch.is_tensor(part):
-                    part.record_stream(torch.cuda.current_stream())
+            for tensor in filter(torch.is_tensor, batch):
+                tensor.record_stream(torch.cuda.current_stream())
         return batch
+
     return get
 
 
 def readable_bytes(n_bytes):
+    """Returns a number of bytes in GB or MB, as text."""
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes > 1e8 else f"{n_bytes / 1e6:.0f} MB"
 
 
 def quiet_libraries():
-    """Nothing on stderr but errors: no warnings, no bars, also of what an edit imports."""
+    """Keeps all but errors off stderr: warnings and progress bars, also of what is imported later.
+    """
     import huggingface_hub
     import transformers
-    os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}      # imported late, if at all
+    os.environ |= {"DATASETS_VERBOSITY": "critical", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)
     huggingface_hub.utils.disable_progress_bars()
     warnings.filterwarnings("ignore")
@@ -71,21 +77,25 @@ def quiet_libraries():
     transformers.logging.disable_progress_bar()
 
 
-SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", "")).name
-
-
 @atexit.register
 def end_of_the_script():
-    """A script that never comes to run() must not pass for a finished one."""
+    """Ends a script that never came to run_script with an error: it must not pass for a finished
+    run."""
     if SCRIPT == "experiment.py" and "run" not in COMPLETED and not hasattr(sys, "last_value"):
-        print(f"{SCRIPT} ended without results: its last lines must call run_script(main, ...)", file=sys.stderr)
+        print(f"{SCRIPT} ended without results: its last lines must call run_script(main, ...)",
+              file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(1)
 
 
-def run_script(main, file, shown, variants, name):
-    """main() of the script `file`; an error becomes a report about the variant `name`, and an exit status."""
+def run_script(main, file, shown, variants, name, memory_settings=()):
+    """Runs main() of the script `file`; an error becomes a report on stderr and an exit status, 2
+    for a RunnerError and 1 for any other.
+
+    The report is about the variant `name` of `variants` {name: class}; `shown` and
+    `memory_settings` are those of `error_report`.
+    """
     COMPLETED.clear()
     COMPLETED.add("run")
     keep_freed_memory()
@@ -96,18 +106,26 @@ def run_script(main, file, shown, variants, name):
         main()
         RANKS.leave()
         if "results" not in COMPLETED:
-            raise RunnerError("main() came to its end without results: `atomic_run_folder` and write_results are missing.")
+            raise RunnerError("main() came to its end without results: `atomic_run_folder` and "
+                              "write_results are missing.")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command carries on")
-    except SystemExit as stop:  # argparse's, or one in an edit, which must not pass for a finished run
+    except SystemExit as stop:  # argparse's, or one in an edit, which is no finished run
         if stop.code in (None, 0) and not {"-h", "--help"} & set(sys.argv):
-            sys.exit(f"{Path(file).name} was left by sys.exit() before the results were written")
+            script = Path(file).name
+            sys.exit(f"{script} was left by sys.exit() before the results were written")
         raise
     except Exception as error:
-        variant = variants.get(name) if isinstance(name, str) else None
-        at = f" (line {inspect.getsourcelines(variant)[1]})" if inspect.isclass(variant) else ""
-        print(error_report(error, file, f"SAE_VARIANT = {name!r}{at}", shown), file=sys.stderr, flush=True)
+        about = f"SAE_VARIANT = {name!r}{line_of(variants, name)}"
+        report = error_report(error, file, about, shown, memory_settings)
+        print(report, file=sys.stderr, flush=True)
         code = 2 if isinstance(error, RunnerError) else 1
-        if WRITING:                                         # threads that may never come to their end
+        if WRITING:  # threads that may never come to their end
             os._exit(code)
         sys.exit(code)
+
+
+def line_of(classes, name):
+    """Returns " (line n)", where the class of that name begins in its file; "" if there is none."""
+    found = classes.get(name) if isinstance(name, str) else None
+    return f" (line {inspect.getsourcelines(found)[1]})" if inspect.isclass(found) else ""

@@ -11,29 +11,36 @@ from runtime.errors import RunnerError
 
 
 class Ranks:
-    """The processes of a torchrun, each with its share of every batch: `rank` of `size`. One process, and any within
-    `alone`, is 0 of 1, and all of this does nothing."""
+    """The processes of a torchrun, each with its share of every batch: `rank` of `size`.
+
+    A run of one process, and any process within `alone`, is 0 of 1: then none of this does
+    anything.
+    """
     rank, size = 0, 1
 
     def join(self):
-        """Of a torchrun: meets the others, takes its GPU, and leaves stdout to rank 0."""
+        """Meets the other processes, where torchrun has started this one, takes a GPU of its own
+        and leaves stdout to rank 0."""
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1 or "MASTER_ADDR" not in os.environ:
             return
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))     # rank 0 evaluates alone
+        wait = timedelta(hours=6)  # rank 0 evaluates alone
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait)
         self.rank, self.size = dist.get_rank(), size
         if self.rank:
             sys.stdout = open(os.devnull, "w")
 
     def leave(self):
+        """Parts from the other processes."""
         if self.size > 1:
             dist.destroy_process_group()
 
     @contextmanager
     def alone(self):
+        """Makes this process 0 of 1 for the block."""
         before = self.rank, self.size
         self.rank, self.size = 0, 1
         try:
@@ -43,7 +50,7 @@ class Ranks:
 
     @contextmanager
     def first(self):
-        """Rank 0 does what it does before the others."""
+        """Lets rank 0 come through the block before the others enter it."""
         if self.rank:
             dist.barrier()
         yield
@@ -51,55 +58,65 @@ class Ranks:
             dist.barrier()
 
     def share(self, ids):
-        """This process's part of them."""
+        """Returns this process's part of the windows `ids` of a step; raises RunnerError where
+        there are fewer than processes."""
         if len(ids) < self.size:
-            raise RunnerError(f"{len(ids)} windows a step for {self.size} processes: raise BATCH_TOKENS.")
+            raise RunnerError(f"{len(ids)} windows a step for {self.size} processes: take more "
+                              "tokens a step, or fewer processes.")
         return ids[self.rank::self.size]
 
     def agree(self, value):
-        """Rank 0's value."""
-        if self.size > 1:
-            dist.broadcast_object_list(found := [value], 0)
-            return found[0]
-        return value
+        """Returns rank 0's value."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
 
     def total(self, value):
-        """Sum over the processes of a tensor or a number."""
+        """Returns the sum over the processes of a tensor or a number."""
         if self.size == 1:
             return value
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dist.all_reduce(total := torch.as_tensor(value, device=device).clone())
+        total = torch.as_tensor(value, device=device).clone()
+        dist.all_reduce(total)
         return total
 
-    def reduce(self, sae, n, fired):
-        """Gradients as of the whole batch, of which this process saw n tokens; running means over the processes -> n and
-        `fired` [d_sae] of all. In one exchange: each has its price."""
+    def reduce(self, module, n, fired):
+        """Makes a module's gradients those of the whole batch, of which this process saw n tokens,
+        and its float buffers their means over the processes. Returns n and `fired` [d_sae] summed
+        over the processes. All goes in one exchange, as each has its price."""
         if self.size == 1:
             return n, fired
-
-        def stored(values):                                     # a view, as they lie in memory
-            return (values if values.is_contiguous() else values.mT).view(-1)
-
-        parameters = [p for p in sae.parameters() if p.requires_grad]
-        buffers = [buffer for buffer in sae.buffers() if buffer.is_floating_point()]
-        known = torch.tensor([float(n), *(p.grad is not None for p in parameters)], device=fired.device)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.mul_(n) for p in parameters]
-        parts = [known, fired, *map(stored, gradients), *map(stored, buffers)]
-        dist.all_reduce(whole := torch.cat(parts))
+        known = [p.grad is not None for p in parameters]
+
+        head = torch.tensor([float(n), *known], device=fired.device)
+        parts = [head, fired, *map(as_stored, gradients), *map(as_stored, buffers)]
+        whole = torch.cat(parts)
+        dist.all_reduce(whole)
         (n, *known), fired, *sums = whole.split([part.numel() for part in parts])
-        for value, total in zip(gradients, sums):
-            stored(value).copy_(total).div_(n)
-        for p, grad, there in zip(parameters, gradients, known):
-            p.grad = grad if there else None
+
+        for gradient, total in zip(gradients, sums):
+            as_stored(gradient).copy_(total).div_(n)
+        for p, gradient, anywhere in zip(parameters, gradients, known):
+            p.grad = gradient if anywhere else None
         for buffer, total in zip(buffers, sums[len(parameters):]):
-            stored(buffer).copy_(total).div_(self.size)
+            as_stored(buffer).copy_(total).div_(self.size)
         return n.long(), fired.long()
 
-    def same(self, sae):
-        """All as rank 0 has it."""
+    def same(self, module):
+        """Gives all processes rank 0's parameters and buffers of a module."""
         if self.size > 1:
-            for value in (*sae.parameters(), *sae.buffers()):
+            for value in (*module.parameters(), *module.buffers()):
                 dist.broadcast(value.data, 0)
+
+
+def as_stored(values):
+    """Returns a tensor, contiguous or the transpose of such, flat, as it lies in memory: a view."""
+    return (values if values.is_contiguous() else values.mT).view(-1)
 
 
 RANKS = Ranks()

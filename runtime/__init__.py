@@ -1,0 +1,1 @@
+"""Support for any long run, whatever it computes."""
