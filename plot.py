@@ -1010,7 +1010,7 @@ def fig_latents(runs):
     right.axvline(0.2, color=NOTE["color"], linewidth=0.8, linestyle=":")
     one_row_per_run(left, runs)
     left.set_xlabel("rated interpretable (0 no, 1 yes) ↑")
-    right.set_xlabel("share of passages identified among five (dotted: chance) ↑")
+    right.set_xlabel("passages identified (dotted: chance) ↑")
     for axis in (left, right):
         axis.set_xlim(0, 1)
         axis.tick_params(axis="y", length=0)
@@ -1022,7 +1022,7 @@ def fig_latents(runs):
 # ---- Figures: compositions and levels ------------------------------------------------------------
 RECOVERY = {"cosine_primitives": "primitives: cosine ↑",
             "cosine_compositions": "compositions: cosine ↑",
-            "auroc_seen": "pairs seen in training: AUROC ↑",
+            "auroc_seen": "seen pairs: AUROC ↑",
             "auroc_unseen": "unseen pairs: AUROC ↑"}
 HATCHES = {"pca": "////", "nmf": "....", "random": ""}      # baselines
 BASELINES = {"pca": "PCA", "nmf": "NMF", "random": "random dictionary"}
@@ -1165,7 +1165,7 @@ def draw_patching(axis, runs):
     for run in runs:
         for name, text in (("patched_rise", "top tokens' logits"),
                            ("patched_children", "children that fire")):
-            rows.append(text if len(runs) == 1 else f"{textwrap.shorten(run.label, 18)}: {text}")
+            rows.append(text if len(runs) == 1 else f"{run.label[:18]}: {text}")
             own, control = (run.metrics.get(key, math.nan) for key in (name, f"{name}_rival"))
             axis.barh(len(rows) - 1.2, own, 0.36, color=run.color)
             axis.barh(len(rows) - 0.8, control, 0.36, color=run.color, alpha=0.35)
@@ -1229,8 +1229,8 @@ def fig_tree(runs):
     axis.set_xlim(-0.02, 1.03)
     axis.set_ylim(y - 0.7, -0.8)
     axis.axis("off")
-    axis.set_title(f"{run.label}: parents (left) and children, each with its strongest passage and "
-                   "‹the token on which it fires›", loc="left", fontsize=7.5)
+    axis.set_title(f"{run.label}: parents (left), children, and their strongest passages, ‹firing "
+                   "token›", loc="left", fontsize=7.5)
     return figure
 
 
