@@ -2,13 +2,40 @@
 
     python experiment.py --out_dir=run_1
 
-The settings are the constants below. Results: final_info.json in that folder, the SAE beside it. A
-preflight passes the variant through every stage and evaluation first. A killed run carries on.
+Every setting is a constant of the region Config. The results are final_info.json in that folder and
+the SAE beside it. A preflight first passes the variant through every stage and evaluation on tiny
+data, so that a mistake ends the run within seconds. A killed run carries on with the same command.
 
-To add a variant: (A) copy a small class from "Variants", state its equation in the docstring and
-override what differs: `encode` (or `select`, `activate`), `decode`, `losses`, `curriculum`, and
-`architecture` where it computes latents in a way of its own; (B) add its name to SAE_VARIANTS;
-(C) name it in SAE_VARIANT. To add a metric, or an evaluation: see EVALUATIONS.
+To add a variant: (A) copy a small class of the region Variants, state its equation in the docstring
+and override what differs: `encode` (or `select`, `activate`), `decode`, `losses`, `curriculum`, and
+`architecture` where it computes latents in a way of its own; what changes the SAE's state outside
+the optimiser goes into `after_step`; (B) add its name to SAE_VARIANTS; (C) name it in SAE_VARIANT.
+To add a metric: put it into the Result of an evaluation. To add an evaluation: a function of a Run
+that returns a Result, and a line in EVALUATIONS.
+
+Data flows one way: tokens -> activations -> latents -> metrics -> final_info.json -> figures.
+
+Regions, in order:
+    Config                 the settings
+    Protocol               the settings that stay, or runs no longer compare
+    Batch                  what flows into a variant, and means over its tokens
+    Variants               the SAEs, from `SAE` (standard) to `Hierarchical`; SAE_VARIANTS
+    Trainer                curriculum, learning rate, one step, the loop, its log, its time budget
+    Model                  loading the language model, reading and replacing its residual stream
+    Activations            the store: activations collected once, batches of them
+    Evaluation: shared     held-out latents, live latents, spliced forward passes, activity of units
+    Evaluation: core       reconstruction, sparsity, next-token loss, controls
+    Evaluation: temporal   stability, smoothness, coherence, polysemanticity
+    Evaluation: probes     linear probes on a token's latents
+    Evaluation: sparse probing   SAEBench's probes on a few latents of a text
+    Evaluation: unlearning       clamping, its gate, forgetting against preservation
+    Evaluation: hierarchy        two levels: information, clusters, causal tracing
+    Evaluation: composition      interaction and reuse of features
+    Evaluation: recovery         planted features of synthetic activations
+    Evaluation: detection        where a latent fires, predicted from its strongest contexts
+    Results                EVALUATIONS, export of the SAE, final_info.json
+    Checks                 settings and variants that cannot work, named before anything slow
+    Main                   preflight -> tokens -> activations -> train -> evaluate -> write
 """
 import argparse
 import copy
@@ -19,12 +46,12 @@ import io
 import json
 import math
 import os
+import platform
 import tempfile
 import time
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -40,148 +67,214 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array, vstack
 from scipy.spatial.distance import cdist
 from scipy.stats import binomtest, false_discovery_control, linregress, norm, rankdata, spearmanr
-from sklearn.decomposition import MiniBatchNMF, PCA
+from sklearn.cluster import AgglomerativeClustering, KMeans
+from sklearn.decomposition import PCA, MiniBatchNMF
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    adjusted_mutual_info_score, adjusted_rand_score, balanced_accuracy_score, roc_auc_score,
+    roc_curve, silhouette_score)
 from sklearn.preprocessing import MaxAbsScaler, normalize
 from torch import nn
 
-import data.synthetic
 from data.code_labels import LABELS
 from data.documents import data_identity
-from data.synthetic import COMPOSED, DIMENSIONS, make_synthetic, PRIMITIVES, TASKS
-from data.tasks import Clozes, encoded_questions, make_clozes, nearest_domains, probing_windows
-from data.windows import load_windows, stand_in_windows, Wanted
-from pages.case_studies import family_tree
-from pages.latents_page import children_of, compositions_of, latents_page
-from runtime.errors import run_stage, RunnerError
+from data.synthetic import COMPOSED, DIMENSIONS, PRIMITIVES, TASKS, make_synthetic
+from data.tasks import encoded_questions, probing_windows, unlearning_plan
+from data.windows import Wanted, load_windows, stand_in_windows
+from pages.case_studies import case_studies, family_tree
+from pages.latents_page import Passages, children_of, compositions_of, latents_page
+from runtime.errors import RunnerError, run_stage
 from runtime.files import (
     atomic_run_folder, cache_folder, cached_json, fingerprint, folder_identity, make_folder,
     replacing, resumable_state)
 from runtime.hub import go_offline, hub_reachable
-from runtime.preflight import preflight_sandbox, setting_rules, WATCHDOG
+from runtime.preflight import WATCHDOG, SettingRules, preflight_sandbox
 from runtime.process import allow_tf32, prefetched, readable_bytes, run_script
-from runtime.progress import fit_to_deadline, Progress, steps_left
+from runtime.progress import Progress, fit_to_deadline, steps_left
+from runtime.provenance import code_key, sources_key
 from runtime.ranks import RANKS
-from runtime.results import finite_number, jsonable, write_result_files
+from runtime.results import finite_number, jsonable, summarise_seeds, write_result_files
 from runtime.shards import missing_shards, open_shards, shard_table, write_shard
 from runtime.sparse_ops import (
-    firings, largest, Latents, MASKED_PRE_ACT, PairDecode, PairEncode, Pairs, top_k_pairs)
+    MASKED_PRE_ACT, Latents, PairDecode, PairEncode, Pairs, firings, largest, top_k_pairs)
 
-torch.set_flush_denormal(True)  # decaying traces become denormal, which is slow
+torch.set_flush_denormal(True)  # decaying traces become denormal numbers, which are slow
 HERE = Path(__file__).resolve().parent
-SOURCE = Path(__file__).read_text()
+SOURCE = Path(__file__).read_text(encoding="utf-8")
 
-# ---- CONFIG: edit here; there is no command line for these ----
-# standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, temporal, temporal_adaptation,
-# temporal_context, compositional, hierarchical
+
+# region Config
+# Edit here; there is no command line for these.
+# One of: standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, temporal,
+# temporal_adaptation, temporal_context, compositional, hierarchical
 SAE_VARIANT = "standard"
 ABLATE = ()  # losses or components to switch off, e.g. ("auxk",)
 MODEL_NAME = "embedded/model"  # a local folder or a hub id, e.g. "google/gemma-2-2b"
 LAYER = None  # residual stream after this block, from 0; None: the middle
 DATASET = "embedded"  # or a file, a folder, a nanoGPT data folder, a hub name
 TRAIN_TOKENS = 196_608  # distinct, all in every epoch
-CONTEXT_LENGTH = 128  # tokens in a window, BOS included
+CONTEXT_LENGTH = 128  # tokens in a window, the first (BOS) included
 EXPANSION = 8  # d_sae / d_in
 TARGET_L0 = 48  # active latents per token
 SEEDS = (0,)  # one SAE a seed
-TIME_BUDGET_MINUTES = 90  # the whole run's; training shrinks to it
-# and "unlearning", "sparse_probing", "recovery"; of their variants "composition", "hierarchy"
-EVALS = ("core", "temporal", "probes")
+TIME_BUDGET_MINUTES = 90  # of the whole run; training shrinks to fit
+# Also "unlearning", "sparse_probing", "recovery"; for their variants "composition", "hierarchy"
+EVALS = ("core", "temporal", "probes", "detection")
 EPOCHS_SCALE = 1.0  # multiplies the epochs of every stage
 BATCH_TOKENS = 1024  # tokens per training step
-LEARNING_RATE = None  # Adam; None: 3e-3 * sqrt(1536 / d_sae)
-TRAIN_POSITIONS = None  # None: all; (low, high): on these alone, from 1
+LEARNING_RATE = None  # of Adam; None: 3e-3 * sqrt(1536 / d_sae)
+TRAIN_POSITIONS = None  # None: all; (low, high): trains on these positions alone, from 1
+
 # temporal
 WINDOW = 5  # positions that attention sees
 ATTENTION = "causal"  # or "centred": the window lies around its token
-HEADS, HEAD_WIDTH = 1, 32
-CONSISTENT_FRACTION = 1.0  # of the latents are bound
-CONSISTENCY_WEIGHT = 0.01
-CONTRAST_WEIGHT = 0.2
+HEADS = 1  # of the attention
+HEAD_WIDTH = 32  # channels of queries and keys
+CONSISTENT_FRACTION = 1.0  # share of the latents that the consistency losses bind
+CONSISTENCY_WEIGHT = 0.01  # of the consistency loss
+CONTRAST_WEIGHT = 0.2  # of the contrastive loss
 CONTRAST_SPAN = 16  # positions back that should agree
+
 # tsae
-TSAE_READING = "paper"  # or "code", as its authors released it
+TSAE_READING = "paper"  # or "code": as its authors released it
+
 # temporal_adaptation
-TEMPERATURE = "learned"  # "learned", "scheduled" or a fixed number
-DRIVE = "u"  # the trace follows u, or the latents: "z"
-REGULARISATION = 1e-3  # towards where its parameters start
+TEMPERATURE = "learned"  # or "scheduled" (learned with a learned decay), or a fixed number
+DRIVE = "u"  # the trace follows the rectified pre-activations; "z": the latents
+REGULARISATION = 1e-3  # weight that pulls its global parameters towards their starts
+
 # temporal_context
-BUFFER = 4  # positions
+BUFFER = 4  # latest positions that the encoder sees
 BUFFER_POSITIONS = "learned"  # or "sinusoidal"
+
 # compositional
-COMPOSITIONS = 1 / 3  # of the latents; EXPANSION = 384 / d_in: 256 features, 128 compositions
-COMPOSITION_HEADS, COMPOSITION_HEAD_WIDTH = 8, 16  # of its attention
-COMPOSITION_SLOTS = 1 / 4  # of TARGET_L0, for compositions before features
+COMPOSITIONS = 1 / 3  # share of the latents; EXPANSION = 384 / d_in: 256 features and 128 of these
+COMPOSITION_HEADS = 8  # of its attention
+COMPOSITION_HEAD_WIDTH = 16  # channels of a head
+COMPOSITION_SLOTS = 1 / 4  # share of TARGET_L0 that compositions take before features
+
 # hierarchical
 LEVEL_WIDTHS = None  # e.g. (144, 96), 3/4 and 1/2 of d_in; None: 3/2 and 1 times d_sae
 LEVEL_SPARSITY = "topk"  # of level 2; or "l1", its weight steered to TARGET_L0
-DENSITY = 1.5  # level 1 has that many times TARGET_L0 active features
-COSINE_WEIGHT, GROUP_WEIGHT = 0.1, 0.1
+LEVEL1_L0_RATIO = 1.5  # active features of level 1 a token / TARGET_L0
+COSINE_WEIGHT = 0.1  # of the loss that makes siblings' directions alike
+GROUP_WEIGHT = 0.1  # of the group-sparsity (L2,1) loss
+
 # unlearning
 FORGET = "sympy"  # a domain of DATASET, or another data set
-TRAIN_ON = "both"  # or "forget", "retain"
-FORGET_QUESTIONS = None  # e.g. "cais/wmdp:wmdp-bio"
+TRAIN_ON = "both"  # or "forget", "retain": training windows of that domain alone, or without it
+FORGET_QUESTIONS = None  # a data set of four-way questions, e.g. "cais/wmdp:wmdp-bio"
 RETAIN_QUESTIONS = None  # e.g. "cais/mmlu:human_aging"
-SELECTION = "ratio"  # of the latents to clamp: by E[z^2], or by "frequency"
-CLAMPED, MATCHED = 20, 1536  # latents at most to clamp, and to match
+SELECTION = "ratio"  # of latents to clamp: by E[z^2] on FORGET over elsewhere; or "frequency"
+CLAMPED = 20  # latents at most to clamp
+MATCHED = 1536  # latents at most that the matcher reads
 MATCHER = "logistic"  # or "attention"
-MATCHER_WINDOW = 4
+MATCHER_WINDOW = 4  # positions that the matcher reads
+# endregion
 
-# FIXED PROTOCOL: runs compare only while these stay as they are
+
+# region Protocol
+# FIXED PROTOCOL: runs compare only while these stay as they are.
 DATA_SEED = 42  # order of documents, choice of windows
 TRAIN_WINDOWS_PER_FILE = 8
 EVAL_FILES = 256  # held-out documents
 EVAL_WINDOWS_PER_FILE = 4
-MIN_WINDOW = 32  # tokens; shorter tails are left out
+MIN_WINDOW = 32  # tokens; shorter tails of documents are left out
+CURRICULUM_EPOCHS = 20  # that the stages of a curriculum should add up to
 WARMUP_FRACTION = 0.05  # of all steps: the learning rate rises
 DECAY_FRACTION = 0.2  # of all steps: it falls to zero
-GRADIENT_CLIP = 1.0
-DEAD_AFTER_FRACTION = 0.05  # of training's tokens without firing: dead
+GRADIENT_CLIP = 1.0  # norm of all gradients together
+DEAD_AFTER_FRACTION = 0.05  # of training's tokens without firing: a latent is dead
 AUXK_WEIGHT = 1 / 32  # Gao et al. 2024 (arXiv 2406.04093)
-STABILITY_LAGS, FAR_LAGS = (5, 16), (17, 32)  # beyond WINDOW; beyond CONTRAST_SPAN too
+LIVE_MIN_FIRINGS = 50  # of a live latent, on held-out tokens
+LIVE_MIN_FILES = 10  # held-out files in which a live latent fires
+STABILITY_LAGS = (5, 16)  # tokens apart, beyond WINDOW
+FAR_LAGS = (17, 32)  # beyond CONTRAST_SPAN too
 NULL_DRAWS = 50  # permutations
-PROBE_EVERY = 8  # held-out tokens
-PROBING = ("embedded",)  # data sets, e.g. (*PROBING_DATASETS,)
-PROBING_SIZE = (1000, 250)  # texts of a class to train, test; SAEBench: (4000, 1000)
-PROBED = (1, 2, 5, 10, 20, 50)  # latents
-TRACED = 32  # parents, through the model
-LIVE = (50, 10)  # firings, and files with one, of a live latent
-FORGETTING = 0.33  # nats, where strategies are compared: half the oracle's
-RETAIN_FREQUENCY = 0.01  # at most, for "frequency"
+PROBE_EVERY = 8  # held-out tokens: one is probed
+PROBING = ("embedded",)  # data sets, e.g. (*PROBING_DATASETS,) of data/tasks.py
+PROBING_SIZE = (1000, 250)  # texts of a class to train, to test; SAEBench: (4000, 1000)
+PROBED_COUNTS = (1, 2, 5, 10, 20, 50)  # latents that a sparse probe reads
+TRACED_PARENTS = 32  # that are ablated in the model
+FORGET_NATS = 0.33  # forgetting at which strategies are compared: half the retrained oracle's
+RETAIN_FREQUENCY = 0.01  # firing rate outside FORGET at most, for SELECTION "frequency"
 GATE_TOKENS = 32  # whose mean match opens the gate
-FALSE_POSITIVES = (0.01, 0.05, 0.2)  # outside FORGET; 1 % is what counts
+FALSE_POSITIVES = (0.01, 0.05, 0.2)  # rates outside FORGET of the thresholds; 1 % counts
 SYNTHETIC_TASKS = ("boolean", "arithmetic", "grammar")
-SYNTHETIC_RHOS = (1.0, 0.5, 0.0)  # of compositions in the first task; 1 in the others
-SYNTHETIC_TOKENS = 65_536
+SYNTHETIC_RHOS = (1.0, 0.5, 0.0)  # strengths of compositions in the first task; 1 in the others
+SYNTHETIC_TOKENS = 65_536  # of training
 SYNTHETIC_SAE = (384, 8)  # width, L0
 COMPOSED_TOKENS = 512  # whose features are dropped one by one
-EVALUATION_RESERVE = 0.15  # of the time
-LOG_EVERY = 20
+DETECTED_LATENTS = 50  # live ones that the page shows and that detection is measured on
+DETECTION_TASKS = 10  # of a latent at most, one a file
+DETECTION_OPTIONS = 5  # excerpts to choose from: chance is .2
+DETECTION_TOKENS = 16  # of such an excerpt
+PROFILE_FIRINGS = 128  # strongest firings that make a latent's profile
+PROFILE_REACH = 5  # tokens that a profile reads: the one at the place and those just before
+EVALUATION_RESERVE = 0.15  # share of the time budget
+LOG_EVERY = 20  # steps
 CHECKPOINT_SECONDS = 60
-SHARD_WINDOWS = 512  # in one file
+SHARD_WINDOWS = 512  # windows of activations in one file
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODEL_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+# endregion
 
 
+# region Batch
 class Batch(NamedTuple):
-    """What flows into a variant. A row is a window of one document without BOS."""
+    """The one thing that flows into a variant. A row is a window of one document without BOS."""
     x: torch.Tensor  # [batch, seq, d_in] activations, centred, mean squared norm 1
-    tokens: torch.Tensor  # [batch, seq]
-    doc_ids: torch.Tensor  # [batch]
+    tokens: torch.Tensor  # [batch, seq] token ids
+    doc_ids: torch.Tensor  # [batch] document of each row
     positions: torch.Tensor  # [seq] from 1
-    mask: torch.Tensor | None  # [batch, seq] False at padding; None: there is none
+    mask: torch.Tensor | None  # [batch, seq] False at padding; None: there is no padding
 
 
-# ---- Variants. One contiguous block each; a curriculum is data ----
+def n_tokens(batch):
+    """Returns how many tokens count: an int, or a scalar tensor where there is padding."""
+    return batch.x.shape[0] * batch.x.shape[1] if batch.mask is None else batch.mask.sum()
+
+
+def zero_padding(batch, values):
+    """Returns values [batch, seq, ...] with zeros at padding."""
+    return values if batch.mask is None else values * batch.mask[..., None]
+
+
+def drop_padding(batch, values):
+    """Returns values [batch, seq, d] as [tokens, d], without padding."""
+    return values.flatten(0, 1) if batch.mask is None else values[batch.mask]
+
+
+def squared_error(batch, x_hat):
+    """Returns the mean over tokens of |x - x_hat|^2: as x has mean squared norm 1 about its mean,
+    the fraction of variance unexplained."""
+    expect_shape("x_hat", x_hat, batch.x.shape)
+    return zero_padding(batch, (batch.x - x_hat).square()).sum() / n_tokens(batch)
+
+
+def l1(batch, latents):
+    """Returns the mean over tokens of the sum of |z|."""
+    return latents.values.abs().sum() / n_tokens(batch)
+
+
+def expect_shape(name, tensor, wanted):
+    """Raises RunnerError where a tensor has another shape than wanted."""
+    if tensor.shape != wanted:
+        raise RunnerError(f"{name} has shape {(*tensor.shape,)}, wanted {wanted}.")
+# endregion
+
+
+# region Variants
+# One contiguous block each. A curriculum is data: a tuple of stages, or a classmethod that returns
+# one where it depends on constants.
 class Stage(NamedTuple):
-    """Of a curriculum. Its stages add up to 20 epochs."""
+    """A stage of a curriculum. The epochs of all stages add up to CURRICULUM_EPOCHS."""
     name: str
-    epochs: float
-    weights: dict  # loss -> a number, or a function of the stage's progress in [0, 1)
-    trains: tuple = ("",)  # prefixes of the parameters that learn
-    lr: float = 1.0  # multiplies LEARNING_RATE
-    anneals: dict = {}  # attribute of the SAE -> what it is, in the same way
+    epochs: float  # passes over the training tokens
+    weights: dict  # loss -> its weight: a number, or a function of the stage's progress in [0, 1)
+    trains: tuple = ("",)  # prefixes of the names of the parameters that learn
+    lr: float = 1.0  # multiplies the learning rate
+    anneals: dict = {}  # attribute of the SAE -> its value, in the same way
 
 
 PLAIN = {"reconstruction": 1.0, "auxk": AUXK_WEIGHT}  # the weights of most variants
@@ -203,127 +296,129 @@ class SAE(nn.Module):
         self.d_in, self.d_sae, self.k = d_in, d_sae, target_l0
         directions = F.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_dec = nn.Parameter(directions)  # [d_sae, d_in]
-        if not hasattr(type(self), "W_enc"):  # a property: tied
+        if not hasattr(type(self), "W_enc"):  # a property: tied to the decoder
             self.W_enc = nn.Parameter(directions.clone().t())  # [d_in, d_sae]
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.long))
-        self.register_buffer("dead_after", torch.tensor(10 ** 12))  # tokens; the trainer's
+        self.register_buffer("dead_after", torch.tensor(10 ** 12))  # tokens; the trainer sets it
         self.register_buffer("sparsity_weight", torch.tensor(1e-3))
 
+    # --- what a variant may override ---
     def initialise(self, batch):
-        """Before training (not before the preflight's checks), with the first batch: begins at
-        L0 = TARGET_L0."""
+        """Sets b_enc from the first batch so that training begins at L0 = TARGET_L0. Called before
+        training, not before the preflight's checks."""
         self.b_enc.data.fill_(-self.pre_act_quantile(batch))
 
-    def pre_act_quantile(self, batch):  # that TARGET_L0 latents of a token exceed
-        x = counted(batch, batch.x)[:1024]
-        pre_acts = ((x - self.b_dec) @ self.W_enc).flatten()
-        rank = max(1, int(len(pre_acts) * (1 - self.k / self.d_sae)))
-        return pre_acts.kthvalue(rank).values.clamp_min(1e-3)
+    def begin_stage(self, batch):
+        """Prepares a stage, with its first batch and its annealed attributes set."""
 
     def encoder(self, batch):
-        """Its inputs [batch, seq, d], their centre [d], its weights [d, d_sae]."""
+        """Returns the encoder's inputs [batch, seq, d], their centre [d], its weights [d,
+        d_sae]."""
         return batch.x, self.b_dec, self.W_enc
 
     def select(self, x, W_enc, batch):
-        """The Pairs to compute, of x [n_tokens, d]."""
+        """Returns the Pairs (token, latent) to compute, of x [n_tokens, d]."""
         pre_acts = torch.addmm(self.b_enc, x, W_enc)
         flat = (pre_acts > self.lowest_pre_act()).flatten().nonzero().flatten()
         return Pairs.from_flat(flat, pre_acts)
 
     def lowest_pre_act(self):
+        """Returns the pre-activation below which a latent is surely 0."""
         return 0.0
 
     def activate(self, latents):
-        """Values from `latents.pre_acts`, at the same places."""
+        """Returns the latents' values [n_pairs] from `latents.pre_acts` at the same places."""
         return F.relu(latents.pre_acts)
 
     def encode(self, batch):
-        """batch -> Latents [batch, seq, d_sae]; zero at padding."""
+        """Returns the Latents [batch, seq, d_sae] of a batch; zero at padding."""
         inputs, centre, W_enc = self.encoder(batch)
         expect_shape("the encoder's input", inputs, (*batch.x.shape[:2], len(W_enc)))
-        x = inputs.flatten(0, 1)
+        x = inputs.flatten(0, 1)  # [n_tokens, d]
+
         with torch.no_grad():
             pairs = self.select(x - centre, W_enc, batch)
         pre_acts = PairEncode.apply(x, centre, W_enc, self.b_enc, pairs)
         if batch.mask is not None:
             pre_acts = pre_acts.masked_fill(~batch.mask.flatten()[pairs.rows], MASKED_PRE_ACT)
+
         latents = Latents(pre_acts, pre_acts, pairs, (*inputs.shape[:2], self.d_sae))
         return latents._replace(values=self.activate(latents))
 
     def decode(self, latents):
-        """Latents -> x_hat [batch, seq, d_in]."""
+        """Returns x_hat [batch, seq, d_in] of Latents."""
         return latents.decode(self.W_dec) + self.b_dec
 
-    def directions(self):  # in x, of the latents: [d_sae, d_in]
+    def directions(self):
+        """Returns each latent's direction in x: [d_sae, d_in]."""
         return self.W_dec
 
     def losses(self, batch, latents):
-        """Named loss terms without their weights, each a scalar."""
+        """Returns the named loss terms without their weights, each a scalar."""
         x_hat = self.decode(latents)
         return {"reconstruction": squared_error(batch, x_hat), "sparsity": l1(batch, latents),
                 "auxk": self.auxk_loss(batch, x_hat)}
 
+    def after_step(self, batch, latents, l0):
+        """Changes the SAE's state after an optimiser's step, and nothing else does: thresholds,
+        running means, clamps, steering. l0: mean active latents a token of the whole batch."""
+        self.steer(l0)
+
+    def exported(self):
+        """Returns weights to add to the parameters at export, and names to drop from them."""
+        return {}, ()
+
+    def parameters_of_interest(self):
+        """Returns the scalars to follow through training, {name: float}."""
+        return {}
+
+    def related(self, latents, batch, fires):
+        """Returns, for features.html, {title: [(latent or text, number), ...]} of each of
+        `latents`. fires [batch, seq, latents]: 1 where each fires."""
+        return [{} for _ in latents]
+
+    # --- what all variants share ---
+    def pre_act_quantile(self, batch):
+        """Returns the pre-activation that TARGET_L0 latents of a token exceed, at zero biases."""
+        x = drop_padding(batch, batch.x)[:1024]
+        pre_acts = ((x - self.b_dec) @ self.W_enc).flatten()
+        rank = max(1, int(len(pre_acts) * (1 - self.k / self.d_sae)))
+        return pre_acts.kthvalue(rank).values.clamp_min(1e-3)
+
     def auxk_loss(self, batch, x_hat):
-        """The residual's fraction of variance unexplained by its top d_in / 2 dead latents."""
+        """Returns the share of the residual's variance that its top d_in / 2 dead latents leave
+        unexplained (Gao et al. 2024), with a leaky ReLU: the gradient of a dead latent never
+        vanishes."""
         dead = self.dead_mask().nonzero().flatten()
         if not len(dead):
             return x_hat.new_zeros(())
         x, centre, W_enc = self.encoder(batch)
-        residual = batch._replace(x=valid(batch, (batch.x - x_hat).detach()))
-        z = F.leaky_relu((x - centre) @ W_enc[:, dead] + self.b_enc[dead], 0.1)  # never flat
+        residual = batch._replace(x=zero_padding(batch, (batch.x - x_hat).detach()))
+
+        z = F.leaky_relu((x - centre) @ W_enc[:, dead] + self.b_enc[dead], 0.1)
         values, ids = z.topk(min(self.d_in // 2, len(dead)), dim=-1)
         z = torch.zeros_like(z).scatter(-1, ids, values)
         error = squared_error(residual, z @ self.directions()[dead])
+
         mean = residual.x.sum((0, 1)) / n_tokens(batch)
         variance = squared_error(residual, mean.expand_as(x_hat))
         return error / variance if variance > 1e-12 else 0.0 * error
 
     def steer(self, l0):
-        """Too many active latents raise the weight of L1."""
+        """Raises the weight of L1 where too many latents are active, and lowers it else."""
         error = (l0.clamp_min(1e-2) / self.k).log().clamp(-1, 1)
         self.sparsity_weight.mul_((0.05 * error).exp())
 
     def pace(self, batch):
-        """Of running means: they forget in 5 % of the steps, at most 100."""
+        """Returns the weight of one batch in a running mean: it forgets in 5 % of the steps, at
+        most 100."""
         return (n_tokens(batch) / self.dead_after).clamp(0.01, 1.0)
 
-    def dead_mask(self):  # [d_sae]
+    def dead_mask(self):
+        """Returns [d_sae] True at latents that have not fired for `dead_after` tokens."""
         return self.tokens_since_fired > self.dead_after
-
-    def exported(self):
-        """Weights to add to the parameters at export, and names to drop."""
-        return {}, ()
-
-    def parameters_of_interest(self):  # scalars to follow through training, {name: float}
-        return {}
-
-    def related(self, latents, batch, fires):
-        """For features.html: {title: [(latent or text, number), ...]} of each; fires: where."""
-        return [{} for _ in latents]
-
-
-def l1(batch, latents):
-    return latents.values.abs().sum() / n_tokens(batch)
-
-
-def n_tokens(batch):
-    return batch.x.shape[0] * batch.x.shape[1] if batch.mask is None else batch.mask.sum()
-
-
-def valid(batch, values):  # [batch, seq, ...], zero at padding
-    return values if batch.mask is None else values * batch.mask[..., None]
-
-
-def counted(batch, values):  # [batch, seq, d] -> [tokens, d] without padding
-    return values.flatten(0, 1) if batch.mask is None else values[batch.mask]
-
-
-def squared_error(batch, x_hat):
-    """Mean over tokens of |x - x_hat|^2, the fraction of variance unexplained."""
-    expect_shape("x_hat", x_hat, batch.x.shape)
-    return valid(batch, (batch.x - x_hat).square()).sum() / n_tokens(batch)
 
 
 class TopK(SAE):
@@ -333,10 +428,13 @@ class TopK(SAE):
     architecture = "topk"
 
     def initialise(self, batch):
-        """Needs nothing."""
+        """Needs nothing: k latents are active from the start."""
 
     def select(self, x, W_enc, batch):
         return top_k_pairs(x, W_enc, self.b_enc, self.k)
+
+    def after_step(self, batch, latents, l0):
+        """Needs nothing: L0 is k."""
 
 
 class BatchTopK(TopK):
@@ -351,21 +449,28 @@ class BatchTopK(TopK):
         self.register_buffer("last", torch.tensor(0.0), persistent=False)  # least value kept
 
     def select(self, x, W_enc, batch):
+        """Returns the Pairs of the k * n_tokens largest; in evaluation those above the
+        threshold."""
         pre_acts = torch.addmm(self.b_enc, x, W_enc)
         if batch.mask is not None:
             pre_acts.masked_fill_(~batch.mask.reshape(-1, 1), MASKED_PRE_ACT)
         least = 0.9 * self.last if self.training else self.threshold
         flat = (pre_acts > least).flatten().nonzero().flatten()
+
         if self.training:  # above that lie few, nearly always enough
             keep = int(self.k * n_tokens(batch))
             if len(flat) < keep:
                 flat = torch.arange(pre_acts.numel(), device=x.device)
             values = pre_acts.flatten()[flat]
             least = values.topk(keep, sorted=False).values.amin().clamp_min(1e-12)
-            self.last.copy_(least)
-            self.threshold.lerp_(least, self.pace(batch) if self.threshold > 0 else 1.0)
             flat = flat[values >= least]
         return Pairs.from_flat(flat, pre_acts)
+
+    def after_step(self, batch, latents, l0):
+        """The threshold follows the least value kept."""
+        if len(latents.pre_acts):
+            self.last.copy_(latents.pre_acts.detach().amin())
+            self.threshold.lerp_(self.last, self.pace(batch) if self.threshold > 0 else 1.0)
 
     def exported(self):
         return {"threshold": self.threshold.expand(self.d_sae)}, ()
@@ -377,6 +482,7 @@ class Matryoshka(BatchTopK):
     group_fractions = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
 
     def losses(self, batch, latents):
+        """Returns the mean error of the prefixes, and auxk on what the whole leaves."""
         ends = [round(f * self.d_sae) for f in np.cumsum(self.group_fractions)]
         x_hat, error = self.b_dec, 0.0
         for low, high in zip([0] + ends, ends):
@@ -390,7 +496,8 @@ class JumpReLU(SAE):
     """z = pre * 1[pre > theta], L = |x - x_hat|^2 + 3 (L0 / TARGET_L0 - 1)^2 + 1/32 auxk, with
     straight-through gradients to theta (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
     curriculum = (Stage("autoencoder", 20, PLAIN | {"l0_target": 3.0}),)
-    bandwidth, architecture = 0.05, "jumprelu"
+    architecture = "jumprelu"
+    bandwidth = 0.05  # of the straight-through gradient
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -402,7 +509,9 @@ class JumpReLU(SAE):
     def lowest_pre_act(self):
         return self.log_threshold.exp() - self.bandwidth / 2
 
-    def gate(self, latents):  # 1[pre > theta], its gradient a rectangle
+    def gate(self, latents):
+        """Returns 1[pre > theta] [n_pairs]; its gradient to theta is a rectangle of the
+        bandwidth."""
         above = latents.pre_acts.detach() - latents.at(self.log_threshold.exp())
         near = above.abs() < self.bandwidth / 2
         return (above > 0) + (above - above.detach()) * near / self.bandwidth
@@ -424,11 +533,15 @@ class Gated(SAE):
     L = |x - x_hat|^2 + w |ReLU(pi)|_1 + |x - x_hat(ReLU(pi))|^2 + 1/32 auxk, the third through a
     frozen decoder (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
     curriculum = (Stage("autoencoder", 20, PLAIN | {"sparsity": 1.0, "gate": 1.0}),)
-    architecture, initialise = "gated", TopK.initialise  # it begins dense
+    architecture = "gated"
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
-        self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(self.d_sae)) for _ in range(2))
+        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
+
+    def initialise(self, batch):
+        """Needs nothing: it begins dense."""
 
     def activate(self, latents):
         pi = latents.pre_acts
@@ -436,6 +549,7 @@ class Gated(SAE):
         return F.relu(scale * (pi - b_enc) + b_mag) * (pi > 0)
 
     def losses(self, batch, latents):
+        """Returns the standard losses with L1 on the gate, and the gate's own reconstruction."""
         gate = latents._replace(values=F.relu(latents.pre_acts))
         frozen = gate.decode(self.W_dec.detach()) + self.b_dec.detach()
         return super().losses(batch, latents) | {"sparsity": l1(batch, gate),
@@ -454,48 +568,60 @@ class Temporal(BatchTopK):
     first CONSISTENT_FRACTION of the latents, H: consistency = mean of 1 - cos(zH_t, zH_{t-1}),
     contrastive = InfoNCE of cos(zH_t, zH_s), s up to CONTRAST_SPAN before t.
     """
-    curriculum = (
-        Stage("autoencoder", 10, PLAIN), Stage("attention", 5, PLAIN, anneals={"attends": True}),
-        Stage("consistency", 5, PLAIN | {"consistency": CONSISTENCY_WEIGHT,
-                                         "contrastive": CONTRAST_WEIGHT},
-              anneals={"attends": True, "binds": True}))
-    components, architecture = ("attention", "positions"), "temporal_attention"
-    attends = binds = False
-    causal = ATTENTION == "causal"
+    components = ("attention", "positions")
+    architecture = "temporal_attention"
+    attends = binds = False  # whether attention is on, whether the losses bind latents
+
+    @classmethod
+    def curriculum(cls):
+        """Autoencoder, then attention, then the losses that bind latents over time."""
+        bound = {"consistency": CONSISTENCY_WEIGHT, "contrastive": CONTRAST_WEIGHT}
+        return (Stage("autoencoder", 10, PLAIN),
+                Stage("attention", 5, PLAIN, anneals={"attends": True}),
+                Stage("consistency", 5, PLAIN | bound, anneals={"attends": True, "binds": True}))
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
         self.window, self.before = self.reach()
+        self.causal = self.before == self.window - 1
         if "attention" in ABLATE:
             return
         self.W_q, self.W_k = (nn.Parameter(
             torch.randn(self.d_in, HEADS * HEAD_WIDTH) * self.d_in ** -0.5) for _ in range(2))
         self.gate = nn.Parameter(torch.zeros(HEADS, self.d_sae))
         if "positions" not in ABLATE:
-            self.add_positions()  # P [window, d_in]
+            self.add_positions()
 
-    def reach(self):  # positions in a window, those before its token
+    def reach(self):
+        """Returns the positions in a window, and how many of them lie before its token."""
         return WINDOW, WINDOW - 1 if ATTENTION == "causal" else WINDOW // 2
 
     def add_positions(self):
+        """Makes the position embeddings P [window, d_in]."""
         self.P = nn.Parameter(torch.randn(self.window, self.d_in) * 0.1 * self.d_in ** -0.5)
 
-    def attention(self, batch):
-        """Weights [batch, seq, HEADS, window], and what they weigh [batch, seq, window, d_in]."""
-        def windows(a):  # [batch, seq, n] -> [batch, seq, window, n]; zero outside
-            after = self.window - 1 - self.before
-            return F.pad(a, (0, 0, self.before, after)).unfold(1, self.window, 1).transpose(2, 3)
+    def windows(self, values):
+        """Returns the window at each position of values [batch, seq, n]: [batch, seq, window, n],
+        zero outside the row."""
+        after = self.window - 1 - self.before
+        padded = F.pad(values, (0, 0, self.before, after))
+        return padded.unfold(1, self.window, 1).transpose(2, 3)
 
-        inputs = windows(valid(batch, batch.x))
+    def attention(self, batch):
+        """Returns the weights [batch, seq, HEADS, window] and what they weigh, y
+        [batch, seq, window, d_in]."""
+        inputs = self.windows(zero_padding(batch, batch.x))
         if "positions" not in ABLATE:
             inputs = inputs + self.P
-        queries, keys = ((a @ W).unflatten(-1, (HEADS, HEAD_WIDTH)) for a, W in (
-            (batch.x, self.W_q), (inputs, self.W_k)))
+        queries = (batch.x @ self.W_q).unflatten(-1, (HEADS, HEAD_WIDTH))
+        keys = (inputs @ self.W_k).unflatten(-1, (HEADS, HEAD_WIDTH))
+
         scores = torch.einsum("bthd,btwhd->bthw", queries, keys) / math.sqrt(HEAD_WIDTH)
-        inside = windows(valid(batch, torch.ones_like(batch.x[..., :1]))).transpose(2, 3)
-        return (scores + MASKED_PRE_ACT * (1 - inside)).softmax(-1), inputs
+        inside = self.windows(zero_padding(batch, torch.ones_like(batch.x[..., :1])))
+        return (scores + MASKED_PRE_ACT * (1 - inside.transpose(2, 3))).softmax(-1), inputs
 
     def encoder(self, batch):
+        """Returns [x; context of each head] and an encoder that reads the context through gates."""
         if not self.attends or "attention" in ABLATE:
             return super().encoder(batch)
         (weights, inputs), rows = self.attention(batch), self.W_enc.t()
@@ -504,15 +630,17 @@ class Temporal(BatchTopK):
         return torch.cat([batch.x, context], -1), self.b_dec.repeat(1 + HEADS), W_enc
 
     def losses(self, batch, latents):
-        found = super().losses(batch, latents)
+        """Returns BatchTopK's losses; from the second stage the consistency and its gap, in the
+        third the contrastive loss too."""
+        terms = super().losses(batch, latents)
         if not self.attends:
-            return found
+            return terms
         z = latents.dense()[..., :round(CONSISTENT_FRACTION * self.d_sae)]
         z = F.normalize(z, dim=-1)
-        found |= consistency(batch, z)
+        terms |= consistency(batch, z)
         if self.binds:
-            found["contrastive"] = contrastive(batch, z, CONTRAST_SPAN, 2 * CONTRAST_SPAN)
-        return found
+            terms["contrastive"] = contrastive(batch, z, CONTRAST_SPAN, 2 * CONTRAST_SPAN)
+        return terms
 
     def parameters_of_interest(self):
         return {} if "attention" in ABLATE else {"gate": self.gate.tanh().abs().mean().item()}
@@ -522,6 +650,7 @@ class Temporal(BatchTopK):
         return added | ({"P": self.P} if hasattr(self, "P") else {}), dropped
 
     def related(self, latents, batch, fires):
+        """Returns the mean attention by offset where each latent fires."""
         if "attention" in ABLATE:
             return super().related(latents, batch, fires)
         seen = torch.einsum("btn,bthw->nw", fires, self.attention(batch)[0])
@@ -529,21 +658,215 @@ class Temporal(BatchTopK):
                 for row in F.normalize(seen, p=1, dim=1).tolist()]
 
 
+def consistency(batch, z):
+    """Returns, of codes z [batch, seq, n] of unit or zero length, the consistency loss: the mean of
+    1 - cos(z_t, z_{t-1}) where both are non-zero; and the gap: how far that cosine lies above the
+    one between different documents at the same position."""
+    live, other = z.detach().any(-1), (batch.doc_ids != batch.doc_ids.roll(1))[:, None]
+    both, across = live[:, 1:] & live[:, :-1], live & live.roll(1, 0) & other
+    near, far = (z[:, 1:] * z[:, :-1]).sum(-1), (z * z.roll(1, 0)).detach().sum(-1)
+
+    cosine = (near * both).sum() / both.sum().clamp_min(1)
+    gap = cosine.detach() - (far * across).sum() / across.sum().clamp_min(1)
+    return {"consistency": 1 - cosine, "consistency_gap": gap}
+
+
+def contrastive(batch, z, span, far=None):
+    """Returns the symmetric InfoNCE loss over z_t . z_s, z [batch, seq, d], s random among the
+    `span` positions before t. Negatives: other documents, and the same window more than `far` away
+    (None: never)."""
+    n, seq, width = z.shape
+    t = torch.arange(1, seq, device=z.device)
+    places = t - 1 - (torch.rand(n, seq - 1, device=z.device) * t.clamp_max(span)).long()
+    then = z.gather(1, places[..., None].expand(-1, -1, width)).flatten(0, 1)
+    now, docs = z[:, 1:].flatten(0, 1), batch.doc_ids.repeat_interleave(seq - 1)
+    at = torch.arange(n, device=z.device).repeat_interleave(seq - 1) * 10 ** 6 + t.repeat(n)
+    if batch.mask is not None:
+        keep = (batch.mask[:, 1:] & batch.mask.gather(1, places)).flatten()
+        now, then, docs, at = (a[keep] for a in (now, then, docs, at))
+
+    same = (docs[:, None] == docs).fill_diagonal_(False)  # neither positive nor negative
+    if far is not None:
+        apart = (at[:, None] - at).abs()
+        same &= (apart <= far) | (apart >= 1e5)
+    logits = (now @ then.t()).masked_fill(same, MASKED_PRE_ACT)
+    target = torch.arange(len(now), device=z.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+
+
+class TSAE(Matryoshka):
+    """Temporal SAE (arXiv 2511.05541): L = |x - z_H W_H - b|^2 + |x - z W - b|^2 + auxk + alpha
+    InfoNCE, symmetric, between z_H at t and at an earlier position of its window.
+
+    TSAE_READING "paper": cosines, the position before, alpha 1; "code": dot products, a random
+    earlier position, alpha .1. Negatives: other documents."""
+    group_fractions = (0.2, 0.8)
+
+    @classmethod
+    def curriculum(cls):
+        """One stage; the reconstruction, a mean over two prefixes, counts twice: as their sum."""
+        alpha = 1.0 if TSAE_READING == "paper" else 0.1
+        return (Stage("autoencoder", 20, PLAIN | {"reconstruction": 2.0, "contrastive": alpha}),)
+
+    def losses(self, batch, latents):
+        """Returns Matryoshka's losses, InfoNCE on the first prefix, and its consistency to
+        follow."""
+        z = latents.dense()[..., :round(self.group_fractions[0] * self.d_sae)]
+        unit = F.normalize(z, dim=-1)
+        code, span = (unit, 1) if TSAE_READING == "paper" else (z, z.shape[1])
+        return super().losses(batch, latents) | {
+            "contrastive": contrastive(batch, code, span)} | consistency(batch, unit)
+
+
 class TemporalContext(Temporal):
     """Temporal's encoder over the last BUFFER positions, from the first step on, without losses
     that bind; P is learned, or sinusoidal and fixed."""
     curriculum = (Stage("autoencoder", 20, PLAIN, anneals={"attends": True}),)
-    losses, causal = BatchTopK.losses, True
 
     def reach(self):
         return BUFFER, BUFFER - 1
 
     def add_positions(self):
+        """Makes P [window, d_in], learned, or sinusoidal and fixed."""
         if BUFFER_POSITIONS == "learned":
             return super().add_positions()
         at = torch.arange(self.window)[:, None] / 1e4 ** (torch.arange(0, self.d_in, 2) / self.d_in)
         waves = torch.cat([at.sin(), at.cos()], 1)[:, :self.d_in]
         self.register_buffer("P", waves * (2 / self.d_in) ** 0.5)
+
+    def losses(self, batch, latents):
+        return BatchTopK.losses(self, batch, latents)
+
+
+class Adapt(torch.autograd.Function):
+    """z_t = ReLU(pre_t - theta h_{t-1}), h_t = lam h_{t-1} + (1 - lam) ReLU(pre_t), h_{-1} = 0:
+    pre [batch, seq, d]; lam, theta [d]."""
+
+    @staticmethod
+    def forward(ctx, pre, lam, theta):
+        """Returns z by a scan over positions."""
+        u, h = F.relu(pre), torch.zeros_like(pre)  # h[:, t]: h_{t-1}
+        for t in range(1, pre.shape[1]):
+            torch.lerp(u[:, t - 1], h[:, t - 1], lam, out=h[:, t])
+        z = torch.addcmul(pre, h, theta, value=-1).relu_()
+        ctx.save_for_backward(u, h, z, lam, theta)
+        return z
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Returns the gradients to pre, lam and theta by the reversed scan."""
+        u, h, z, lam, theta = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad, z, 0)  # ReLU's, without a copy
+        total = F.pad(grad[:, 1:] * -theta, (0, 0, 0, 1))  # dL / dh_t
+        for t in reversed(range(total.shape[1] - 2)):
+            total[:, t].addcmul_(total[:, t + 1], lam)
+        grad_lam, grad_theta = (total * (h - u)).sum((0, 1)), -(grad * h).sum((0, 1))
+        total = torch.ops.aten.threshold_backward(total.mul_(1 - lam), u, 0)
+        return total.add_(grad), grad_lam, grad_theta
+
+
+class TemporalAdaptation(SAE):
+    """u_t = ReLU(pre_t), h_t = lam_i h_{t-1} + (1 - lam_i) u_t, z_t = ReLU(pre_t - theta h_{t-1});
+    lam_i = exp(-softplus(beta) v_i^T), v_i = clamp(var(u_i) / geometric mean, 1/16, 16), running;
+    L = |x - x_hat|^2 + w |z|_1 + 1/32 auxk + REGULARISATION (beta, theta, T - their starts)^2.
+
+    beta, theta = tanh(theta_raw) and T are global. ABLATE "sharing": beta and theta by latent;
+    "variance_scaling": v = 1; "trace": (beta x / Var^T + theta) W_enc, by input channel."""
+    components = ("trace", "sharing", "variance_scaling")
+    architecture = "temporal_adaptation"
+    done = 0.0  # the stage's progress
+
+    @classmethod
+    def curriculum(cls):
+        """One stage; the scheduled temperature follows its progress."""
+        weights = PLAIN | {"sparsity": 1.0, "regularisation": REGULARISATION}
+        return (Stage("autoencoder", 20, weights, anneals={"done": lambda done: done}),)
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.traces, learned = "trace" not in ABLATE, isinstance(TEMPERATURE, str)
+        width, self.starts = self.d_in, {"beta": 1.0, "theta_raw": 0.0}
+        if self.traces:
+            width, self.starts["beta"] = self.d_sae, 0.0
+        if learned and "variance_scaling" not in ABLATE:
+            self.starts |= {"T": 0.5} | ({"T_decay": 0.5} if TEMPERATURE == "scheduled" else {})
+        else:
+            self.T = 0.5 if learned else TEMPERATURE
+
+        for name, start in self.starts.items():
+            shape = (width,) if "sharing" in ABLATE and not name.startswith("T") else ()
+            setattr(self, name, nn.Parameter(torch.full(shape, start)))
+        self.register_buffer("variance", torch.ones(width))
+
+    def temperature(self):
+        """Returns T, a scalar; scheduled: T exp(-T_decay progress)."""
+        return self.T * torch.exp(-self.T_decay * self.done) if "T_decay" in self.starts else self.T
+
+    def scaled_variance(self):
+        """Returns v [width]: the running variance over its geometric mean over live latents,
+        clamped to [1/16, 16]."""
+        if "variance_scaling" in ABLATE:
+            return torch.ones_like(self.variance)
+        log = self.variance.clamp_min(1e-9).log()
+        mean = log[log > math.log(2e-9)].mean().nan_to_num(0.0)
+        return (log - mean).exp().clamp(1 / 16, 16)
+
+    def decay(self):
+        """Returns lam [d_sae], or [width]: what a trace keeps from one position to the next."""
+        return torch.exp(-F.softplus(self.beta) * self.scaled_variance() ** self.temperature())
+
+    def encoder(self, batch):
+        """Returns x; without a trace (beta x / Var^T + theta)."""
+        if self.traces:
+            return super().encoder(batch)
+        scale = self.scaled_variance() ** -self.temperature()
+        return self.beta * scale * batch.x + self.theta_raw.tanh(), self.b_dec, self.W_enc
+
+    def encode(self, batch):
+        """Returns Latents adapted by their traces; `extra` is the batch's variance in training."""
+        if not self.traces:
+            return super().encode(batch)._replace(extra=self.batch_variance(batch, batch.x))
+        pre_acts = batch.x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)
+        if batch.mask is not None:
+            pre_acts = pre_acts.masked_fill(~batch.mask[..., None], MASKED_PRE_ACT)
+        z = self.adapted(pre_acts)
+        return Latents.from_dense(z)._replace(extra=self.batch_variance(batch, F.relu(pre_acts)))
+
+    @torch.no_grad()
+    def batch_variance(self, batch, values):
+        """Returns the variance over tokens of each channel of values [batch, seq, d]: [d]; None in
+        evaluation, which learns nothing from it."""
+        if not self.training:
+            return None
+        values = drop_padding(batch, values)
+        return values.square().mean(0) - values.mean(0).square()
+
+    def adapted(self, pre_acts):
+        """Returns z [batch, seq, d_sae] of pre-activations of the same shape."""
+        lam, theta = self.decay().expand(self.d_sae), self.theta_raw.tanh().expand(self.d_sae)
+        if DRIVE == "u":
+            return Adapt.apply(pre_acts, lam, theta)
+        h, z = torch.zeros_like(pre_acts[:, 0]), []
+        for pre in pre_acts.unbind(1):
+            z.append(F.relu(pre - theta * h))
+            h = torch.lerp(z[-1], h, lam)
+        return torch.stack(z, 1)
+
+    def losses(self, batch, latents):
+        moved = sum((getattr(self, name) - at).square().mean() for name, at in self.starts.items())
+        return super().losses(batch, latents) | {"regularisation": moved}
+
+    def after_step(self, batch, latents, l0):
+        """Also the running variance follows that of the batch."""
+        super().after_step(batch, latents, l0)
+        self.variance.lerp_(latents.extra, self.pace(batch))
+
+    def exported(self):
+        return {"variance": self.variance}, ()
+
+    def parameters_of_interest(self):
+        return {"beta": self.beta.mean().item(), "theta": self.theta_raw.tanh().mean().item(),
+                "temperature": float(self.temperature())}
 
 
 class Compositional(TopK):
@@ -555,13 +878,20 @@ class Compositional(TopK):
     In the first half k falls from 4 TARGET_L0, and attention combines a token's 2, 3, then 4
     largest features, later all. ABLATE "attention": U' = U; "gate": U' = U + MHA(U); "slots": the
     k largest; "bottleneck": z = [f; c]. The idea's BATCH_TOKENS: 512, LEARNING_RATE: 3e-4."""
-    curriculum = (Stage("combinations", 10, PLAIN, anneals={
-        "widening": lambda done: 4 ** (1 - done), "combined": lambda done: 2 + int(3 * done)}),
-        Stage("all", 10, PLAIN, anneals={"widening": 1.0, "combined": None}))
-    if "curriculum" in str(ABLATE):
-        curriculum = (Stage("all", 20, PLAIN),)
     components = ("attention", "gate", "curriculum", "slots", "bottleneck")
-    architecture, widening, combined = "compositional", 1.0, None
+    architecture = "compositional"
+    widening = 1.0  # latents kept / TARGET_L0
+    combined = None  # features that attention combines; None: all
+
+    @classmethod
+    def curriculum(cls):
+        """k falls and more features combine, then all; one plain stage without "curriculum"."""
+        if "curriculum" in ABLATE:
+            return (Stage("all", 20, PLAIN),)
+        annealed = {"widening": lambda done: 4 ** (1 - done),
+                    "combined": lambda done: 2 + int(3 * done)}
+        return (Stage("combinations", 10, PLAIN, anneals=annealed),
+                Stage("all", 10, PLAIN, anneals={"widening": 1.0, "combined": None}))
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -578,30 +908,35 @@ class Compositional(TopK):
             if "gate" not in ABLATE:
                 self.gate = nn.Parameter(torch.zeros(()))
 
-    def encoder(self, batch):  # of compositions, for auxk, what they read of x
+    def encoder(self, batch):
+        """Returns, for compositions, what they read of x: auxk revives them by that."""
         return batch.x, self.b_dec, torch.cat([self.W_enc, self.W_enc @ self.E @ self.W_c], 1)
 
-    def width(self):  # latents kept now
+    def width(self):
+        """Returns the number of latents kept a token, now."""
         return min(round(self.k * self.widening), self.d_f, self.d_sae - self.d_f)
 
     def select(self, x, W_enc, batch):
         return top_k_pairs(x, W_enc[:, :self.d_f], self.b_enc[:self.d_f], self.width())
 
     def heads(self, ids, f):
-        """Of each: how an active feature attends to those of its token [n, k, k]; values."""
-        one_by_one, silent = Pairs.from_ids(ids.view(-1, 1)), (MASKED_PRE_ACT * (f <= 0))[:, None]
+        """Returns of each head how a token's active features attend to each other [n, k, k], and
+        their values [n, k, COMPOSITION_HEAD_WIDTH]; features ids [n, k] with amounts f [n, k]."""
+        one_by_one = Pairs.from_ids(ids.view(-1, 1))
+        silent = (MASKED_PRE_ACT * (f <= 0))[:, None]
         parts = (PairDecode.apply(f.flatten(), self.E @ W, one_by_one)
                  .view(*ids.shape, COMPOSITION_HEADS, -1).unbind(2)
                  for W in (self.W_q * COMPOSITION_HEAD_WIDTH ** -0.5, self.W_k, self.W_v))
         return [(torch.baddbmm(silent, q, k.mT).softmax(-1), v) for q, k, v in zip(*parts)]
 
-    def attention(self, ids, f):  # [n, heads, k, k], or None
+    def attention(self, ids, f):
+        """Returns the attention between a token's features [n, heads, k, k]; None without any."""
         if "attention" in ABLATE:
             return None
         return torch.stack([weights for weights, _ in self.heads(ids, f)], 1)
 
     def compose(self, ids, f):
-        """c [n, d_c] of features ids [n, k] with values f [n, k]."""
+        """Returns compositions c [n, d_c] of features ids [n, k] with amounts f [n, k]."""
         total = PairDecode.apply(f.flatten(), self.E, Pairs.from_ids(ids))
         if "attention" not in ABLATE:
             if self.combined and self.combined < f.shape[1]:
@@ -613,16 +948,20 @@ class Compositional(TopK):
             total = total + (1.0 if "gate" in ABLATE else self.gate.tanh()) * mixed
         return F.relu(total @ self.W_c + self.b_enc[self.d_f:])
 
-    def features(self, batch):  # of each token: ids [n, k], values [n, k]
-        found, k = super().encode(batch), self.width()
-        return found.pairs.ids.view(-1, k), found.values.view(-1, k)
+    def features(self, batch):
+        """Returns the features of each token: ids [n, k] and amounts [n, k]."""
+        latents, k = super().encode(batch), self.width()
+        return latents.pairs.ids.view(-1, k), latents.values.view(-1, k)
 
     def encode(self, batch):
+        """Returns the Latents [features; compositions] that the bottleneck keeps."""
         ids, f = self.features(batch)
-        c = valid(batch, self.compose(ids, f).view(*batch.x.shape[:2], -1)).flatten(0, 1)
+        c = self.compose(ids, f).view(*batch.x.shape[:2], -1)
+        c = zero_padding(batch, c).flatten(0, 1)
         k, n = self.width(), c.shape[1]
         if not {"slots", "bottleneck"} & set(ABLATE):
             n = max(1, round(k * COMPOSITION_SLOTS))
+
         c, own = c.topk(n)
         values, ids = torch.cat([f, c], 1), torch.cat([ids, own + self.d_f], 1)
         if "bottleneck" not in ABLATE:
@@ -637,161 +976,7 @@ class Compositional(TopK):
 
     def related(self, latents, batch, fires):
         return compositions_of(latents, self.E @ self.W_c, fires, *self.features(batch),
-                                   self.attention)
-
-
-def consistency(batch, z):
-    """Of unit or zero codes z [batch, seq, n]: mean of 1 - cos(z_t, z_{t-1}), both non-zero; and
-    how far that cosine lies above the one between documents."""
-    live, other = z.detach().any(-1), (batch.doc_ids != batch.doc_ids.roll(1))[:, None]
-    both, across = live[:, 1:] & live[:, :-1], live & live.roll(1, 0) & other
-    near, far = (z[:, 1:] * z[:, :-1]).sum(-1), (z * z.roll(1, 0)).detach().sum(-1)
-    cosine = (near * both).sum() / both.sum().clamp_min(1)
-    gap = cosine.detach() - (far * across).sum() / across.sum().clamp_min(1)
-    return {"consistency": 1 - cosine, "consistency_gap": gap}
-
-
-class TSAE(Matryoshka):
-    """Temporal SAE (arXiv 2511.05541): L = |x - z_H W_H - b|^2 + |x - z W - b|^2 + auxk + alpha
-    InfoNCE, symmetric, between z_H at t and at an earlier position of its window.
-
-    TSAE_READING "paper": cosines, the position before, alpha 1; "code": dot products, a random
-    earlier position, alpha .1. Negatives: other documents."""
-    group_fractions = (0.2, 0.8)
-    curriculum = (Stage("autoencoder", 20, PLAIN | {
-        "reconstruction": 2.0, "contrastive": 1.0 if TSAE_READING == "paper" else 0.1}),)
-
-    def losses(self, batch, latents):
-        z = latents.dense()[..., :round(self.group_fractions[0] * self.d_sae)]
-        unit = F.normalize(z, dim=-1)
-        code, span = (unit, 1) if TSAE_READING == "paper" else (z, z.shape[1])
-        return super().losses(batch, latents) | {
-            "contrastive": contrastive(batch, code, span)} | consistency(batch, unit)
-
-
-def contrastive(batch, z, span, far=None):
-    """Symmetric InfoNCE over z_t . z_s, z [batch, seq, d], s random among the `span` positions
-    before t. Negatives: other documents, and the same window more than `far` away."""
-    n, seq, width = z.shape
-    t = torch.arange(1, seq, device=z.device)
-    places = t - 1 - (torch.rand(n, seq - 1, device=z.device) * t.clamp_max(span)).long()
-    then = z.gather(1, places[..., None].expand(-1, -1, width)).flatten(0, 1)
-    now, docs = z[:, 1:].flatten(0, 1), batch.doc_ids.repeat_interleave(seq - 1)
-    at = torch.arange(n, device=z.device).repeat_interleave(seq - 1) * 10 ** 6 + t.repeat(n)
-    if batch.mask is not None:
-        keep = (batch.mask[:, 1:] & batch.mask.gather(1, places)).flatten()
-        now, then, docs, at = (a[keep] for a in (now, then, docs, at))
-    same = (docs[:, None] == docs).fill_diagonal_(False)
-    if far is not None:
-        apart = (at[:, None] - at).abs()
-        same &= (apart <= far) | (apart >= 1e5)
-    logits = (now @ then.t()).masked_fill(same, MASKED_PRE_ACT)
-    target = torch.arange(len(now), device=z.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
-
-
-class Adapt(torch.autograd.Function):
-    """z_t = ReLU(pre_t - theta h_{t-1}), h_t = lam h_{t-1} + (1 - lam) ReLU(pre_t), h_{-1} = 0:
-    pre [batch, seq, d]; lam, theta [d]."""
-
-    @staticmethod
-    def forward(ctx, pre, lam, theta):
-        u, h = F.relu(pre), torch.zeros_like(pre)  # h[:, t]: h_{t-1}
-        for t in range(1, pre.shape[1]):
-            torch.lerp(u[:, t - 1], h[:, t - 1], lam, out=h[:, t])
-        z = torch.addcmul(pre, h, theta, value=-1).relu_()
-        ctx.save_for_backward(u, h, z, lam, theta)
-        return z
-
-    @staticmethod
-    def backward(ctx, grad):
-        u, h, z, lam, theta = ctx.saved_tensors
-        grad = torch.ops.aten.threshold_backward(grad, z, 0)
-        total = F.pad(grad[:, 1:] * -theta, (0, 0, 0, 1))  # dL / dh_t
-        for t in reversed(range(total.shape[1] - 2)):
-            total[:, t].addcmul_(total[:, t + 1], lam)
-        grad_lam, grad_theta = (total * (h - u)).sum((0, 1)), -(grad * h).sum((0, 1))
-        total = torch.ops.aten.threshold_backward(total.mul_(1 - lam), u, 0)
-        return total.add_(grad), grad_lam, grad_theta
-
-
-class TemporalAdaptation(SAE):
-    """u_t = ReLU(pre_t), h_t = lam_i h_{t-1} + (1 - lam_i) u_t, z_t = ReLU(pre_t - theta h_{t-1});
-    lam_i = exp(-softplus(beta) v_i^T), v_i = clamp(var(u_i) / geometric mean, 1/16, 16), running;
-    L = |x - x_hat|^2 + w |z|_1 + 1/32 auxk + REGULARISATION (beta, theta, T - their starts)^2.
-
-    beta, theta = tanh(theta_raw) and T are global. ABLATE "sharing": beta and theta by latent;
-    "variance_scaling": v = 1; "trace": (beta x / Var^T + theta) W_enc, by input channel."""
-    curriculum = (Stage("autoencoder", 20, PLAIN | {
-        "sparsity": 1.0, "regularisation": REGULARISATION}, anneals={"done": lambda done: done}),)
-    components, architecture = ("trace", "sharing", "variance_scaling"), "temporal_adaptation"
-    done = 0.0  # of the stage
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.traces, learned = "trace" not in ABLATE, isinstance(TEMPERATURE, str)
-        width, self.starts = self.d_in, {"beta": 1.0, "theta_raw": 0.0}
-        if self.traces:
-            width, self.starts["beta"] = self.d_sae, 0.0
-        if learned and "variance_scaling" not in ABLATE:
-            self.starts |= {"T": 0.5} | ({"T_decay": 0.5} if TEMPERATURE == "scheduled" else {})
-        else:
-            self.T = 0.5 if learned else TEMPERATURE
-        for name, start in self.starts.items():
-            shape = (width,) if "sharing" in ABLATE and not name.startswith("T") else ()
-            setattr(self, name, nn.Parameter(torch.full(shape, start)))
-        self.register_buffer("variance", torch.ones(width))
-
-    def temperature(self):
-        return self.T * torch.exp(-self.T_decay * self.done) if "T_decay" in self.starts else self.T
-
-    def scaled_variance(self, batch=None, values=None):  # v [width]; those of values teach it
-        if self.training and batch is not None:
-            values = counted(batch, values.detach())
-            variance = values.square().mean(0) - values.mean(0).square()
-            self.variance.lerp_(variance, self.pace(batch))
-        if "variance_scaling" in ABLATE:
-            return torch.ones_like(self.variance)
-        log = self.variance.clamp_min(1e-9).log()
-        mean = log[log > math.log(2e-9)].mean().nan_to_num(0.0)  # over live latents
-        return (log - mean).exp().clamp(1 / 16, 16)
-
-    def decay(self, *learned_from):  # lam [d_sae]
-        v = self.scaled_variance(*learned_from) ** self.temperature()
-        return torch.exp(-F.softplus(self.beta) * v)
-
-    def encoder(self, batch):
-        if self.traces:
-            return super().encoder(batch)
-        scale = self.scaled_variance(batch, batch.x) ** -self.temperature()
-        return self.beta * scale * batch.x + self.theta_raw.tanh(), self.b_dec, self.W_enc
-
-    def encode(self, batch):
-        if not self.traces:
-            return super().encode(batch)
-        pre_acts = batch.x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)
-        if batch.mask is not None:
-            pre_acts = pre_acts.masked_fill(~batch.mask[..., None], MASKED_PRE_ACT)
-        lam = self.decay(batch, F.relu(pre_acts)).expand(self.d_sae)
-        theta = self.theta_raw.tanh().expand(self.d_sae)
-        if DRIVE == "u":
-            return Latents.from_dense(Adapt.apply(pre_acts, lam, theta))
-        h, z = torch.zeros_like(pre_acts[:, 0]), []
-        for pre in pre_acts.unbind(1):
-            z.append(F.relu(pre - theta * h))
-            h = torch.lerp(z[-1], h, lam)
-        return Latents.from_dense(torch.stack(z, 1))
-
-    def losses(self, batch, latents):
-        moved = sum((getattr(self, name) - at).square().mean() for name, at in self.starts.items())
-        return super().losses(batch, latents) | {"regularisation": moved}
-
-    def exported(self):
-        return {"variance": self.variance}, ()
-
-    def parameters_of_interest(self):
-        return {"beta": self.beta.mean().item(), "theta": self.theta_raw.tanh().mean().item(),
-                "temperature": float(self.temperature())}
+                               self.attention)
 
 
 class Hierarchical(TopK):
@@ -803,28 +988,38 @@ class Hierarchical(TopK):
     max(0, .5 - cos(d_i, mean of its siblings)); group = E_t sum_p sqrt|G_p| |h_1[G_p]|_2. The
     first stage trains level 1, the second level 2 on the frozen first, the third both. Level 2
     starts at Ward clusters; ABLATE "start": at random; "nonnegative": W_dec of any sign."""
-    upper = PLAIN | ({"sparsity": 1.0} if LEVEL_SPARSITY == "l1" else {})
-    curriculum = (
-        Stage("level_1", 8, {"reconstruction": 1.0, "sparsity_1": 1.0}, ("lower",)),
-        Stage("level_2", 8, upper, ("W_", "b_"), 1 / 3, {"level": 2}),
-        Stage("both", 4, upper | {"level_1": 1.0, "sparsity_1": 1.0, "cosine": COSINE_WEIGHT,
-                                  "group": GROUP_WEIGHT}, ("",), 0.3, {"level": 2}))
-    components, architecture, level = ("start", "nonnegative"), "hierarchical", 1
+    components = ("start", "nonnegative")
+    architecture = "hierarchical"
+    level = 1  # the highest level that there is
+
+    @classmethod
+    def curriculum(cls):
+        """Level 1; level 2 on the frozen first; both at a lower rate."""
+        upper = PLAIN | ({"sparsity": 1.0} if LEVEL_SPARSITY == "l1" else {})
+        grouping = {"level_1": 1.0, "sparsity_1": 1.0, "cosine": COSINE_WEIGHT,
+                    "group": GROUP_WEIGHT}
+        return (Stage("level_1", 8, {"reconstruction": 1.0, "sparsity_1": 1.0}, ("lower",)),
+                Stage("level_2", 8, upper, ("W_", "b_"), 1 / 3, {"level": 2}),
+                Stage("both", 4, upper | grouping, ("",), 0.3, {"level": 2}))
 
     def __init__(self, d_in, d_sae, target_l0):
         d_1, d_2 = LEVEL_WIDTHS or (3 * d_sae // 2, d_sae)
         super().__init__(d_1, d_2, target_l0)
         self.W_enc = nn.Parameter(self.W_enc.data.contiguous())
-        self.d_in, self.lower = d_in, SAE(d_in, d_1, round(DENSITY * target_l0))
-        self.register_buffer("begun", torch.tensor(False))
+        self.d_in, self.lower = d_in, SAE(d_in, d_1, round(LEVEL1_L0_RATIO * target_l0))
+        self.register_buffer("begun", torch.tensor(False))  # whether level 2 has its start
 
     def initialise(self, batch):
         self.lower.initialise(batch)
 
+    def begin_stage(self, batch):
+        if self.level == 2 and not self.begun:
+            self.start_level_2(batch, "start" not in ABLATE)
+
     @torch.no_grad()
-    def begin(self, batch, grouped=True):
-        """Level 2 at first: a latent for each Ward cluster of level 1's directions; not
-        grouped: random."""
+    def start_level_2(self, batch, grouped=True):
+        """Sets level 2: a latent for each Ward cluster of level 1's directions; not grouped: at
+        random."""
         W = torch.rand_like(self.W_dec)
         if grouped:
             parent = ward_groups(self.lower.W_dec.cpu().numpy(), self.d_sae)
@@ -837,32 +1032,30 @@ class Hierarchical(TopK):
             SAE.initialise(self, batch._replace(x=self.levels(batch).dense()))
         self.begun.fill_(True)
 
-    def levels(self, batch):  # h_1
+    def levels(self, batch):
+        """Returns level 1's Latents h_1 [batch, seq, d_1]."""
         return self.lower.encode(batch)
 
-    def parents(self):  # of level 1's features: [d_1]
+    def parents(self):
+        """Returns the parent of each of level 1's features: [d_1]."""
         return self.W_dec.detach().max(0).indices
 
     def encoder(self, batch):
         return self.levels(batch).dense(), 0.0, self.W_enc
 
     def encode(self, batch):
+        """Returns level 2's Latents; `extra` are level 1's. In the first stage none is active."""
         h, shape = self.levels(batch), (*batch.x.shape[:2], self.d_sae)
-        if self.level == 1:  # none yet
-            self.tokens_since_fired.zero_()
-            return Latents.from_dense(batch.x.new_zeros(shape))._replace(below=h)
-        if not self.begun:
-            self.begin(batch, "start" not in ABLATE)
-        z = valid(batch, F.relu(h.decode(self.W_enc) + self.b_enc))
+        if self.level == 1:  # no latents yet
+            return Latents.from_dense(batch.x.new_zeros(shape))._replace(extra=h)
+        z = zero_padding(batch, F.relu(h.decode(self.W_enc) + self.b_enc))
         if LEVEL_SPARSITY == "l1":
-            return Latents.from_dense(z)._replace(below=h)
+            return Latents.from_dense(z)._replace(extra=h)
         ids = largest(z.detach().flatten(0, 1), self.k)[1]
         values = z.flatten(0, 1).gather(1, ids).flatten()
         return Latents(values, values, Pairs.from_ids(ids), shape, h)
 
     def decode(self, latents):
-        if "nonnegative" not in ABLATE:
-            self.W_dec.data.clamp_(min=0)
         h_hat = F.relu(latents.decode(self.W_dec) + self.b_dec)
         return h_hat @ self.lower.W_dec + self.lower.b_dec
 
@@ -870,28 +1063,40 @@ class Hierarchical(TopK):
         return self.W_dec @ self.lower.W_dec
 
     def losses(self, batch, latents):
-        if not self.lower.W_enc.requires_grad:  # frozen
+        """Returns the losses of the levels that learn."""
+        if not self.lower.W_enc.requires_grad:  # level 1 is frozen
             return super().losses(batch, latents)
-        h, beta_1 = latents.below, self.lower.sparsity_weight.clone()
-        found = {"sparsity_1": beta_1 * l1(batch, h)}
-        error = squared_error(batch, self.lower.decode(h))
-        if self.training:
-            self.lower.steer((h.values.detach() > 0).sum() / n_tokens(batch))
+        h, error = latents.extra, squared_error(batch, self.lower.decode(latents.extra))
+        terms = {"sparsity_1": self.lower.sparsity_weight.clone() * l1(batch, h)}
         if self.level == 1:
-            return found | {"reconstruction": error}
-        return super().losses(batch, latents) | found | {"level_1": error} | self.grouping(batch, h)
+            return terms | {"reconstruction": error}
+        return super().losses(batch, latents) | terms | {"level_1": error} | self.grouping(batch, h)
 
     def grouping(self, batch, h):
+        """Returns the losses that group level 1's features h under their parents."""
         parent, d = self.parents(), self.lower.W_dec
         size = torch.bincount(parent, minlength=self.d_sae)
         siblings = d.new_zeros(self.d_sae, self.d_in).index_add(0, parent, d)[parent] - d
         cosine = F.cosine_similarity(d, siblings, dim=1)[size[parent] > 1]
-        at = h.pairs.rows * self.d_sae + h.at(parent)
+
+        at = h.pairs.rows * self.d_sae + h.at(parent)  # [n_pairs] place of (token, parent)
         energy = h.values.new_zeros(len(h.pairs.starts) * self.d_sae).index_add(
             0, at, h.values.square()).view(-1, self.d_sae)
         norms = (energy + 1e-12).sqrt() * (energy > 0) * size.sqrt()
         return {"cosine": F.relu(0.5 - cosine).sum() / max(1, len(cosine)),
                 "group": norms.sum() / n_tokens(batch)}
+
+    def after_step(self, batch, latents, l0):
+        """Steers the L1 weights; keeps W_dec non-negative; no latent dies before level 2 begins."""
+        if self.lower.W_enc.requires_grad:
+            self.lower.steer((latents.extra.values.detach() > 0).sum() / n_tokens(batch))
+        if self.level == 1:
+            self.tokens_since_fired.zero_()
+            return
+        if LEVEL_SPARSITY == "l1":
+            self.steer(l0)
+        if "nonnegative" not in ABLATE:
+            self.W_dec.data.clamp_(min=0)
 
     def parameters_of_interest(self):
         parts = (self.lower, self)[:1 + (LEVEL_SPARSITY == "l1")]
@@ -899,27 +1104,432 @@ class Hierarchical(TopK):
 
     def related(self, latents, batch, fires):
         return children_of(latents, self.W_dec, load_tokenizer(), batch.tokens,
-                               self.levels(batch).dense())
+                           self.levels(batch).dense())
 
 
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
                 "gated": Gated, "matryoshka": Matryoshka, "temporal": Temporal, "tsae": TSAE,
                 "temporal_adaptation": TemporalAdaptation, "temporal_context": TemporalContext,
                 "compositional": Compositional, "hierarchical": Hierarchical}
+# endregion
 
 
-# ---- Model ----
+# region Trainer
+# Knows no variant: only its curriculum, `encode`, `losses`, `begin_stage` and `after_step`.
+class TrainingSchedule:
+    """Steps of each stage, done and to do; a forecast of their time that the deadline may
+    shrink."""
+
+    def __init__(self, stages, steps_per_epoch):
+        self.stages, self.step = stages, 0
+        self.planned = self.steps = [round(stage.epochs * steps_per_epoch) for stage in stages]
+        if 0 in self.planned:
+            raise RunnerError(f"stage {stages[self.planned.index(0)].name!r} gets no step: raise "
+                              "TRAIN_TOKENS or EPOCHS_SCALE, or lower BATCH_TOKENS.")
+
+    def state_dict(self):
+        """Returns what a checkpoint keeps."""
+        return {"step": self.step, "steps": self.steps}
+
+    def load_state_dict(self, state):
+        """Takes over what `state_dict` gave."""
+        self.step, self.steps = state["step"], state["steps"]
+
+    def start(self, what, seconds, deadline):
+        """Starts the clock: a step of each stage takes so many `seconds` at first."""
+        self.seconds, self.deadline, self.paced = seconds, deadline, False
+        if not self.step:
+            self.steps = RANKS.agree(fit_to_deadline(self.planned, 0, seconds, deadline))
+        left = steps_left(self.steps, self.step)
+        minutes = sum(n * s for n, s in zip(left, seconds)) / 60
+        carrying = f"carrying on at step {self.step}, " if self.step else ""
+        print(f"{what}: {carrying}about {minutes:.1f} min for {sum(left):,} steps", flush=True)
+
+        self.progress, self.saved = Progress(sum(self.steps), self.step), time.time()
+        self.since = self.saved, self.step
+
+    def steps_of(self, i):
+        """Yields (step, the stage's progress in [0, 1)) for each step of stage i still to do."""
+        first = sum(self.steps[:i])
+        while self.step < first + self.steps[i]:
+            yield self.step, (self.step - first) / self.steps[i]
+
+    def advance(self, stage, losses):
+        """Counts a step as done."""
+        self.step += 1
+        self.progress.update(f"{stage.name}: step {self.step}/{sum(self.steps)}", losses)
+
+    def at(self, every):
+        """Returns whether so many steps have passed again, or all."""
+        return self.step % every == 0 or self.step == sum(self.steps)
+
+    def due(self, seconds):
+        """Returns whether as much time has passed since this was last so, or all steps are done."""
+        if time.time() - self.saved <= seconds and self.step < sum(self.steps):
+            return False
+        self.saved = time.time()
+        return True
+
+    def correct_forecast(self, i):
+        """Corrects the seconds of a step by the pace in stage i, then the steps to the deadline."""
+        (began, first), now = self.since, time.time()
+        if self.paced:  # the first steps are slow
+            pace = (now - began) / (self.step - first) / self.seconds[i]
+            self.seconds = [s * pace ** 0.3 for s in self.seconds]
+        self.paced, self.since = True, (now, self.step)
+        fitted = fit_to_deadline(self.steps, self.step, self.seconds, self.deadline)
+        self.steps = RANKS.agree(fitted)
+
+
+class TrainingLog:
+    """The figures of a training as final_info.json has them: lists by name, and tables {name: list}
+    "losses" and "parameters" beside the list "step"."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def state_dict(self):
+        """Returns what a checkpoint keeps."""
+        return self.rows
+
+    def load_state_dict(self, state):
+        """Takes over what `state_dict` gave."""
+        self.rows = state
+
+    def append(self, **row):
+        """Appends each value to the list of its name; of a table, each of its values to its list:
+        None where there is no value at this step."""
+        for name, value in row.items():
+            if not isinstance(value, dict):
+                self.rows.setdefault(name, []).append(value)
+                continue
+            table = self.rows.setdefault(name, {})
+            for key in table | value:
+                earlier = [None] * (len(self.rows["step"]) - 1)
+                table.setdefault(key, earlier).append(value.get(key))
+
+    def record(self, step, stage, losses, sae):
+        """Appends a step's figures. A loss that is not finite ends the run."""
+        WATCHDOG.renew()
+        values = {name: (RANKS.total(loss) / RANKS.size).item() for name, loss in losses.items()}
+        if wrong := [f"{name} = {v}" for name, v in values.items() if not math.isfinite(v)]:
+            raise RunnerError(f"step {step} of stage {stage.name!r}: {', '.join(wrong)}. Look for "
+                              "a log or a division by zero in `losses`, or lower LEARNING_RATE.")
+        followed = {name: finite_number(value, f"parameter of interest {name!r}")
+                    for name, value in sae.parameters_of_interest().items()}
+        dead = sae.dead_mask().float().mean().item()
+        self.append(step=step, l0=values.pop("l0"), dead_fraction=dead, losses=values,
+                    parameters=followed)
+
+
+class Training(NamedTuple):
+    """A finished training."""
+    log: dict  # a TrainingLog's rows, with the stages' names and starts
+    planned: list  # steps of each stage that the curriculum asks for
+    done: list  # steps of each stage that were done
+
+
+def curriculum_of(variant):
+    """Returns the stages of a variant, which lists them or has a classmethod that does."""
+    return variant.curriculum() if callable(variant.curriculum) else variant.curriculum
+
+
+def planned_stages(variant):
+    """Returns the variant's curriculum under ABLATE and EPOCHS_SCALE."""
+    return [stage._replace(epochs=stage.epochs * EPOCHS_SCALE, weights={
+        loss: weight for loss, weight in stage.weights.items() if loss not in ABLATE})
+        for stage in curriculum_of(variant)]
+
+
+def scheduled(value, done):
+    """Returns a weight or an annealed value at the stage's progress `done` in [0, 1)."""
+    return value(done) if callable(value) else value
+
+
+def anneal(sae, stage, done):
+    """Sets the attributes of the SAE that the stage anneals."""
+    for attribute, value in stage.anneals.items():
+        getattr(sae, attribute)  # or there is none of that name
+        setattr(sae, attribute, scheduled(value, done))
+
+
+def learning_rate(done, d_sae):
+    """Returns the rate after the share `done` of all steps: it rises, stays, falls to zero."""
+    base = LEARNING_RATE or 3e-3 * math.sqrt(1536 / d_sae)
+    return base * min(1.0, (done + 1e-3) / WARMUP_FRACTION, (1 - done) / DECAY_FRACTION)
+
+
+class Adam(torch.optim.Adam):
+    """Fused Adam. It would copy parameters that lie transposed in memory, so they are turned for
+    the step."""
+
+    def __init__(self, sae, lr):
+        super().__init__(sae.parameters(), lr, fused=True)
+
+    def step(self):
+        """Does a step."""
+        turned = [p for p in self.param_groups[0]["params"]
+                  if p.grad is not None and p.dim() > 1 and not p.is_contiguous()]
+        for p in turned:
+            p.data, p.grad = p.data.mT, p.grad.mT
+        super().step()
+        for p in turned:
+            p.data, p.grad = p.data.mT, p.grad.mT
+
+
+def train_step(sae, optimizer, batch, stage, done):
+    """Does one step, at the stage's progress `done`; returns the named losses and L0, detached."""
+    anneal(sae, stage, done)
+    if done == 0:
+        sae.begin_stage(batch)
+
+    latents = sae.encode(batch)
+    losses, total = sae.losses(batch, latents), 0.0
+    for name, weight in stage.weights.items():
+        steered = sae.sparsity_weight if name == "sparsity" else 1.0
+        total = total + scheduled(weight, done) * steered * losses[name]
+    total.backward()
+
+    with torch.no_grad():
+        fired = torch.zeros_like(sae.tokens_since_fired).index_add_(
+            0, latents.pairs.ids, (latents.values != 0).long())
+        n, fired = RANKS.reduce(sae, n_tokens(batch), fired)
+        step_on_unit_sphere(sae, optimizer)
+        sae.tokens_since_fired.add_(n).masked_fill_(fired > 0, 0)
+        sae.after_step(batch, latents, fired.sum() / n)
+    return {name: loss.detach() for name, loss in losses.items()} | {"l0": fired.sum() / n}
+
+
+def step_on_unit_sphere(sae, optimizer):
+    """Does the optimiser's step with rows of W_dec of unit norm before and after."""
+    decoders = [part.W_dec for part in sae.modules()
+                if isinstance(part, SAE) and part.W_dec.grad is not None]
+    for W in decoders:  # without what the renormalisation would undo
+        W.grad.addcmul_((W.grad * W).sum(1, keepdim=True), W, value=-1)
+    nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for W in decoders:
+        W.div_(W.norm(dim=1, keepdim=True))
+
+
+def only_positions(batch):
+    """Returns the batch with all but TRAIN_POSITIONS as padding."""
+    if TRAIN_POSITIONS is None:
+        return batch
+    (low, high), at = TRAIN_POSITIONS, batch.positions.expand(batch.x.shape[:2])
+    inside = (at >= low) & (at <= high)
+    return batch._replace(mask=inside if batch.mask is None else inside & batch.mask)
+
+
+@torch.no_grad()
+def validation_loss(sae, store):
+    """Returns the reconstruction loss on the first 64 held-out windows; leaves evaluation mode
+    on."""
+    batch = store.batch(store.heldout(64)[0])
+    return squared_error(batch, sae.eval().decode(sae.encode(batch))).item()
+
+
+def seconds_per_step(sae, store, stages, size):
+    """Returns the seconds of one step of each stage: the second one, on a copy of the SAE."""
+    seconds, batch = [], store.batch(RANKS.share(np.arange(size)))
+    for stage in stages:
+        trial = copy.deepcopy(sae).train()
+        optimizer = Adam(trial, 1e-4)
+        for _ in range(2):
+            began = time.perf_counter()
+            train_step(trial, optimizer, batch, stage, 0.0)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def batch_ids(seed, step, n_windows, size):
+    """Returns the windows of one training step: a slice of a permutation per (seed, epoch)."""
+    epoch, place = divmod(step, n_windows // size)
+    return epoch_order(seed, epoch, n_windows)[place * size:(place + 1) * size]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n_windows):
+    """Returns the order of the training windows in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(n_windows)
+
+
+@allow_tf32()
+def train(sae, store, stages, seed, size, deadline, state_path):
+    """Trains `sae` in place on batches of `size` windows until `deadline` at the latest; returns
+    the Training. A killed run carries on from the checkpoint at `state_path`, to the same bits."""
+    n_windows, pool = store.windows.n_train, store.windows.train_pool(TRAIN_ON, FORGET)
+    steps_per_epoch = n_windows // size
+
+    def batch_at(step, share=RANKS.share):
+        ids = pool[batch_ids(seed, step, n_windows, size) % len(pool)]
+        return only_positions(store.batch(share(ids)))
+
+    schedule, log = TrainingSchedule(stages, steps_per_epoch), TrainingLog()
+    first = batch_at(0, lambda ids: ids)
+    next_batch = prefetched(batch_at, store.maps[0].device.type != DEVICE)
+    sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(schedule.planned) * n_tokens(first)))
+    sae.initialise(first)
+    seconds, optimizer = seconds_per_step(sae, store, stages, size), Adam(sae, 1e-4)
+    parts = {"sae": sae, "optimizer": optimizer, "schedule": schedule, "log": log}
+    load_state(state_path, parts)
+    schedule.start(f"seed {seed}", seconds, deadline)
+
+    for i, stage in enumerate(stages):
+        anneal(sae, stage, (schedule.steps[i] - 1) / schedule.steps[i])  # as left, where it is over
+        for name, p in sae.named_parameters():
+            p.requires_grad_(name.startswith(stage.trains))
+
+        for step, done in schedule.steps_of(i):
+            torch.manual_seed(seed * 1_000_003 + step)  # so that no generator needs resuming
+            rate = stage.lr * learning_rate(step / sum(schedule.steps), sae.d_sae)
+            optimizer.param_groups[0]["lr"] = rate
+            losses = train_step(sae.train(), optimizer, next_batch(step), stage, done)
+            if not done:
+                RANKS.same(sae)
+            schedule.advance(stage, losses)
+
+            if schedule.at(LOG_EVERY):
+                log.record(schedule.step, stage, losses, sae)
+                schedule.correct_forecast(i)
+            if schedule.at(steps_per_epoch):
+                log.append(val_step=schedule.step, val_loss=validation_loss(sae, store))
+            if schedule.due(CHECKPOINT_SECONDS):
+                save_state(state_path, parts)
+
+    if sae.dead_mask().all():
+        raise RunnerError(f"all {sae.d_sae} latents are dead after training.")
+    return finished_training(schedule, log)
+
+
+def finished_training(schedule, log):
+    """Returns the Training, its log with the stages' names, starts and weighed losses."""
+    starts = np.cumsum([0] + schedule.steps[:-1]).tolist()
+    weighed = sorted({loss for stage in schedule.stages for loss in stage.weights})
+    names = [stage.name for stage in schedule.stages]
+    return Training(log.rows | {"stage_starts": starts, "stages": names, "weighed": weighed},
+                    schedule.planned, schedule.steps)
+
+
+def save_state(path, parts):
+    """Writes state_dict() of each of parts {name: part} to one file; rank 0 alone does."""
+    if RANKS.rank:
+        return
+    with replacing(path) as partial:
+        content = io.BytesIO()  # torch does not report a full disk
+        torch.save({name: part.state_dict() for name, part in parts.items()}, content)
+        partial.write_bytes(content.getbuffer())
+
+
+def load_state(path, parts):
+    """Loads into the parts what save_state wrote, where it did."""
+    state = torch.load(path, weights_only=True) if path.exists() else {}
+    for name in state:
+        parts[name].load_state_dict(state[name])
+# endregion
+
+
+# region Model
+LOADERS = {"config.json": "AutoConfig", "tokenizer": "AutoTokenizer",
+           "weights": "AutoModelForCausalLM"}  # part of a model -> the class that loads it
+
+
+def model_folder(name):
+    """Returns the folder that a model's name means, seen from here or from this file; None where it
+    is a hub id."""
+    places = Path(name).expanduser(), HERE / name
+    return next((path.resolve() for path in places if path.is_dir()), None)
+
+
+def load_pretrained(name, part, **kwargs):
+    """Returns a part (see LOADERS) of the model in a local folder or of a hub id. Raises
+    RunnerError for all that can go wrong."""
+    folder = model_folder(name)
+    if folder is None and not hub_reachable():
+        go_offline()
+    try:
+        return getattr(transformers, LOADERS[part]).from_pretrained(str(folder or name), **kwargs)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        cause = str(error).split("\n")[0].split("http")[0][:300]
+        if "gated" in str(error).lower():
+            cause = "gated: accept its licence on the hub and log in with `hf auth login`"
+        raise RunnerError(f"MODEL_NAME = {name!r}: no {part} ({cause}). Names that work: "
+                          "'embedded/model', 'EleutherAI/pythia-70m-deduped', a folder.") from None
+
+
 @functools.cache
 def load_tokenizer():
+    """Returns MODEL_NAME's tokenizer."""
     return load_pretrained(MODEL_NAME, "tokenizer")
 
 
+def load_config(name, layer, context_length):
+    """Returns a model's text configuration and the layer, None meaning the middle one. Raises
+    RunnerError where the model lacks that layer or takes no window so long."""
+    config = load_pretrained(name, "config.json").get_text_config()
+    depth = config.num_hidden_layers
+    longest = getattr(config, "max_position_embeddings", None) or context_length
+    layer = depth // 2 - 1 if layer is None else layer
+    if not 0 <= layer < depth:
+        raise RunnerError(f"LAYER = {layer}: the model has {depth} blocks.")
+    if context_length > longest:
+        raise RunnerError(f"CONTEXT_LENGTH = {context_length}: the model takes {longest}.")
+    return config, layer
+
+
+def model_identity(name, config):
+    """Returns what activations depend on: a local model's files, or a hub commit."""
+    folder = model_folder(name)
+    return folder_identity(folder) if folder else (name, config._commit_hash)
+
+
+def model_bytes(config, dtype):
+    """Returns the size in bytes of a model's parameters."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+
+
 def load_model():
-    return load_causal_model(MODEL_NAME, MODEL_DTYPE, DEVICE)
+    """Returns MODEL_NAME in MODEL_DTYPE on DEVICE; where a GPU has no room for it, spread over all
+    GPUs and the memory as accelerate places it."""
+    options = {}
+    if DEVICE == "cuda":
+        need = model_bytes(load_pretrained(MODEL_NAME, "config.json"), MODEL_DTYPE)
+        free = torch.cuda.mem_get_info()[0]
+        if need > 0.8 * free and not importlib.util.find_spec("accelerate"):
+            raise RunnerError(
+                f"MODEL_NAME = {MODEL_NAME!r} takes {readable_bytes(need)}, and the GPU has "
+                f"{readable_bytes(free)} free. Take a smaller model, or `pip install accelerate`, "
+                "which spreads it over GPUs and memory.")
+        options = {"device_map": "auto"} if need > 0.8 * free else {}
+    model = load_pretrained(MODEL_NAME, "weights", dtype=MODEL_DTYPE, **options)
+    return (model if options else model.to(DEVICE)).eval().requires_grad_(False)
+
+
+def reinitialised_model(model):
+    """Returns a model of the same configuration with random weights."""
+    torch.manual_seed(0)
+    with torch.device(model.device):
+        other = transformers.AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    return other.eval().requires_grad_(False)
+
+
+def small_config(config):
+    """Returns a copy of a configuration with two layers and 256 tokens."""
+    config = type(config).from_dict(config.to_dict())
+    text = config.get_text_config()
+    text.num_hidden_layers, text.vocab_size = 2, 256
+    text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
+    if types := getattr(text, "layer_types", None):
+        text.layer_types = types[:2]
+    return config
 
 
 def stand_in(config):
-    """A random model of the same family and hidden size: two layers, 256 tokens."""
+    """Returns a random model of the same family and hidden size: two layers, 256 tokens. Raises
+    RunnerError where it is no causal model."""
     config, tokens = small_config(config), torch.arange(1, 9, device=DEVICE).repeat(2, 1)
     tokens[1, -1] = 0  # a later token must not change earlier activations
     model = None
@@ -932,148 +1542,47 @@ def stand_in(config):
     return model
 
 
-LOADERS = {"config.json": "AutoConfig", "tokenizer": "AutoTokenizer", "weights": "AutoModelForCausalLM"}
-
-
-def model_folder(name):
-    """The folder that a model's name means, from here or from the template's; None where it is a hub id."""
-    places = Path(name).expanduser(), Path(__file__).parent.parent / name
-    return next((path.resolve() for path in places if path.is_dir()), None)
-
-
-def model_identity(name, config):
-    """What activations depend on: a local model's files, or a hub commit."""
-    folder = model_folder(name)
-    return folder_identity(folder) if folder else (name, config._commit_hash)
-
-
-def small_config(config):
-    """A copy with two layers and 256 tokens."""
-    config = type(config).from_dict(config.to_dict())
-    text = config.get_text_config()
-    text.num_hidden_layers, text.vocab_size = 2, 256
-    text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
-    if types := getattr(text, "layer_types", None):
-        text.layer_types = types[:2]
-    return config
-
-
-def load_pretrained(name, what, **kwargs):
-    """One of LOADERS of a local folder or a hub id; one error for all that can go wrong."""
-    import transformers
-    folder = model_folder(name)
-    if folder is None and not hub_reachable():
-        go_offline()
-    try:
-        return getattr(transformers, LOADERS[what]).from_pretrained(str(folder or name), **kwargs)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        cause = str(error).split("\n")[0].split("http")[0][:300]
-        if "gated" in str(error).lower():
-            cause = "gated: accept its licence on the hub and log in with `hf auth login`"
-        raise RunnerError(f"MODEL_NAME = {name!r}: no {what} ({cause}). Names that work: 'embedded/model', "
-                        "'EleutherAI/pythia-70m-deduped', a folder.") from None
-
-
 def find_blocks(model):
-    """The largest ModuleList as long as the configuration says."""
+    """Returns the model's blocks: the largest ModuleList as long as the configuration says."""
     depth = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
         raise RunnerError(f"MODEL_NAME = {model.name_or_path!r} has no list of {depth} blocks.")
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
-def model_bytes(config, dtype):
-    import transformers
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
-
-
-def load_causal_model(name, dtype, device):
-    """The model on the device; where a GPU has no room for it, over all GPUs and the memory, as accelerate places it."""
-    options, free = {}, torch.cuda.mem_get_info()[0] if device == "cuda" else math.inf
-    if free < math.inf and (need := model_bytes(load_pretrained(name, "config.json"), dtype)) > 0.8 * free:
-        if not importlib.util.find_spec("accelerate"):
-            raise RunnerError(f"MODEL_NAME = {name!r} takes {readable_bytes(need)}, and the GPU has {readable_bytes(free)} free. Take a smaller model, "
-                            "or `pip install accelerate`, which spreads it over GPUs and memory.")
-        options = {"device_map": "auto"}
-    model = load_pretrained(name, "weights", dtype=dtype, **options)
-    return (model if options else model.to(device)).eval().requires_grad_(False)
-
-
-def reinitialised_model(model):
-    """A model like this one, with random weights."""
-    import transformers
-    torch.manual_seed(0)
-    with torch.device(model.device):
-        other = transformers.AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-    return other.eval().requires_grad_(False)
-
-
-def load_config(name, layer, context_length):
-    """A model's configuration, and the layer, None for the middle one; a layer or a context that it lacks is an error."""
-    config = load_pretrained(name, "config.json").get_text_config()
-    depth, longest = config.num_hidden_layers, getattr(config, "max_position_embeddings", None) or context_length
-    layer = depth // 2 - 1 if layer is None else layer
-    if not 0 <= layer < depth:
-        raise RunnerError(f"LAYER = {layer}: the model has {depth} blocks.")
-    if context_length > longest:
-        raise RunnerError(f"CONTEXT_LENGTH = {context_length}: the model takes {longest}.")
-    return config, layer
-
-
-def memory_plan(config, store, expansion, batch_tokens, device):
-    """What will take memory, in one line; where a GPU has too little, what to lower and to what."""
-    d_in, d_sae, lm = store.d_in, round(expansion * store.d_in), model_bytes(config, store.dtype)
-    sae, step = 16 * (2 * d_in + 2) * d_sae, 4 * batch_tokens * (3 * d_sae + 8 * d_in)
-    activations = store.windows.tokens.size * d_in * store.dtype.itemsize
-    text = (f"memory: model {readable_bytes(lm)}, SAE with its optimiser {readable_bytes(sae)}, a training step {readable_bytes(step)}; "
-            f"activations {readable_bytes(activations)} on disk")
-    if device != "cuda":
-        return text
-    free = torch.cuda.mem_get_info()[0]
-    kept_there = activations < (free - lm) // 2
-    room = free - lm - activations * kept_there
-    text += f", {'kept on the GPU' if kept_there else 'read as they are needed'}; {readable_bytes(free)} free"
-    if sae + step > room > sae:
-        text += f". Too much: BATCH_TOKENS = {max(1, int(batch_tokens * (room - sae) / step))} would fit"
-    elif sae + step > room:
-        text += f". Too much: EXPANSION = {expansion * max(room, 0) / (sae + step):.2g} would fit"
-    return text
-
-
-
-class Captured(Exception):
-    """Ends a forward pass at the hooked layer."""
+class StopForward(Exception):
+    """Ends a forward pass at the hooked layer; carries that layer's output."""
 
 
 @torch.no_grad()
 def block_output(model, layer, tokens):
-    """What block `layer` returns, a tensor or a tuple; nothing later is computed."""
+    """Returns the output of block `layer`, a tensor or a tuple; nothing later is computed."""
     def stop(module, inputs, output):
-        raise Captured(output)
+        raise StopForward(output)
 
     try:
         with find_blocks(model)[layer].register_forward_hook(stop):
             model.base_model(input_ids=tokens, use_cache=False)
-    except Captured as captured:
-        return captured.args[0]
+    except StopForward as stopped:
+        return stopped.args[0]
 
 
 def residual_after(model, layer, tokens):
-    """Residual stream after block `layer`: [batch, seq, d_in]."""
+    """Returns the residual stream after block `layer`: [batch, seq, d_in]."""
     output = block_output(model, layer, tokens)
     return (output[0] if isinstance(output, tuple) else output).to(DEVICE)
 
 
 @torch.no_grad()
 def logits_from(model, layer, hidden, tokens):
-    """Logits [batch, seq, vocab] from `hidden`, the residual stream after block `layer`."""
+    """Returns the logits [batch, seq, vocab] from `hidden`, the residual stream after block `layer`
+    [batch, seq, d_in]: the blocks up to that one are skipped."""
     skipped, usual = find_blocks(model)[:layer + 1], block_output(model, layer, tokens[:1, :1])
     output = hidden.to(model.dtype)
     if isinstance(usual, tuple):
         output = output, *usual[1:]
+
     before = [vars(block).get("forward") for block in skipped]  # of a model on several devices
     for block in skipped:
         block.forward = lambda *args, **kwargs: output
@@ -1084,9 +1593,11 @@ def logits_from(model, layer, hidden, tokens):
             del block.forward
             if forward:
                 block.forward = forward
+# endregion
 
 
-# ---- Activations: collected once, cached by content, shared by all runs ----
+# region Activations
+# Collected once, cached by what decides them, shared by all runs.
 class Store:
     """Activations of all windows, [window, CONTEXT_LENGTH, d_in], cached; batches of them."""
 
@@ -1095,7 +1606,7 @@ class Store:
         self.shards = shard_table(folder, len(windows.tokens), SHARD_WINDOWS)
 
     def collect(self, get_model, layer):
-        """Fills in missing shards, under a lock that other runs wait for; then opens all."""
+        """Collects the missing shards, under a lock that other runs wait for; then opens all."""
         row_bytes = CONTEXT_LENGTH * self.d_in * self.dtype.itemsize
         with missing_shards(self.shards, row_bytes) as missing:
             for shard in missing:
@@ -1104,13 +1615,15 @@ class Store:
         self.normalise()
 
     def collect_shard(self, model, layer, shard):
+        """Writes the activations of a shard's windows."""
         rows = np.arange(shard.start, shard.start + shard.rows)
         write_shard(shard.path, (
             residual_after(model, layer, self.tokens(rows[i:i + 32])).to(self.dtype)
-            for i in range(0, len(rows), 32)))
+            for i in range(0, len(rows), 32)), ": the model overflows before LAYER ends. Take "
+            "MODEL_DTYPE = torch.float32, or an earlier LAYER")
 
     def normalise(self):
-        """Mean and scale, of the first 2^18 training tokens."""
+        """Sets mean [d_in] and scale from the first 2^18 training tokens: mean squared norm 1."""
         self.mean, self.scale = torch.zeros(self.d_in, device=DEVICE), 1.0
         sample = np.arange(min(self.windows.n_train, 2 ** 18 // CONTEXT_LENGTH))
         sums, squares, n = self.moments(np.array_split(sample, len(sample) // 64 + 1))
@@ -1119,403 +1632,136 @@ class Store:
         self.scale = (squares.sum() / n.sum() - mean.square().sum()).sqrt().item()
 
     def moments(self, chunks):
-        """By position: sum of x [seq, d_in], of |x|^2 [seq], and tokens [seq]."""
-        return position_moments((self.batch(ids).x.double(), self.valid(ids)) for ids in chunks)
+        """Returns by position the sum of x [seq, d_in], of |x|^2 [seq], and the tokens [seq], over
+        windows in chunks."""
+        sums = []
+        for ids in chunks:
+            x, keep = self.batch(ids).x.double(), self.valid(ids)
+            parts = x * keep[..., None], (x ** 2).sum(-1) * keep, keep
+            sums.append([part.sum(0) for part in parts])
+        return map(sum, zip(*sums))
 
-    def tokens(self, ids):  # [len(ids), CONTEXT_LENGTH]
+    def tokens(self, ids):
+        """Returns the tokens of windows with BOS, [len(ids), CONTEXT_LENGTH]."""
         return torch.from_numpy(self.windows.tokens[ids].astype(np.int64)).to(DEVICE)
 
-    def valid(self, ids):  # [len(ids), seq] False at padding
+    def valid(self, ids):
+        """Returns [len(ids), seq] False at padding, without BOS."""
         return torch.from_numpy(self.windows.valid(ids)[:, 1:]).to(DEVICE)
 
     def raw(self, ids):
-        """Activations as the model made them, with BOS: [len(ids), CONTEXT_LENGTH, d_in]."""
+        """Returns activations as the model made them, with BOS: [len(ids), CONTEXT_LENGTH,
+        d_in]."""
         rows = [self.maps[i // SHARD_WINDOWS][i % SHARD_WINDOWS] for i in map(int, ids)]
         return torch.stack(rows).to(DEVICE, torch.float32)
 
     def batch(self, ids):
-        doc_ids, valid = self.windows.doc_ids[ids], self.valid(ids)
-        return self.batch_of(self.raw(ids), self.tokens(ids), doc_ids, valid)
+        """Returns the Batch of the windows `ids`."""
+        doc_ids, mask = self.windows.doc_ids[ids], self.valid(ids)
+        return self.batch_of(self.raw(ids), self.tokens(ids), doc_ids, mask)
 
     def batch_of(self, raw, tokens, doc_ids, mask):
-        """raw [batch, 1 + seq, d_in] and tokens with BOS; mask [batch, seq]."""
+        """Returns the Batch of raw activations [batch, 1 + seq, d_in] and tokens with BOS; mask
+        [batch, seq]."""
         return Batch((raw[:, 1:] - self.mean) / self.scale, tokens[:, 1:],
                      torch.as_tensor(doc_ids, device=DEVICE),
                      torch.arange(1, raw.shape[1], device=DEVICE), None if mask.all() else mask)
 
-    def x(self, ids):  # of many windows, [len(ids), seq, d_in]
+    def x(self, ids):
+        """Returns x of many windows, [len(ids), seq, d_in]."""
         return torch.cat([self.batch(part).x for part in np.array_split(ids, len(ids) // 64 + 1)])
 
-    def unscaled(self, x):  # -> as the model made it
+    def unscaled(self, x):
+        """Returns x [..., d_in] as the model made it."""
         return x * self.scale + self.mean
 
-    def heldout(self, size):  # ids of windows in chunks
+    def heldout(self, size):
+        """Returns the ids of the held-out windows in chunks of at most `size`."""
         return np.array_split(ids := self.windows.heldout(), range(size, len(ids), size))
 
 
-def batch_ids(seed, step, n_windows, size):
-    """Windows of one training step: a slice of a permutation per (seed, epoch)."""
-    epoch, place = divmod(step, n_windows // size)
-    return _epoch_order(seed, epoch, n_windows)[place * size:(place + 1) * size]
+def memory_plan(config, store):
+    """Returns one line on what will take memory; where a GPU has too little, what to lower."""
+    d_in, d_sae, model = store.d_in, round(EXPANSION * store.d_in), model_bytes(config, store.dtype)
+    sae, step = 16 * (2 * d_in + 2) * d_sae, 4 * BATCH_TOKENS * (3 * d_sae + 8 * d_in)
+    activations = store.windows.tokens.size * d_in * store.dtype.itemsize
+    text = (f"memory: model {readable_bytes(model)}, SAE with its optimiser {readable_bytes(sae)}, "
+            f"a training step {readable_bytes(step)}; activations {readable_bytes(activations)} on "
+            "disk")
+    if DEVICE != "cuda":
+        return text
+
+    free = torch.cuda.mem_get_info()[0]
+    on_gpu = activations < (free - model) // 2
+    room = free - model - activations * on_gpu
+    text += (f", {'kept on the GPU' if on_gpu else 'read as they are needed'}; "
+             f"{readable_bytes(free)} free")
+    if sae + step > room > sae:
+        fits = max(1, int(BATCH_TOKENS * (room - sae) / step))
+        text += f". Too much: BATCH_TOKENS = {fits} would fit"
+    elif sae + step > room:
+        text += f". Too much: EXPANSION = {EXPANSION * max(room, 0) / (sae + step):.2g} would fit"
+    return text
+# endregion
 
 
-@lru_cache(maxsize=2)
-def _epoch_order(seed, epoch, n_windows):
-    return np.random.default_rng((seed, epoch)).permutation(n_windows)
+# region Evaluation: shared
+# Evaluations are functions of a Run that return a Result; all tokens are of held-out documents.
+class LiveRule(NamedTuple):
+    """A live latent fires that often, in so many files, and on at most half of the tokens."""
+    firings: int
+    files: int
 
 
-class Plan:
-    """A training's books: `step` of the `steps` of each stage, fewer than `planned` where the forecast passes the deadline,
-    and the log."""
-
-    def __init__(self, stages, per_epoch):
-        self.stages, self.i, self.step, self.log = stages, 0, 0, {}
-        self.planned = self.steps = [round(stage.epochs * per_epoch) for stage in stages]
-        if 0 in self.planned:
-            raise RunnerError(f"stage {stages[self.planned.index(0)].name!r} gets no step: raise TRAIN_TOKENS or EPOCHS_SCALE, "
-                            "or lower BATCH_TOKENS.")
-
-    def state_dict(self):
-        return {"step": self.step, "steps": self.steps, "log": self.log}
-
-    def load_state_dict(self, state):
-        self.step, self.steps, self.log = state["step"], state["steps"], state["log"]
-
-    def begin(self, what, seconds, deadline):
-        """The clock runs: a step of each stage takes so many `seconds` at first."""
-        self.seconds, self.deadline, self.paced = seconds, deadline, False
-        if not self.step:
-            self.steps = RANKS.agree(fit_to_deadline(self.planned, 0, seconds, deadline))
-        WATCHDOG.renew()
-        left, carrying = steps_left(self.steps, self.step), f"carrying on at step {self.step}, " if self.step else ""
-        minutes = sum(n * s for n, s in zip(left, seconds)) / 60
-        print(f"{what}: {carrying}about {minutes:.1f} min for {sum(left):,} steps", flush=True)
-        self.progress, self.saved = Progress(sum(self.steps), self.step), time.time()
-        self.since = self.saved, self.step
-
-    def steps_of(self, i):
-        """Yields (step, the stage's progress) for each step of stage i that is still to do; `advance` counts it."""
-        self.i, first = i, sum(self.steps[:i])
-        while self.step < first + self.steps[i]:
-            yield self.step, (self.step - first) / self.steps[i]
-
-    def advance(self, losses):
-        self.step += 1
-        self.progress.update(f"{self.stages[self.i].name}: step {self.step}/{sum(self.steps)}", losses)
-
-    def at(self, every):
-        """Whether so many steps have passed again, or all."""
-        return self.step % every == 0 or self.step == sum(self.steps)
-
-    def due(self, seconds):
-        """Whether as much time has passed since this was last so, or all steps are done."""
-        if time.time() - self.saved <= seconds and self.step < sum(self.steps):
-            return False
-        self.saved = time.time()
-        return True
-
-    def append(self, **row):
-        """Appends each value to the list of its name in the log; a table's values, to those in the table of its name, as
-        long as the list of steps: None where there was no value."""
-        for name, value in row.items():
-            if not isinstance(value, dict):
-                self.log.setdefault(name, []).append(value)
-                continue
-            table = self.log.setdefault(name, {})
-            for key in table | value:
-                table.setdefault(key, [None] * (len(self.log["step"]) - 1)).append(value.get(key))
-
-    def record(self, losses, dead, followed):
-        """Appends to the log; the pace since the last time corrects the forecast. A loss that is not finite ends the run."""
-        WATCHDOG.renew()
-        values = {name: (RANKS.total(loss) / RANKS.size).item() for name, loss in losses.items()}
-        if wrong := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
-            raise RunnerError(f"step {self.step} of stage {self.stages[self.i].name!r}: {', '.join(wrong)}. Look for a log or a "
-                            "division by zero in `losses`, or lower LEARNING_RATE.")
-        self.append(step=self.step, l0=values.pop("l0"), dead_fraction=dead.float().mean().item(), losses=values,
-                    parameters={name: finite_number(value, f"parameter of interest {name!r}") for name, value in followed.items()})
-        (began, first), now = self.since, time.time()
-        if self.paced:                      # what comes first is slow
-            pace = (now - began) / (self.step - first) / self.seconds[self.i]
-            self.seconds = [s * pace ** 0.3 for s in self.seconds]
-        self.paced, self.since = True, (now, self.step)
-        self.steps = RANKS.agree(fit_to_deadline(self.steps, self.step, self.seconds, self.deadline))
-
-    def finished(self):
-        """The whole log, steps planned and done."""
-        starts = np.cumsum([0] + self.steps[:-1]).tolist()
-        weighed = sorted({loss for stage in self.stages for loss in stage.weights})
-        return (self.log | {"stage_starts": starts, "stages": [stage.name for stage in self.stages], "weighed": weighed},
-                self.planned, self.steps)
-
-
-def save_state(path, parts):
-    """state_dict() of each of parts {name: part}, in one file, which rank 0 writes."""
-    if RANKS.rank:
-        return
-    with replacing(path) as partial:
-        content = io.BytesIO()          # torch does not tell a full disk
-        torch.save({name: part.state_dict() for name, part in parts.items()}, content)
-        partial.write_bytes(content.getbuffer())
-
-
-def load_state(path, parts):
-    """What save_state wrote, where it did, into the parts."""
-    state = torch.load(path, weights_only=True) if path.exists() else {}
-    for name in state:
-        parts[name].load_state_dict(state[name])
-
-
-
-# ---- Trainer: knows no variant ----
-def planned_stages(variant):
-    """The variant's curriculum under ABLATE and EPOCHS_SCALE."""
-    return [stage._replace(epochs=stage.epochs * EPOCHS_SCALE, weights={
-        loss: weight for loss, weight in stage.weights.items() if loss not in ABLATE})
-        for stage in variant.curriculum]
-
-
-def learning_rate(done, d_sae):
-    """After the share `done` of all steps: rise, constant, fall to zero."""
-    base = LEARNING_RATE or 3e-3 * math.sqrt(1536 / d_sae)
-    return base * min(1.0, (done + 1e-3) / WARMUP_FRACTION, (1 - done) / DECAY_FRACTION)
-
-
-class Adam(torch.optim.Adam):
-    """Fused. It would copy what lies transposed, so that is turned meanwhile."""
-
-    def __init__(self, sae, lr):
-        super().__init__(sae.parameters(), lr, fused=True)
-
-    def step(self):
-        turned = [p for p in self.param_groups[0]["params"]
-                  if p.grad is not None and p.dim() > 1 and not p.is_contiguous()]
-        for p in turned:
-            p.data, p.grad = p.data.mT, p.grad.mT
-        super().step()
-        for p in turned:
-            p.data, p.grad = p.data.mT, p.grad.mT
-
-
-def scheduled(value, done):
-    return value(done) if callable(value) else value
-
-
-def anneal(sae, stage, done):
-    for attribute, value in stage.anneals.items():
-        getattr(sae, attribute)  # or there is none of that name
-        setattr(sae, attribute, scheduled(value, done))
-
-
-def train_step(sae, optimizer, batch, stage, done):
-    """One step, at the stage's progress `done` -> the named losses and L0."""
-    anneal(sae, stage, done)
-    latents = sae.encode(batch)
-    losses, total = sae.losses(batch, latents), 0.0
-    for name, weight in stage.weights.items():
-        steered = sae.sparsity_weight if name == "sparsity" else 1.0
-        total = total + scheduled(weight, done) * steered * losses[name]
-    total.backward()
-    with torch.no_grad():
-        fired = torch.zeros_like(sae.tokens_since_fired).index_add_(
-            0, latents.pairs.ids, (latents.values != 0).long())
-        n, fired = RANKS.reduce(sae, n_tokens(batch), fired)
-        learning = [part.W_dec for part in sae.modules()
-                    if isinstance(part, SAE) and part.W_dec.grad is not None]
-        for W in learning:  # without what the renormalisation would undo
-            W.grad.addcmul_((W.grad * W).sum(1, keepdim=True), W, value=-1)
-        nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for W in learning:
-            W.div_(W.norm(dim=1, keepdim=True))
-        sae.tokens_since_fired.add_(n).masked_fill_(fired > 0, 0)
-        l0 = fired.sum() / n
-        if "sparsity" in stage.weights:
-            sae.steer(l0)
-    return {name: loss.detach() for name, loss in losses.items()} | {"l0": l0}
-
-
-def only_positions(batch):
-    """The batch with TRAIN_POSITIONS alone; the others are padding."""
-    if TRAIN_POSITIONS is None:
-        return batch
-    (low, high), at = TRAIN_POSITIONS, batch.positions.expand(batch.x.shape[:2])
-    inside = (at >= low) & (at <= high)
-    return batch._replace(mask=inside if batch.mask is None else inside & batch.mask)
-
-
-@torch.no_grad()
-def validation_loss(sae, store):
-    """Reconstruction loss on the first 64 held-out windows."""
-    batch = store.batch(store.heldout(64)[0])
-    return squared_error(batch, sae.eval().decode(sae.encode(batch))).item()
-
-
-def seconds_per_step(sae, store, stages, size):
-    """Seconds of one step of each stage, the second one on a copy."""
-    seconds, batch = [], store.batch(RANKS.share(np.arange(size)))
-    for stage in stages:
-        optimizer = Adam(trial := copy.deepcopy(sae).train(), 1e-4)
-        for _ in range(2):
-            began = time.perf_counter()
-            train_step(trial, optimizer, batch, stage, 0.0)
-        seconds.append(time.perf_counter() - began)
-    return seconds
-
-
-@allow_tf32()
-def train(sae, store, stages, seed, size, deadline, state_path):
-    """Trains `sae` -> log, steps planned and done of each stage; a killed run carries on from the
-    checkpoint at `state_path`, to the same bits."""
-    n_windows, pool = store.windows.n_train, store.windows.train_pool(TRAIN_ON, FORGET)
-    per_epoch = n_windows // size
-
-    def batch_at(step, share=RANKS.share):
-        ids = pool[batch_ids(seed, step, n_windows, size) % len(pool)]
-        return only_positions(store.batch(share(ids)))
-
-    plan = Plan(stages, per_epoch)
-    first = batch_at(0, lambda ids: ids)
-    ready = prefetched(batch_at, store.maps[0].device.type != DEVICE)
-    sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(plan.planned) * n_tokens(first)))
-    sae.initialise(first)
-    seconds, optimizer = seconds_per_step(sae, store, stages, size), Adam(sae, 1e-4)
-    parts = {"sae": sae, "optimizer": optimizer, "plan": plan}
-    load_state(state_path, parts)
-    plan.begin(f"seed {seed}", seconds, deadline)
-    for i, stage in enumerate(stages):
-        anneal(sae, stage, (plan.steps[i] - 1) / plan.steps[i])  # as it was left, where it is over
-        for name, p in sae.named_parameters():
-            p.requires_grad_(name.startswith(stage.trains))
-        for step, done in plan.steps_of(i):
-            torch.manual_seed(seed * 1_000_003 + step)  # nothing to resume
-            rate = stage.lr * learning_rate(step / sum(plan.steps), sae.d_sae)
-            optimizer.param_groups[0]["lr"] = rate
-            losses = train_step(sae.train(), optimizer, ready(step), stage, done)
-            if not done:
-                RANKS.same(sae)
-            plan.advance(losses)
-            if plan.at(LOG_EVERY):
-                plan.record(losses, sae.dead_mask(), sae.parameters_of_interest())
-            if plan.at(per_epoch):
-                plan.append(val_step=plan.step, val_loss=validation_loss(sae, store))
-            if plan.due(CHECKPOINT_SECONDS):
-                save_state(state_path, parts)
-    if sae.dead_mask().all():
-        raise RunnerError(f"all {sae.d_sae} latents are dead after training.")
-    return plan.finished()
-
-
-def position_moments(parts):
-    """Of activations x [n, seq, d_in] with keep [n, seq], in parts, by position: sum of x [seq, d_in], of |x|^2 [seq],
-    and tokens [seq]."""
-    WATCHDOG.renew()
-    sums = [[part.sum(0) for part in (x * keep[..., None], (x ** 2).sum(-1) * keep, keep)] for x, keep in parts]
-    return map(sum, zip(*sums))
-
-
-def position_variances(sums, squares, n):
-    """Of `moments`: the variance about the overall mean by position [seq], and overall."""
-    mean = sums.sum(0) / n.sum()
-    total = squares - 2 * (sums @ mean) + n * mean.square().sum()
-    return (total / n.clamp_min(1)).tolist(), (total.sum() / n.sum()).item()
-
-
-
-# ---- Evaluations on held-out documents: Run -> Result ----
 @dataclass
 class Run:
-    """What an evaluation may look at."""
+    """All that an evaluation may look at."""
     sae: SAE
     store: Store
-    get_model: Callable  # -> the language model
-    layer: int
-    live: tuple  # (firings, files) that a live latent needs
+    get_model: Callable  # () -> the language model
+    layer: int  # the SAE reads the residual stream after this block
+    live_rule: LiveRule
     log: dict  # of the training
-    probing: Callable | None = None  # (run, data set) -> Store of its texts; in the preflight
     seed: int = 0
+    tiny: bool = False  # the preflight's: smallest sizes everywhere
 
     @functools.cached_property
     def heldout(self):
+        """The Encoded held-out windows."""
         return encode_windows(self.sae, self.store, self.store.windows.heldout())
 
     @functools.cached_property
-    def live_latents(self):
-        return live_latents(self.heldout[0], self.store.windows, *self.live)
+    def live(self):
+        """The LiveLatents: the same for every metric."""
+        return live_latents(self.heldout.codes, self.store.windows, self.live_rule)
 
-
-def percentiles_95(z, latents=None):
-    """Of the values where each of `latents`, or each, fires; 1 where it never does; z as in `firings`."""
-    latents = np.arange(z.shape[1]) if latents is None else latents
-    return np.array([np.quantile(values, 0.95) if len(values) else 1.0 for _, values in firings(z, latents)],
-                    dtype=np.float32)
-
-
-def heldout_files(windows):
-    """Document of each held-out token that counts."""
-    return windows.doc_ids[windows.n_train + windows.heldout_tokens() // (windows.tokens.shape[1] - 1)]
-
-
-class Activity(NamedTuple):
-    """When units fire: on which of the n tokens that count, and how strongly."""
-    places: list            # unit -> tokens [firings], in order
-    values: list            # unit -> [firings]
-    n: int
-
-    @classmethod
-    def of(cls, z, keep):
-        """Of codes z, sparse [token, unit] by column; `keep` are the tokens that count, in order."""
-        rank = np.full(z.shape[0], -1)
-        rank[keep] = np.arange(len(keep))
-        parts = firings(z, np.arange(z.shape[1]))
-        return cls([rank[at] for at, _ in parts], [values for _, values in parts], len(keep))
-
-    def rates(self):
-        return np.array([len(at) for at in self.places]) / self.n
-
-    def live(self, files, least, least_files):
-        """[unit] whether it fires often, in many of files [n], and on at most half of the tokens."""
-        return np.array([least <= len(at) <= self.n / 2 and len(np.unique(files[at])) >= least_files for at in self.places])
-
-    def only(self, units):
-        return Activity([self.places[i] for i in units], [self.values[i] for i in units], self.n)
-
-    def union(self, groups):
-        """Activity of groups [unit] of units: a group fires where one of its units does."""
-        members = [np.flatnonzero(groups == g) for g in range(max(groups) + 1)]
-        places = [np.unique(np.concatenate([self.places[i] for i in of])) for of in members]
-        return Activity(places, [np.ones(len(at)) for at in places], self.n)
-
-
-def live_latents(z, windows, least, least_files):
-    """Of codes of the held-out tokens, sparse [token, d_sae] by column: [d_sae] whether each latent fired at least `least`
-    times, in `least_files` files, on at most half the tokens; and its firing rate."""
-    activity = Activity.of(z, windows.heldout_tokens())
-    live, rate = activity.live(heldout_files(windows), least, least_files), activity.rates()
-    if not live.any():
-        raise RunnerError(f"no latent of {len(live)} is live: fired {least} times in {least_files} held-out files "
-                        f"(L0 = {z.nnz / z.shape[0]:.2f}).")
-    return live, rate
-
-
-def rate_matched(rate, chosen):
-    """The units that are next to the chosen ones in rate [n], without them and without repeats."""
-    others = np.setdiff1d(np.argsort(rate, kind="stable"), chosen, assume_unique=True)
-    return np.unique(others[np.searchsorted(rate[others], rate[chosen]).clip(max=len(others) - 1)])
-
+    @functools.cached_property
+    def detections(self):
+        """The Detection of each latent that the page shows."""
+        return detections(self)
 
 
 class Result(NamedTuple):
+    """An evaluation's findings."""
     metrics: dict  # name -> a finite number
     curves: dict  # name -> list
     per_sequence: dict  # name -> list of floats, one per sample window
 
 
+class Encoded(NamedTuple):
+    """Windows as an SAE encodes and decodes them. Arrays are NaN at padding."""
+    codes: csr_array  # latents, sparse by column [window * seq + position - 1, d_sae]
+    error: np.ndarray  # [window, seq] |x - x_hat|^2
+    norm: np.ndarray  # [window, seq] |x|^2
+    norm_hat: np.ndarray  # [window, seq] |x_hat|^2
+    dot: np.ndarray  # [window, seq] x . x_hat
+    l0: np.ndarray  # [window, seq] active latents
+    tokens_per_second: float
+
+
 @torch.no_grad()
 def encode_windows(sae, store, windows):
-    """The latents of all their tokens, sparse [window * seq + position - 1, d_sae] by column;
-    {name: [window, seq]} of |x - x_hat|^2 and the like, NaN at padding; tokens per second."""
+    """Returns windows (ids) as Encoded."""
     codes, rows, began = [], [], time.perf_counter()
     for ids in np.array_split(windows, range(32, len(windows), 32)):
         batch, keep = store.batch(ids), store.valid(ids)
@@ -1523,25 +1769,145 @@ def encode_windows(sae, store, windows):
         x, x_hat = batch.x, sae.decode(latents)
         token, latent, value = (part.cpu().numpy() for part in latents.active())
         codes.append(csr_array((value, (token, latent)), (keep.numel(), sae.d_sae)))
+
         l0 = np.bincount(token, minlength=keep.numel()).reshape(keep.shape)
         products = (x - x_hat).square(), x.square(), x_hat.square(), x * x_hat
         sums = torch.stack([product.sum(-1) for product in products]).double().cpu().numpy()
         rows.append(np.where(keep.cpu().numpy(), [*sums, l0], np.nan))
-    rows = dict(zip(("error", "norm", "norm_hat", "dot", "l0"), np.concatenate(rows, 1)))
-    z = vstack(codes, "csc")
-    return z, rows, z.shape[0] / (time.perf_counter() - began)
+    codes = vstack(codes, "csc")
+    speed = codes.shape[0] / (time.perf_counter() - began)
+    return Encoded(codes, *np.concatenate(rows, 1), speed)
+
+
+def explained_variance(encoded, variance):
+    """Returns 1 - E|x - x_hat|^2 / sum_d Var(x_d) (docs/metrics.md)."""
+    return 1 - np.nanmean(encoded.error) / variance
+
+
+def explained_by(sae, store, variance):
+    """Returns the explained variance of an SAE on the held-out tokens."""
+    return explained_variance(encode_windows(sae, store, store.windows.heldout()), variance)
 
 
 def variance_by_position(store):
-    """Variance of held-out x about its overall mean: by position [seq], and overall."""
-    return position_variances(*store.moments(store.heldout(64)))
+    """Returns the variance of held-out x about its overall mean: by position [seq], and overall."""
+    sums, squares, n = store.moments(store.heldout(64))
+    mean = sums.sum(0) / n.sum()
+    total = squares - 2 * (sums @ mean) + n * mean.square().sum()
+    return (total / n.clamp_min(1)).tolist(), (total.sum() / n.sum()).item()
 
 
+# --- units and when they fire ---
+class Activity(NamedTuple):
+    """When units fire: on which of the n tokens that count, and how strongly."""
+    places: list  # unit -> tokens [firings], in order
+    values: list  # unit -> [firings]
+    n: int  # tokens
+
+    @classmethod
+    def of(cls, codes, keep):
+        """Returns the activity of codes, sparse by column [token, unit]; `keep`: the tokens that
+        count, in order."""
+        rank = np.full(codes.shape[0], -1)
+        rank[keep] = np.arange(len(keep))
+        parts = firings(codes, np.arange(codes.shape[1]))
+        return cls([rank[at] for at, _ in parts], [values for _, values in parts], len(keep))
+
+    def rates(self):
+        """Returns the firing rate of each unit: [unit]."""
+        return np.array([len(at) for at in self.places]) / self.n
+
+    def live(self, files, rule):
+        """Returns [unit] whether it is live by the LiveRule; files [n] of each token."""
+        return np.array([rule.firings <= len(at) <= self.n / 2
+                         and len(np.unique(files[at])) >= rule.files for at in self.places])
+
+    def only(self, units):
+        """Returns the activity of some units."""
+        return Activity([self.places[i] for i in units], [self.values[i] for i in units], self.n)
+
+    def union(self, groups):
+        """Returns the activity of groups [unit] of units: one fires where one of its units does."""
+        members = [np.flatnonzero(groups == g) for g in range(max(groups) + 1)]
+        places = [np.unique(np.concatenate([self.places[i] for i in units])) for units in members]
+        return Activity(places, [np.ones(len(at)) for at in places], self.n)
+
+
+class LiveLatents(NamedTuple):
+    """The latents that metrics are of."""
+    mask: np.ndarray  # [d_sae] True at live latents
+    rate: np.ndarray  # [d_sae] firing rate of every latent
+
+    @property
+    def ids(self):
+        """The live latents, in order."""
+        return np.flatnonzero(self.mask)
+
+
+def heldout_files(windows):
+    """Returns the document of each held-out token that counts."""
+    return windows.doc_ids[windows.n_train + windows.heldout_tokens()
+                           // (windows.tokens.shape[1] - 1)]
+
+
+def live_latents(codes, windows, rule):
+    """Returns the LiveLatents of codes of the held-out tokens, sparse by column [token, d_sae]."""
+    activity = Activity.of(codes, windows.heldout_tokens())
+    live = activity.live(heldout_files(windows), rule)
+    if not live.any():
+        raise RunnerError(f"no latent of {len(live)} is live: fired {rule.firings} times in "
+                          f"{rule.files} held-out files (L0 = {codes.nnz / codes.shape[0]:.2f}).")
+    return LiveLatents(live, activity.rates())
+
+
+def percentiles_95(codes, latents=None):
+    """Returns the 95th percentile of the values where each of `latents`, or each, fires, 1 where it
+    never does; codes sparse by column [token, d_sae]."""
+    latents = np.arange(codes.shape[1]) if latents is None else latents
+    return np.array([np.quantile(values, 0.95) if len(values) else 1.0
+                     for _, values in firings(codes, latents)], dtype=np.float32)
+
+
+def rate_matched(rate, chosen):
+    """Returns the units nearest to the chosen ones in rate [n], without these and without
+    repeats."""
+    others = np.setdiff1d(np.argsort(rate, kind="stable"), chosen, assume_unique=True)
+    nearest = np.searchsorted(rate[others], rate[chosen]).clip(max=len(others) - 1)
+    return np.unique(others[nearest])
+
+
+def token_classes(windows):
+    """Returns a class for each held-out token but BOS, [window * seq + position - 1]: its labels
+    taken together; without labels the token itself where it is one of the 255 most frequent."""
+    tokens = windows.tokens[windows.n_train:, 1:].ravel()
+    if windows.labels is not None and (windows.labels >= 0).any():
+        labels = windows.labels[:, 1:].reshape(len(tokens), -1)
+        return np.unique(labels, axis=0, return_inverse=True)[1].ravel()
+    rank = np.argsort(np.argsort(-np.bincount(tokens), kind="stable"))
+    return np.minimum(rank[tokens], 255)
+
+
+def miller_madow_entropy(values):
+    """Returns the entropy in nats of a sample, Miller-Madow corrected."""
+    share = np.unique(values, return_counts=True)[1] / len(values)
+    return -(share * np.log(share)).sum() + (len(share) - 1) / (2 * len(values))
+
+
+def bags_of_tokens(windows, rows, positions, last):
+    """Returns counts of the tokens at each position [n] of the windows `rows` [n] and of the
+    last - 1 before it, sparse [n, vocabulary]."""
+    back = np.maximum(positions[:, None] - np.arange(last), 0)
+    tokens, shape = windows.tokens[rows[:, None], back], (len(rows), int(windows.tokens.max()) + 1)
+    ends = np.arange(len(rows) + 1) * last
+    return csr_array((np.ones(tokens.size), tokens.ravel(), ends), shape)
+
+
+# --- through the language model ---
 @torch.no_grad()
 def spliced(run, ids, splice):
-    """Of windows `ids`, in chunks: ids, log-probabilities [n, seq - 1, vocab] of what follows each
-    position and cross-entropy [n, seq - 1] of what did, NaN at padding. splice(batch) gives the
-    residual stream [batch, seq, d_in], unscaled; BOS is left alone."""
+    """Yields, for windows `ids` in chunks: ids, log-probabilities [n, seq - 1, vocab] of what
+    follows each position, and the cross-entropy [n, seq - 1] of what did, NaN at padding.
+    splice(batch) gives the residual stream [batch, seq, d_in], unscaled; BOS is left alone."""
     model, store = run.get_model(), run.store
     for part in np.array_split(ids, len(ids) // 16 + 1):
         tokens, padding = store.tokens(part), ~store.valid(part)[:, 1:]
@@ -1552,243 +1918,421 @@ def spliced(run, ids, splice):
 
 
 def next_token_losses(run, splice):
-    """Of the sample after each position, [sample, seq - 1], NaN at padding: cross-entropy, and the
-    KL divergence from the model's own distribution."""
-    ids, found = run.store.windows.sample(), []
+    """Returns of the sample, after each position, [sample, seq - 1], NaN at padding: the
+    cross-entropy, and the KL divergence from the model's own distribution."""
+    ids, parts = run.store.windows.sample(), []
     whole = spliced(run, ids, lambda batch: run.store.unscaled(batch.x))
     for (_, own, _), (_, logp, loss) in zip(whole, spliced(run, ids, splice)):
         kl = (own.exp() * (own - logp)).sum(-1).cpu().numpy()
-        found.append((loss, np.where(np.isnan(loss), np.nan, kl)))
-    return np.concatenate(found, 1)
+        parts.append((loss, np.where(np.isnan(loss), np.nan, kl)))
+    return np.concatenate(parts, 1)
 
 
-def controls(run):
-    """What no SAE changes, kept beside the activations until the code for it changes."""
-    code = SOURCE[SOURCE.index("# ---- Model ----"):SOURCE.index("# ---- Temporal evaluation")]
-    key = fingerprint(code, *sources(TopK), TARGET_L0, run.sae.d_sae)
-    return cached_json(run.store.folder / f"controls-{key}.json", lambda: compute_controls(run))
+@contextmanager
+def editing(run, edit, mask=None):
+    """While open, edit(batch) is added to the residual stream after block run.layer, but not at the
+    first position, whether tokens come together or one by one with a cache. Yields the model."""
+    past = []  # hidden states so far, [batch, seq, d_in]
+
+    def change(module, inputs, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        past[:] = [torch.cat([*past, hidden.float()], 1)]  # a copy: `hidden` is changed in place
+        keep = torch.ones_like(past[0][..., 0]) > 0 if mask is None else mask
+        if keep.shape[1] > 1:
+            batch = run.store.batch_of(past[0], keep.long(), np.arange(len(keep)), keep[:, 1:])
+            delta = edit(batch)[:, -hidden.shape[1]:] * run.store.scale
+            hidden[:, -delta.shape[1]:] += delta
+
+    with find_blocks(run.get_model())[run.layer].register_forward_hook(change):
+        yield run.get_model()
 
 
-def compute_controls(run):
-    """Losses of the model, ablated, of unigrams; bigrams; untrained TopK."""
-    print("computing the model's own loss and the controls", flush=True)
-    store, (by_position, variance) = run.store, variance_by_position(run.store)
-    vocabulary = len(run.get_model().get_output_embeddings().weight)
-    own = next_token_losses(run, lambda batch: store.unscaled(batch.x))[0]
-    losses = {"ce_model": own, "ce_unigram": unigram_losses(store.windows, vocabulary),
-              "ce_zero": next_token_losses(run, lambda batch: torch.zeros_like(batch.x))[0],
-              "ce_mean": next_token_losses(run, lambda batch: store.mean.expand_as(batch.x))[0]}
-    bigram = bigram_error(store.windows, lambda ids: store.batch(ids).x.cpu().numpy())
-    metrics = {name: np.nanmean(loss) for name, loss in losses.items()} | {
-        "bigram_explained_variance": 1 - bigram / variance,
-        "untrained_explained_variance": explained_by(untrained(run), store, variance),
-        **reinitialised(run)}
-    return {"metrics": metrics, "variance": variance, "variance_by_position": by_position,
-            "ce_by_sequence": np.nanmean(own, 1).tolist(),
-            "ce_by_position": np.nanmean(own, 0).tolist()}
+def edited_logits(run, edit, tokens, mask):
+    """Returns the logits [batch, seq, vocab] of tokens [batch, seq] that count where the mask is
+    True, with edit(batch) added to the residual stream."""
+    tokens, mask = (torch.from_numpy(part).to(DEVICE) for part in (tokens, mask))
+    with editing(run, edit, mask) as model:
+        size = model.get_input_embeddings().num_embeddings  # the preflight's is small
+        return model(tokens % size, attention_mask=mask.long(), use_cache=False).logits
 
 
-def sources(*parts):  # code, of SAEs and of these, on which something kept depends
-    return map(inspect.getsource, (Pairs, Latents, SAE, *parts))
-
-
-def untrained(run):  # the control of several evaluations
+# --- SAEs that an evaluation compares with ---
+def untrained(run):
+    """Returns an untrained TopK SAE of the run's width and TARGET_L0."""
     torch.manual_seed(0)
     return TopK(run.sae.d_in, run.sae.d_sae, TARGET_L0).to(DEVICE).eval()
 
 
-def reinitialised(run):
-    """How an untrained TopK's latents are told, on the model with random weights."""
-    model, like = reinitialised_model(run.get_model()), run.store
-    store = Store(like.folder / "random", like.windows.fewer(256), like.d_in, like.dtype)
-    store.collect(lambda: model, run.layer)
-    control = Run(untrained(run), store, lambda: model, run.layer, run.live, {}, run.probing)
-    return {f"{name}_reinitialised": value for name, value in features(control)[1].items()}
+def peer_batch(store):
+    """Returns the windows of a batch of SAEs that are trained beside the run's own."""
+    return min(BATCH_TOKENS // CONTEXT_LENGTH, store.windows.n_train)
+# endregion
 
 
-def explained_variance(rows, variance):
-    """1 - E|x - x_hat|^2 / sum_d Var(x_d), rows as of encode_windows."""
-    return 1 - np.nanmean(rows["error"]) / variance
+# region Evaluation: core
+def eval_core(run):
+    """Reconstruction, sparsity and next-token loss, beside controls that no SAE changes."""
+    sae, store, base = run.sae, run.store, controls(run)
+    encoded, variance = run.heldout, base.variance
+    losses, kl = next_token_losses(run, lambda b: store.unscaled(sae.decode(sae.encode(b))))
+    permuted = copy.deepcopy(sae)
+    permuted.W_dec.data = sae.W_dec.data.roll(sae.d_sae // 2, 0)
+
+    metrics = base.metrics | reconstruction_metrics(encoded, variance) | {
+        **sparsity_metrics(run), **next_token_metrics(losses, kl, base.metrics),
+        "permuted_decoder_explained_variance": explained_by(permuted, store, variance)}
+    by_position = 1 - np.nanmean(encoded.error, 0) / base.variance_by_position
+    curves = {"explained_variance_by_position": by_position,
+              "loss_increase_by_position": np.nanmean(losses, 0) - base.ce_by_position}
+    first = store.windows.sample() - store.windows.n_train
+    per_sequence = {"fvu": np.nanmean(encoded.error[first], 1) / variance,
+                    "l0": np.nanmean(encoded.l0[first], 1),
+                    "loss_increase_nats": np.nanmean(losses, 1) - base.ce_by_sequence}
+    return Result(metrics, curves, per_sequence)
 
 
-def explained_by(sae, store, variance):  # of held-out tokens
-    return explained_variance(encode_windows(sae, store, store.windows.heldout())[1], variance)
+def reconstruction_metrics(encoded, variance):
+    """Returns how x_hat compares with x: explained variance, mean cosine, mean |x_hat| / |x|,
+    E|x_hat|^2 / E[x . x_hat]."""
+    norm_hat = encoded.norm_hat
+    cosine = encoded.dot / np.sqrt(encoded.norm * norm_hat + 1e-12)
+    return {"explained_variance": explained_variance(encoded, variance),
+            "cosine": np.nanmean(cosine), "l2_ratio": np.nanmean(np.sqrt(norm_hat / encoded.norm)),
+            "relative_reconstruction_bias": np.nanmean(norm_hat) / np.nanmean(encoded.dot),
+            "avg_inference_tokens_per_second": encoded.tokens_per_second}
+
+
+def sparsity_metrics(run):
+    """Returns mean L0 and the shares of latents that are dead, live, dense (fire on more than a
+    tenth of the tokens) and, of the live ones, that fire on a single token."""
+    rate, live = run.live.rate, run.live.mask
+    return {"l0": np.nanmean(run.heldout.l0), "dead_fraction": (rate == 0).mean(),
+            "live_fraction": live.mean(), "dense_fraction": (rate > 0.1).mean(),
+            "single_token_fraction": single_token_fraction(
+                run.store.windows, firings(run.heldout.codes, run.live.ids))}
+
+
+def next_token_metrics(losses, kl, control):
+    """Returns the model's loss with x_hat in place of x, its increase in nats, KL, and the share
+    recovered of the loss between a worst case and the model's own: ce_recovered with unigrams as
+    the worst case, _vs_mean and _vs_zero with the stream ablated."""
+    ce_sae, metrics = np.nanmean(losses), {}
+    for name, worst in (("", "ce_unigram"), ("_vs_mean", "ce_mean"), ("_vs_zero", "ce_zero")):
+        whole = control[worst] - control["ce_model"]
+        metrics[f"ce_recovered{name}"] = (control[worst] - ce_sae) / whole
+    return metrics | {"kl": np.nanmean(kl), "ce_sae": ce_sae,
+                      "loss_increase_nats": ce_sae - control["ce_model"]}
+
+
+def single_token_fraction(windows, fired, most=40):
+    """Returns the share of units of which 90 % of the 40 strongest firings are one token. fired, of
+    each unit: the held-out tokens where it fires [n], its values there [n]."""
+    tokens = windows.tokens[windows.n_train:, 1:].ravel()
+    strongest = [tokens[at[np.argsort(-values, kind="stable")[:most]]] for at, values in fired]
+    return np.mean([np.bincount(top).max() >= 0.9 * len(top) for top in strongest])
+
+
+class Controls(NamedTuple):
+    """Figures that no SAE changes."""
+    metrics: dict  # the model's own loss, ablated losses, lookups, untrained and random controls
+    variance: float  # sum over channels of the variance of held-out x
+    variance_by_position: list  # [seq]
+    ce_by_sequence: list  # [sample] the model's own loss
+    ce_by_position: list  # [seq - 1]
+
+
+def controls(run):
+    """Returns the Controls, kept beside the activations until the code for them changes."""
+    key = code_key(compute_controls, Store, Run, run.sae.d_sae)
+    path = run.store.folder / f"controls-{key}.json"
+    return Controls(**cached_json(path, lambda: compute_controls(run)._asdict()))
+
+
+def compute_controls(run):
+    """Returns the Controls of the run's activations."""
+    print("computing the model's own loss and the controls", flush=True)
+    store, (by_position, variance) = run.store, variance_by_position(run.store)
+    vocabulary = len(run.get_model().get_output_embeddings().weight)
+    own = next_token_losses(run, lambda batch: store.unscaled(batch.x))[0]
+    zero = next_token_losses(run, lambda batch: torch.zeros_like(batch.x))[0]
+    mean = next_token_losses(run, lambda batch: store.mean.expand_as(batch.x))[0]
+    losses = {"ce_model": own, "ce_unigram": unigram_losses(store.windows, vocabulary),
+              "ce_zero": zero, "ce_mean": mean}
+
+    lookup_error = bigram_error(store.windows, lambda ids: store.batch(ids).x.cpu().numpy())
+    metrics = {name: float(np.nanmean(loss)) for name, loss in losses.items()} | {
+        "bigram_explained_variance": 1 - lookup_error / variance,
+        "untrained_explained_variance": explained_by(untrained(run), store, variance),
+        **random_model_detection(run)}
+    return Controls(metrics, variance, by_position, np.nanmean(own, 1).tolist(),
+                    np.nanmean(own, 0).tolist())
 
 
 def unigram_losses(windows, vocabulary):
-    """Cross-entropy of the sample's tokens from the third on, [sample, context_length - 2], under the training tokens'
-    frequencies, one added to each count; NaN at padding."""
-    train, sample = np.arange(windows.n_train), windows.sample()
-    counts = np.bincount(windows.tokens[train][windows.valid(train)], minlength=vocabulary) + 1.0
+    """Returns the cross-entropy of the sample's tokens from the third on, [sample, seq - 1], under
+    the training tokens' frequencies, one added to each count; NaN at padding."""
+    training, sample = np.arange(windows.n_train), windows.sample()
+    seen = windows.tokens[training][windows.valid(training)]
+    counts = np.bincount(seen, minlength=vocabulary) + 1.0
     losses = -np.log(counts / counts.sum())[windows.tokens[sample][:, 2:]]
     return np.where(windows.valid(sample)[:, 2:], losses, np.nan)
 
 
-def bigram_error(windows, activations, n_tokens=2 ** 18):
-    """Mean squared error on held-out tokens of a lookup by (previous token, token) fitted on the first training tokens:
-    a pair's mean, shrunk by one pseudo-count to its token's, and that to 0. activations(ids) are those of windows,
-    [len(ids), context_length - 1, d]."""
+def bigram_error(windows, activations, most=2 ** 18):
+    """Returns the mean squared error on held-out tokens of a lookup by (previous token, token),
+    fitted on the first `most` training tokens: a pair's mean, shrunk by one pseudo-count to its
+    token's, and that to 0. activations(ids): x of windows, [len(ids), seq, d]."""
     vocabulary = int(windows.tokens.max()) + 1
 
-    def rows(ids):          # token and pair of each valid token, and its activation
+    def rows(ids):  # token and pair of each valid token, and its activation
         keep, tokens = windows.valid(ids)[:, 1:], windows.tokens[ids].astype(np.int64)
-        return tokens[:, 1:][keep], (tokens[:, :-1] * vocabulary + tokens[:, 1:])[keep], activations(ids)[keep]
+        pairs = tokens[:, :-1] * vocabulary + tokens[:, 1:]
+        return tokens[:, 1:][keep], pairs[keep], activations(ids)[keep]
 
-    def shrunk_means(index, x, prior):
-        members = csr_array((np.ones(len(index), x.dtype), (index, np.arange(len(index)))), (len(prior), len(index)))
-        return (members @ x + prior) / (np.bincount(index, minlength=len(prior))[:, None] + 1)
-
-    tokens, pairs, x = rows(np.arange(min(windows.n_train, n_tokens // windows.tokens.shape[1])))
-    of_token = shrunk_means(tokens, x, np.zeros((vocabulary, x.shape[1]), x.dtype))
+    first = np.arange(min(windows.n_train, most // windows.tokens.shape[1]))
+    tokens, pairs, x = rows(first)
+    token_means = shrunk_means(tokens, x, np.zeros((vocabulary, x.shape[1]), x.dtype))
     known, index = np.unique(pairs, return_inverse=True)
-    of_pair, errors = shrunk_means(index, x, of_token[known % vocabulary]), []
+    pair_means, errors = shrunk_means(index, x, token_means[known % vocabulary]), []
     for ids in np.array_split(windows.heldout(), len(windows.heldout()) // 64 + 1):
         tokens, pairs, x = rows(ids)
         at = np.searchsorted(known, pairs).clip(max=len(known) - 1)
-        guess = np.where((known[at] == pairs)[:, None], of_pair[at], of_token[tokens])
-        errors.append(np.square(x - guess).sum(1))
+        seen = (known[at] == pairs)[:, None]
+        estimate = np.where(seen, pair_means[at], token_means[tokens])
+        errors.append(np.square(x - estimate).sum(1))
     return np.concatenate(errors).mean(dtype=float)
 
 
-def single_token_fraction(windows, firings, most=40):
-    """Share of units of which 90 % of the strongest firings are one token; of each unit the places of held-out tokens where
-    it fires [n], and its values there [n]."""
-    tokens = windows.tokens[windows.n_train:, 1:].ravel()
-    keep_strongest = [tokens[at[np.argsort(-values, kind="stable")[:most]]] for at, values in firings]
-    return np.mean([np.bincount(top).max() >= 0.9 * len(top) for top in keep_strongest])
+def shrunk_means(index, x, prior):
+    """Returns the mean of rows x [n, d] by index [n], with one more row as the prior says: [m,
+    d]."""
+    ones = np.ones(len(index), x.dtype)
+    members = csr_array((ones, (index, np.arange(len(index)))), (len(prior), len(index)))
+    counts = np.bincount(index, minlength=len(prior))[:, None]
+    return (members @ x + prior) / (counts + 1)
 
 
-
-def eval_core(run):
-    """Reconstruction, sparsity and next-token loss, beside controls."""
-    sae, store, base = run.sae, run.store, controls(run)
-    (z, rows, speed), (live, rate) = run.heldout, run.live_latents
-    losses, kl = next_token_losses(run, lambda b: store.unscaled(sae.decode(sae.encode(b))))
-    permuted = copy.deepcopy(sae)
-    permuted.W_dec.data = sae.W_dec.data.roll(sae.d_sae // 2, 0)
-    mean, variance = {name: np.nanmean(values) for name, values in rows.items()}, base["variance"]
-    control, ce_sae = base["metrics"], np.nanmean(losses)
-    metrics = control | {
-        "explained_variance": explained_variance(rows, variance), "l0": mean["l0"],
-        "dead_fraction": (rate == 0).mean(), "live_fraction": live.mean(),
-        "dense_fraction": (rate > 0.1).mean(), "kl": np.nanmean(kl), "ce_sae": ce_sae,
-        "loss_increase_nats": ce_sae - control["ce_model"],
-        "cosine": np.nanmean(rows["dot"] / np.sqrt(rows["norm"] * rows["norm_hat"] + 1e-12)),
-        "l2_ratio": np.nanmean(np.sqrt(rows["norm_hat"] / rows["norm"])),
-        "relative_reconstruction_bias": mean["norm_hat"] / mean["dot"],
-        "single_token_fraction": single_token_fraction(
-            store.windows, firings(z, np.flatnonzero(live))),
-        "permuted_decoder_explained_variance": explained_by(permuted, store, variance),
-        "avg_inference_tokens_per_second": speed}
-    for name, worst in (("", "ce_unigram"), ("_vs_mean", "ce_mean"), ("_vs_zero", "ce_zero")):
-        whole = control[worst] - control["ce_model"]
-        metrics[f"ce_recovered{name}"] = (control[worst] - ce_sae) / whole
-    by_position = 1 - np.nanmean(rows["error"], 0) / base["variance_by_position"]
-    curves = {"explained_variance_by_position": by_position,
-              "loss_increase_by_position": np.nanmean(losses, 0) - base["ce_by_position"]}
-    first = store.windows.sample() - store.windows.n_train
-    per_sequence = {"fvu": np.nanmean(rows["error"][first], 1) / variance,
-                    "l0": np.nanmean(rows["l0"][first], 1),
-                    "loss_increase_nats": np.nanmean(losses, 1) - base["ce_by_sequence"]}
-    return Result(metrics, curves, per_sequence)
+def random_model_detection(run):
+    """Returns the detection metrics of an untrained TopK on the same model with random weights:
+    what the metric gives where nothing was learned."""
+    model, store = reinitialised_model(run.get_model()), run.store
+    other = Store(store.folder / "random", store.windows.fewer(256), store.d_in, store.dtype)
+    other.collect(lambda: model, run.layer)
+    control = Run(untrained(run), other, lambda: model, run.layer, run.live_rule, {}, tiny=run.tiny)
+    metrics = eval_detection(control).metrics
+    return {f"{name}_reinitialised": float(value) for name, value in metrics.items()}
+# endregion
 
 
-# ---- Temporal evaluation, on held-out windows without padding ----
-def token_classes(windows):
-    """A class for each held-out token but BOS, [window * (context_length - 1) + position - 1]: its labels taken
-    together; without labels, the token where it is one of the 255 most frequent."""
-    tokens = windows.tokens[windows.n_train:, 1:].ravel()
-    if windows.labels is not None and (windows.labels >= 0).any():
-        labels = windows.labels[:, 1:].reshape(len(tokens), -1)
-        return np.unique(labels, axis=0, return_inverse=True)[1].ravel()
-    rank = np.argsort(np.argsort(-np.bincount(tokens), kind="stable"))
-    return np.minimum(rank[tokens], 255)
+# region Evaluation: temporal
+# On held-out windows without padding.
+class LatentStatistics(NamedTuple):
+    """Statistics of the live latents on full windows."""
+    stability: np.ndarray  # [latent, window] excess autocorrelation over STABILITY_LAGS
+    stability_far: np.ndarray  # [latent, window] over FAR_LAGS
+    null: np.ndarray  # [latent, draw] mean stability with positions permuted
+    token_surrogate: np.ndarray  # [latent] mean stability of P(fire | token)
+    autocorrelation: np.ndarray  # [latent, lag] from lag 1
+    rate: np.ndarray  # [latent] share of tokens on which it fires
+    energy: np.ndarray  # [latent] E[z^2]
+    smoothness: np.ndarray  # [window] mean over active latents, z in units of q95
+    smoothness_raw: np.ndarray  # [window] the same without units
 
 
-def miller_madow_entropy(values):
-    """Miller-Madow entropy in nats of a sample."""
-    share = np.unique(values, return_counts=True)[1] / len(values)
-    return -(share * np.log(share)).sum() + (len(share) - 1) / (2 * len(values))
+@torch.no_grad()
+def eval_temporal(run):
+    """Stability, smoothness, coherence and polysemanticity, beside their nulls."""
+    windows, live, rng = run.store.windows, run.live.ids, np.random.default_rng(0)
+    torch.manual_seed(0)
+    full, seq, codes = windows.full(), CONTEXT_LENGTH - 1, run.heldout.codes
+    fired, q95 = [at for at, _ in firings(codes, live)], percentiles_95(codes, live)
+    in_full = (full[:, None] * seq + np.arange(seq)).ravel()
+    full_codes = codes.tocsr()[in_full]
+    statistics = latent_statistics(run, full_codes, full, live, q95)
+
+    stability, by_window = stability_metrics(statistics, seq)
+    smooth = {"smoothness": statistics.smoothness.mean(),
+              "smoothness_raw": statistics.smoothness_raw.mean()}
+    metrics = stability | smooth | polysemanticity_metrics(run, fired, statistics.rate.mean(), rng)
+    metrics |= halves_of_the_window(run) | parameter_metrics(run)
+    files = windows.doc_ids[windows.n_train:]
+    value = coherence(fired, token_classes(windows), files, run.live.rate[live], rng)
+    metrics |= {} if value is None else {"coherence": value}
+
+    of_window = by_window | {"smoothness": statistics.smoothness}
+    per_sequence = {name: windows.by_document(values, files[full])
+                    for name, values in of_window.items()}
+    return Result(metrics, temporal_curves(run, statistics, full_codes, full), per_sequence)
 
 
-def polysemanticity(fired, kinds, places, rng, draws=50, n=64):
-    """Mean over units of the smaller of the entropies of token and of class at n firings, each over that at random
-    `places`. fired: token indices of each unit; kinds: [token] arrays."""
-    null = [np.mean([miller_madow_entropy(kind[rng.choice(places, n)]) for _ in range(draws)]) for kind in kinds]
-    samples = [rng.choice(unit, n, replace=False) for unit in fired if len(unit) >= n]
-    ratios = [min(miller_madow_entropy(kind[at]) / base for kind, base in zip(kinds, null)) for at in samples]
-    return np.mean(ratios) if ratios else 1.0
+def stability_metrics(statistics, seq):
+    """Returns the stability metrics, weighted by energy but for `stability_unweighted`, and by
+    window those that are tested between runs: {name: [window]}."""
+    weight, mean = statistics.energy / statistics.energy.sum(), statistics.stability.mean(1)
+    by_window = {"stability": weight @ statistics.stability}
+    if seq > FAR_LAGS[1]:
+        by_window["stability_far"] = weight @ statistics.stability_far
+    return {
+        "stability_token": statistics.token_surrogate @ weight,
+        "stability_unweighted": mean.mean(), "energy": statistics.energy.sum(),
+        "stability_null_95": np.quantile(weight @ statistics.null, 0.95),
+        "stable_fraction": significant_fraction(mean, statistics.null),
+        "autocorrelation_lag1": statistics.autocorrelation[:, 0] @ weight,
+        **{name: values.mean() for name, values in by_window.items()}}, by_window
 
 
-def channel_firings(x, keep, rate):
-    """Of channels x [window, seq, d] the tokens, a share `rate` of all, where each is largest, then smallest."""
-    x = x.masked_fill(~keep[..., None], 0.0).flatten(0, 1)
-    top = torch.cat([x, -x], 1).topk(max(1, int(rate * len(x))), dim=0, sorted=False).indices
-    return list(top.t().cpu().numpy())
+def polysemanticity_metrics(run, fired, rate, rng):
+    """Returns the polysemanticity of latents, and of the stream's own channels, thresholded to the
+    same mean rate."""
+    store, windows = run.store, run.store.windows
+    kinds = windows.tokens[windows.n_train:, 1:].ravel(), token_classes(windows)
+    places, heldout = windows.heldout_tokens(), windows.heldout()
+    own = polysemanticity(fired, kinds, places, rng, NULL_DRAWS)
+    channels = channel_firings(store.x(heldout), store.valid(heldout), rate)
+    return {"polysemanticity": own,
+            "polysemanticity_channels": polysemanticity(channels, kinds, places, rng, NULL_DRAWS)}
 
 
-def top_latents_over_passage(z, tokens, stable, alive, n=16):
-    """The latents with the most stable energy in one window, over its tokens; z [seq, d_sae]."""
-    top = alive[np.argsort(-np.square(z[:, alive]).sum(0) * np.maximum(stable, 1e-6))[:n]]
-    return {"tokens": tokens, "latents": top, "values": z[:, top].T.round(4)}
+def halves_of_the_window(run):
+    """Returns the explained variance on the first and on the second half of the positions."""
+    error = np.nanmean(run.heldout.error, 0)
+    variance, half = np.array(variance_by_position(run.store)[0]), (CONTEXT_LENGTH - 1) // 2
+    return {"explained_variance_early": 1 - error[:half].sum() / variance[:half].sum(),
+            "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()}
 
 
-def positions_apart(active, rate, lags):
-    """active by latent [d, window, seq]; weights of pairs of positions so far apart [seq, seq], 1 in
-    all; mean product of two positions if permuted [d, window]; variance [d, 1]."""
+def temporal_curves(run, statistics, codes, full):
+    """Returns what the figures of the temporal evaluation draw."""
+    windows, seq = run.store.windows, CONTEXT_LENGTH - 1
+    weight, mean = statistics.energy / statistics.energy.sum(), statistics.stability.mean(1)
+    texts = load_tokenizer().batch_decode(windows.tokens[full[0] + windows.n_train, 1:, None])
+    curves = {
+        "autocorrelation": weight @ statistics.autocorrelation,
+        "stability_null": weight @ statistics.null,
+        "stability_by_rate_decile": mean_by_decile(mean, statistics.rate),
+        "similarity_matrix": similarity_matrix(codes[:256 * seq], seq)[::2, ::2].round(4),
+        "evolution": top_latents_over_passage(codes[:seq].toarray(), texts, mean, run.live.ids)}
+    if hasattr(run.sae, "variance"):
+        curves |= {"variance": run.sae.variance, "decay": run.sae.decay(),
+                   "scaled_variance": run.sae.scaled_variance()}
+    return curves
+
+
+def latent_statistics(run, codes, full, live, q95):
+    """Returns the LatentStatistics of sparse codes [window * seq, d_sae] of the held-out windows
+    `full`, of the latents `live`; q95 [latent]: the units of z."""
+    windows = run.store.windows
+    ids, columns, parts = full + windows.n_train, codes.tocsc(), []
+    x, tokens, fold = run.store.x(ids), windows.tokens[ids, 1:], windows.doc_ids[ids] % 2 == 0
+    smooth, smooth_raw, present = torch.zeros(3, len(ids), device=DEVICE)
+
+    for at in np.array_split(np.arange(len(live)), len(live) // 256 + 1):
+        chosen = columns[:, live[at]]
+        z = torch.from_numpy(chosen.toarray(order="F")).to(DEVICE).view(*tokens.shape, -1)
+        active = (z > 0).float()
+        surrogate = torch.from_numpy(fire_given_token(chosen > 0, tokens, fold)).to(DEVICE)
+        parts.append(autocorrelations(active, surrogate) + (
+            active.mean((0, 1)), z.square().mean((0, 1))))
+        smooth += smoothness(z, x, torch.from_numpy(q95[at]).to(DEVICE))
+        smooth_raw += smoothness(z, x, 1.0)
+        present += active.amax(1).sum(1)
+
+    by_latent = [torch.cat(part).cpu().double().numpy() for part in zip(*parts)]
+    return LatentStatistics(*by_latent, *((total / present.clamp_min(1)).cpu().numpy()
+                                          for total in (smooth, smooth_raw)))
+
+
+def autocorrelations(active, surrogate):
+    """Returns the first five fields of LatentStatistics, as tensors, of activity [window, seq, d]
+    and of P(fire | token) of the same shape."""
+    rate = active.mean((0, 1))
+    near, far = (excess_autocorrelation(active, rate, lags) for lags in (STABILITY_LAGS, FAR_LAGS))
+    null, r = autocorrelation_null(active, rate, STABILITY_LAGS, NULL_DRAWS)
+    token = excess_autocorrelation(surrogate, rate, STABILITY_LAGS)
+    return near.t(), far.t(), null.t(), token.mean(0), r.t()
+
+
+class PositionPairs(NamedTuple):
+    """Parts that autocorrelations of activity share."""
+    active: torch.Tensor  # [d, window, seq]
+    band: torch.Tensor  # [seq, seq] weights of pairs of positions so far apart, 1 in all
+    permuted: torch.Tensor  # [d, window] mean product of two positions, in random order
+    variance: torch.Tensor  # [d, 1]
+
+
+def position_pairs(active, rate, lags):
+    """Returns the PositionPairs of activity [window, seq, d], mean rate [d], lags (low, high)."""
     a, seq = active.permute(2, 0, 1).float(), active.shape[1]
     band = torch.ones(seq, seq, device=active.device).triu(lags[0]).tril(lags[1])
-    shuffled = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))
-    return a, band / band.sum().clamp_min(1), shuffled, (rate * (1 - rate)).clamp_min(1e-9)[:, None]
+    permuted = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))
+    variance = (rate * (1 - rate)).clamp_min(1e-9)[:, None]
+    return PositionPairs(a, band / band.sum().clamp_min(1), permuted, variance)
 
 
 def excess_autocorrelation(active, rate, lags):
-    """Autocorrelation of each latent's activity over that of permuted positions, mean over lags:
-    [window, d].
-
-    active [window, seq, d] is 0 or 1, or the probability of firing; rate [d] its mean."""
-    a, band, shuffled, variance = positions_apart(active, rate, lags)
-    return ((((a @ band) * a).sum(2) - shuffled) / variance).t()
+    """Returns the autocorrelation of each latent's activity above that of permuted positions, mean
+    over lags: [window, d] (docs/metrics.md, stability). active [window, seq, d] is 0 or 1, or a
+    probability of firing; rate [d] its mean."""
+    a, band, permuted, variance = position_pairs(active, rate, lags)
+    return ((((a @ band) * a).sum(2) - permuted) / variance).t()
 
 
 def autocorrelation_null(active, rate, lags, draws):
-    """The mean stability under random permutations of positions, shared by 64 windows each
-    [draws, d]; autocorrelation by lag [lag, d]."""
-    a, band, shuffled, variance = positions_apart(active, rate, lags)
+    """Returns the mean excess under random permutations of the positions, shared by 64 windows
+    each, [draws, d]; and the autocorrelation by lag [lag, d]."""
+    a, band, permuted, variance = position_pairs(active, rate, lags)
     n, seq, d = active.shape
     null, both = a.new_zeros(d, draws), a.new_zeros(d, seq, seq)
     for part in a.split(64, 1):
-        sums, order = part.transpose(1, 2) @ part, torch.rand(draws, seq, device=active.device).argsort(1)
-        null += sums.flatten(1) @ band[order[:, :, None], order[:, None]].flatten(1).t()
+        sums = part.transpose(1, 2) @ part  # [d, seq, seq]
+        order = torch.rand(draws, seq, device=active.device).argsort(1)
+        shuffled_bands = band[order[:, :, None], order[:, None]].flatten(1)
+        null += sums.flatten(1) @ shuffled_bands.t()
         both += sums
-    null = (null / n - shuffled.mean(1, keepdim=True)) / variance
+    null = (null / n - permuted.mean(1, keepdim=True)) / variance
     r = torch.stack([both.diagonal(l, 1, 2).mean(1) / n for l in range(1, min(33, seq))])
     return null.t(), (r - rate ** 2) / variance[:, 0]
 
 
 def smoothness(z, x, scale):
-    """max_t |z_t+1 - z_t| / scale / |x_t+1 - x_t|, summed over latents: [window]."""
+    """Returns max_t |z_t+1 - z_t| / scale / |x_t+1 - x_t|, summed over latents: [window]."""
     change = x.diff(dim=1).norm(dim=-1, keepdim=True).clamp_min(1e-9)
     return torch.cat([((a.diff(dim=1).abs() / c).amax(1) / scale).sum(1)
                       for a, c in zip(z.split(64), change.split(64))])
 
 
 def fire_given_token(active, tokens, fold):
-    """P(fire | token), as counted in the windows of the other fold [window], with one more firing at the mean rate: [window,
-    seq, d]; active sparse [window * seq, d], tokens [window, seq]."""
+    """Returns P(fire | token) as counted in the windows of the other fold [window], with one more
+    firing at the mean rate: [window, seq, d]; active sparse [window * seq, d], tokens
+    [window, seq]."""
     known, index = np.unique(tokens, return_inverse=True)
     index, fold, rate = index.ravel(), np.repeat(fold, tokens.shape[1]), active.mean(0)
-    is_token = csr_array((np.ones(len(index)), index, np.arange(len(index) + 1)), (len(index), len(known)))
+    is_token = csr_array((np.ones(len(index)), index, np.arange(len(index) + 1)),
+                         (len(index), len(known)))
     active, expected = active.tocsr(), np.empty(active.shape, dtype=np.float32)
     for held in (fold, ~fold):
         seen = np.bincount(index[~held], minlength=len(known))[:, None] + 1
-        expected[held] = (((is_token[~held].T @ active[~held]).toarray() + rate) / seen)[index[held]]
+        counts = (is_token[~held].T @ active[~held]).toarray()
+        expected[held] = ((counts + rate) / seen)[index[held]]
     return expected.reshape(*tokens.shape, -1)
 
 
+def significant_fraction(values, null):
+    """Returns the share of values [n] above their null draws [n, draws], taken as normal, at a
+    false discovery rate of .05 (Benjamini-Hochberg)."""
+    p = norm.sf((values - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
+    return (false_discovery_control(p) < 0.05).mean()
+
+
+def mean_by_decile(values, rate):
+    """Returns the mean of values [n] within each decile of rate [n]; 0 where one is empty."""
+    decile = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1)))
+    return np.bincount(decile, values, 10) / np.maximum(np.bincount(decile, minlength=10), 1)
+
+
 def similarity_matrix(codes, seq):
-    """Mean over windows of the cosine of a window's codes at t and s, minus that between different windows: [seq, seq];
-    codes sparse [window * seq, d]."""
+    """Returns the mean over windows of the cosine of a window's codes at t and s, minus that
+    between different windows: [seq, seq]; codes sparse [window * seq, d]."""
     unit = normalize(codes)
     windows = [unit[start:start + seq] for start in range(0, unit.shape[0], seq)]
     same = sum((window @ window.T).toarray() for window in windows)
@@ -1796,31 +2340,105 @@ def similarity_matrix(codes, seq):
     return same / n - ((total @ total.T).toarray() - same) / (n * (n - 1))
 
 
+def top_latents_over_passage(z, tokens, stable, live, n=16):
+    """Returns the latents with the most stable energy in one window, over its tokens [seq] of text;
+    z [seq, d_sae], stable [latent] stability of the latents `live`."""
+    top = live[np.argsort(-np.square(z[:, live]).sum(0) * np.maximum(stable, 1e-6))[:n]]
+    return {"tokens": tokens, "latents": top, "values": z[:, top].T.round(4)}
+
+
+def polysemanticity(fired, kinds, places, rng, draws=50, n=64):
+    """Returns the mean over units of the smaller of the entropies of token and of class at n
+    firings, each over that at random `places` (docs/metrics.md). fired: token indices of each unit;
+    kinds: [token] arrays of token and class."""
+    null = [np.mean([miller_madow_entropy(kind[rng.choice(places, n)]) for _ in range(draws)])
+            for kind in kinds]
+    samples = [rng.choice(unit, n, replace=False) for unit in fired if len(unit) >= n]
+    ratios = [min(miller_madow_entropy(kind[at]) / base for kind, base in zip(kinds, null))
+              for at in samples]
+    return np.mean(ratios) if ratios else 1.0
+
+
+def channel_firings(x, keep, rate):
+    """Returns of channels x [window, seq, d] the tokens, a share `rate` of all, where each is
+    largest, then smallest: 2 d lists."""
+    x = x.masked_fill(~keep[..., None], 0.0).flatten(0, 1)
+    top = torch.cat([x, -x], 1).topk(max(1, int(rate * len(x))), dim=0, sorted=False).indices
+    return list(top.t().cpu().numpy())
+
+
+def coherence(fired, classes, files, rate, rng, n_firings=50, group=100):
+    """Returns how often a latent is recognised among `group` of similar rate by the classes it
+    fires on, from positions 1-32 to 64 and later of other files, over the same from 1-32 to 1-32;
+    both above chance (docs/metrics.md). None where fewer than ten latents fire often enough.
+
+    fired: token indices [n] of each latent; classes: of each token; files: of each held-out
+    window."""
+    roles, seq = [], len(classes) // len(files)
+    for at in (fired[i] for i in np.argsort(rate, kind="stable")):
+        window, position = np.divmod(at, seq)
+        early, other = position < 32, files[window] % 2 == 1
+        blocks = [at[early & ~other], at[early & other], at[(position >= 63) & other]]
+        if min(map(len, blocks)) >= n_firings:
+            drawn = [rng.choice(block, n_firings, replace=False) for block in blocks]
+            roles.append([np.bincount(classes[places], minlength=classes.max() + 1)
+                          for places in drawn])
+
+    n, hits = min(group, len(roles)), np.zeros(2)
+    if n < 10:
+        return None
+    for low in range(0, len(roles) - n + 1, n):
+        first, *blocks = np.array(roles[low:low + n]).swapaxes(0, 1)
+        nearest = [cdist(block, first, "jensenshannon").argmin(1) for block in blocks]
+        hits += [(found == np.arange(n)).sum() for found in nearest]
+    same, later = hits - len(roles) // n  # above chance
+    return later / same if same >= 1 else None
+
+
+# --- parameters of interest ---
+def parameter_metrics(run):
+    """Returns what training did to the parameters of interest, and the alarm of a collapse."""
+    metrics = parameter_convergence(run.log) | consistency_gap(run.log)
+    metrics |= parameter_sensitivities(run.sae, lambda: validation_loss(run.sae, run.store))
+    if getattr(run.sae, "traces", False):
+        metrics |= decay_slope(run.sae.scaled_variance().detach(), run.sae.decay().detach())
+    return metrics
+
+
+def logged_values(log, table, name):
+    """Returns the steps and values of a row of a training log's table, where it has a value."""
+    return zip(*((step, value) for step, value in zip(log["step"], log[table][name])
+                 if value is not None))
+
+
 def parameter_convergence(log):
-    """What a training log says of the parameters it follows: the last value of each, and the first step after which it
-    stays within 5 % of that; and of the consistency gap, at the end and before the last stage, with the alarm where it
-    fell."""
-    found = {}
+    """Returns the last value of each parameter in a training log, and the first step after which it
+    stays within 5 % of that."""
+    metrics = {}
     for name in log["parameters"]:
         steps, values = logged_values(log, "parameters", name)
         final = values[-1]
         off = np.flatnonzero(np.abs(np.array(values) - final) > 0.05 * max(abs(final), 1e-3))
-        found |= {f"{name}_final": final, f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
-    if "consistency_gap" in log["losses"]:
-        steps, gaps = logged_values(log, "losses", "consistency_gap")
-        before = gaps[max(np.searchsorted(steps, log["stage_starts"][-1], "right") - 1, 0)]
-        found |= {"consistency_gap": gaps[-1], "consistency_gap_before": before, "collapse_alarm": float(gaps[-1] < before)}
-    return found
+        metrics |= {f"{name}_final": final,
+                    f"{name}_converged_at": steps[off.max(initial=-1) + 1]}
+    return metrics
 
 
-def logged_values(log, table, name):
-    """Steps and values of a row of a training log's table, where it has one."""
-    return zip(*((step, value) for step, value in zip(log["step"], log[table][name]) if value is not None))
+def consistency_gap(log):
+    """Returns the consistency gap at the end and before the last stage, with an alarm where it
+    fell: {} where the log has none."""
+    if "consistency_gap" not in log["losses"]:
+        return {}
+    steps, gaps = logged_values(log, "losses", "consistency_gap")
+    before = gaps[max(np.searchsorted(steps, log["stage_starts"][-1], "right") - 1, 0)]
+    return {"consistency_gap": gaps[-1], "consistency_gap_before": before,
+            "collapse_alarm": float(gaps[-1] < before)}
 
 
 def parameter_sensitivities(sae, loss):
-    """The slope of loss() in each scalar parameter, by a central difference of 10 % of it."""
-    found = {}
+    """Returns the slope of loss() in each scalar parameter, by a central difference of 10 % of
+    it."""
+    metrics = {}
     for name, p in sae.named_parameters():
         if p.numel() == 1:
             at, d, losses = p.data.clone(), 0.1 * max(abs(p.item()), 0.1), []
@@ -1828,177 +2446,52 @@ def parameter_sensitivities(sae, loss):
                 p.data.copy_(value)
                 losses.append(loss())
             p.data.copy_(at)
-            found[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
-    return found
+            metrics[f"{name}_sensitivity"] = (losses[0] - losses[1]) / (2 * d)
+    return metrics
 
 
 def decay_slope(variance, decay):
-    """Of the regression of log(-log decay) on log variance [latent]: slope and r^2; nothing where the variance is one."""
+    """Returns slope and r^2 of the regression of log(-log decay) on log variance [latent]; {} where
+    all variances are one."""
     x, y = (part.double().cpu().numpy() for part in (variance, decay))
     x, y = np.log(x), np.log(-np.log(y.clip(1e-30, 1 - 1e-7)))
     if x.std() == 0:
         return {}
     fit = linregress(x, np.broadcast_to(y, x.shape))
     return {"decay_slope": fit.slope, "decay_r2": fit.rvalue ** 2}
+# endregion
 
 
-def coherence(fired, classes, files, rate, rng, n_firings=50, group=100):
-    """How often a latent is recognised among `group` of like rate by the classes it fires on, from positions 1-32 to 64
-    on of other files; over the same from 1-32 to 1-32; each above chance.
-
-    fired: token indices [n] of each latent; classes: of each token; files: of each held-out window."""
-    roles, seq = [], len(classes) // len(files)
-    for at in (fired[i] for i in np.argsort(rate, kind="stable")):
-        window, position = np.divmod(at, seq)
-        early, other = position < 32, files[window] % 2 == 1
-        blocks = [at[early & ~other], at[early & other], at[(position >= 63) & other]]
-        if min(map(len, blocks)) >= n_firings:
-            drawn = (rng.choice(block, n_firings, replace=False) for block in blocks)
-            roles.append([np.bincount(classes[of], minlength=classes.max() + 1) for of in drawn])
-    n, hits = min(group, len(roles)), np.zeros(2)
-    if n < 10:
-        return None
-    for low in range(0, len(roles) - n + 1, n):
-        first, *blocks = np.array(roles[low:low + n]).swapaxes(0, 1)
-        hits += [(cdist(block, first, "jensenshannon").argmin(1) == np.arange(n)).sum() for block in blocks]
-    same, later = hits - len(roles) // n  # above chance
-    return later / same if same >= 1 else None
+# region Evaluation: probes
+class ProbeTask(NamedTuple):
+    """Labels of held-out tokens to predict."""
+    places: np.ndarray  # [n] tokens, counted as in token_classes
+    fold: np.ndarray  # [n] True in the first of two folds
+    labels: np.ndarray  # [n] class of each
 
 
-def significant_fraction(values, null):
-    """Share of values [n] above their null draws [n, draws], taken as normal, at a false discovery rate of .05."""
-    p = norm.sf((values - null.mean(1)) / np.maximum(null.std(1, ddof=1), 1e-12))
-    return (false_discovery_control(p) < 0.05).mean()
+def eval_probes(run):
+    """Balanced accuracy of linear probes on a token's latents, beside those on tokens;
+    `probe_context` is the mean over all labels but the token's type."""
+    windows, codes = run.store.windows, run.heldout.codes.tocsr()
+    base, seq = probe_baselines(run.store), windows.tokens.shape[1] - 1
+    metrics, right, docs = {}, {}, windows.doc_ids[windows.n_train:]
+    for name, task in probe_tasks(windows, PROBE_EVERY).items():
+        scaled = MaxAbsScaler().fit_transform(codes[task.places])
+        predicted = cross_fitted_probe(scaled, task.labels, task.fold)
+        metrics[f"probe_{name}"] = balanced_accuracy_score(task.labels, predicted)
+        metrics[f"probe_{name}_token"], metrics[f"probe_{name}_bag"] = base[name]
+        right[f"probe_{name}"] = windows.by_document(
+            predicted == task.labels, docs[task.places // seq])
 
-
-def mean_by_decile(values, rate):
-    """Mean of values [n] within each decile of rate [n]; 0 where one is empty."""
-    decile = np.digitize(rate, np.quantile(rate, np.arange(0.1, 1, 0.1)))
-    return np.bincount(decile, values, 10) / np.maximum(np.bincount(decile, minlength=10), 1)
-
-
-
-def follow(run):
-    """What the training did to the parameters of interest, and the alarm of a collapse."""
-    found, sae = parameter_convergence(run.log), run.sae
-    found |= parameter_sensitivities(sae, lambda: validation_loss(sae, run.store))
-    if getattr(sae, "traces", False):
-        found |= decay_slope(sae.scaled_variance().detach(), sae.decay().detach())
-    return found
-
-
-def latent_statistics(run, z, full, alive, q95):
-    """By live latent: stability and that at FAR_LAGS [latent, window], under the null [latent,
-    draws], of the token surrogate, autocorrelation [latent, lag], rate, E[z^2]; by window:
-    smoothness, and raw.
-
-    z: sparse codes [window * seq, d_sae] of the held-out windows `full`; q95 [latent]: units."""
-    store, ids, found = run.store, full + run.store.windows.n_train, []
-    x, tokens, z = store.x(ids), store.windows.tokens[ids, 1:], z.tocsc()
-    fold = store.windows.doc_ids[ids] % 2 == 0
-    scaled, raw, present = torch.zeros(3, len(ids), device=DEVICE)
-    for at in np.array_split(np.arange(len(alive)), len(alive) // 256 + 1):
-        dense = torch.from_numpy(z[:, alive[at]].toarray(order="F")).to(DEVICE)
-        dense = dense.view(*tokens.shape, -1)
-        active = (dense > 0).float()
-        rate, energy = active.mean((0, 1)), dense.square().mean((0, 1))
-        observed, far = (excess_autocorrelation(active, rate, lags)
-                         for lags in (STABILITY_LAGS, FAR_LAGS))
-        null, r = autocorrelation_null(active, rate, STABILITY_LAGS, NULL_DRAWS)
-        expected = fire_given_token(z[:, alive[at]] > 0, tokens, fold)
-        token = excess_autocorrelation(torch.from_numpy(expected).to(DEVICE), rate, STABILITY_LAGS)
-        found.append((observed.t(), far.t(), null.t(), token.mean(0), r.t(), rate, energy))
-        scaled += smoothness(dense, x, torch.from_numpy(q95[at]).to(DEVICE))
-        raw += smoothness(dense, x, 1.0)
-        present += active.amax(1).sum(1)
-    windows = [(total / present.clamp_min(1)).cpu().numpy() for total in (scaled, raw)]
-    return [torch.cat(part).cpu().double().numpy() for part in zip(*found)] + windows
-
-
-@torch.no_grad()
-def eval_temporal(run):
-    """Stability, smoothness, coherence, polysemanticity beside their nulls."""
-    sae, store, windows, rng = run.sae, run.store, run.store.windows, np.random.default_rng(0)
-    torch.manual_seed(0)
-    (z, errors, _), (live, rates), full = run.heldout, run.live_latents, windows.full()
-    alive, files, seq = np.flatnonzero(live), windows.doc_ids[windows.n_train:], CONTEXT_LENGTH - 1
-    fired, q95 = [at for at, _ in firings(z, alive)], percentiles_95(z, alive)
-    z = z.tocsr()[(full[:, None] * seq + np.arange(seq)).ravel()]
-    observed, far, null, token, r, rate, energy, scaled, raw = latent_statistics(
-        run, z, full, alive, q95)
-    mean, weight = observed.mean(1), energy / energy.sum()
-    kinds = windows.tokens[windows.n_train:, 1:].ravel(), token_classes(windows)
-    everything, places, half = windows.heldout(), windows.heldout_tokens(), seq // 2
-    error, variance = np.nanmean(errors["error"], 0), np.array(variance_by_position(store)[0])
-    metrics = {
-        "stability_token": token @ weight,
-        "stability_unweighted": mean.mean(), "energy": energy.sum(),
-        "stability_null_95": np.quantile(weight @ null, 0.95),
-        "stable_fraction": significant_fraction(mean, null),
-        "autocorrelation_lag1": r[:, 0] @ weight,
-        "smoothness": scaled.mean(), "smoothness_raw": raw.mean(),
-        "polysemanticity": polysemanticity(fired, kinds, places, rng, NULL_DRAWS),
-        "polysemanticity_channels": polysemanticity(
-            channel_firings(store.x(everything), store.valid(everything), rate.mean()),
-            kinds, places, rng, NULL_DRAWS),
-        "explained_variance_early": 1 - error[:half].sum() / variance[:half].sum(),
-        "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()} | follow(run)
-    if (value := coherence(fired, kinds[1], files, rates[alive], rng)) is not None:
-        metrics["coherence"] = value
-    held = {"stability": weight @ observed}  # by window
-    if seq > FAR_LAGS[1]:
-        held["stability_far"] = weight @ far
-    metrics |= {name: values.mean() for name, values in held.items()}
-    curves = {
-        "autocorrelation": weight @ r, "stability_null": weight @ null,
-        "stability_by_rate_decile": mean_by_decile(mean, rate),
-        "similarity_matrix": similarity_matrix(z[:256 * seq], seq)[::2, ::2].round(4),
-        "evolution": top_latents_over_passage(z[:seq].toarray(), load_tokenizer().batch_decode(
-            windows.tokens[full[0] + windows.n_train, 1:, None]), mean, alive)}
-    if hasattr(sae, "variance"):
-        curves |= {"variance": sae.variance, "decay": sae.decay(),
-                   "scaled_variance": sae.scaled_variance()}
-    per_sequence = {name: windows.by_document(values, files[full])
-                    for name, values in (held | {"smoothness": scaled}).items()}
-    return Result(metrics, curves, per_sequence)
-
-
-# ---- Probes: what latents tell about the context ----
-def probe_tasks(windows, every, n_documents=20):
-    """{name: (places [n] as token_classes counts held-out tokens, whether each is in the first of two folds [n], its
-    class [n])}: LABELS, where the tokens have them, and the domain, of every `every`-th token, the folds apart by file;
-    and the document, of all tokens of the first `n_documents` with most windows, the folds apart by window. What has one
-    class in a fold is left out."""
-    context, docs = windows.tokens.shape[1] - 1, windows.doc_ids[windows.n_train:]
-    all_places = windows.heldout_tokens()
-    places, found = all_places[::every], {}
-    if windows.labels is not None:
-        classes = windows.labels[:, 1:].reshape(-1, len(LABELS))
-        known = places[(classes[places] >= 0).all(1)]
-        if len(known) > len(places) / 2:
-            places, found = known, dict(zip(LABELS, classes[known].T))
-    of = docs[places // context]
-    found["domain"] = np.unique(np.asarray(windows.domains)[of], return_inverse=True)[1]
-    found = {name: (places, of % 2 == 0, classes) for name, classes in found.items()}
-    names, first, counts = np.unique(docs, return_index=True, return_counts=True)
-    chosen = names[counts == counts.max()][:n_documents]
-    places = all_places[np.isin(docs[all_places // context], chosen)]
-    of, window = docs[places // context], places // context
-    found["document"] = places, (window - first[np.searchsorted(names, of)]) % 2 == 0, np.searchsorted(chosen, of)
-    return {name: task for name, task in found.items()
-            if min(len(np.unique(task[2][part])) for part in (task[1], ~task[1])) > 1}
-
-
-def bags_of_tokens(windows, rows, positions, last):
-    """Counts of the token at each position [n] of the windows rows [n] and of the last - 1 before it, sparse
-    [n, vocabulary]."""
-    back = np.maximum(positions[:, None] - np.arange(last), 0)
-    tokens, shape = windows.tokens[rows[:, None], back], (len(rows), int(windows.tokens.max()) + 1)
-    return csr_array((np.ones(tokens.size), tokens.ravel(), np.arange(len(rows) + 1) * last), shape)
+    if context := [name for name in right if name != "probe_token_type"]:
+        metrics["probe_context"] = np.mean([metrics[name] for name in context])
+        right["probe_context"] = np.nanmean([right[name] for name in context], 0)
+    return Result(metrics, {}, right)
 
 
 def cross_fitted_probe(features, labels, fold):
-    """Labels as logistic regressions predict them, fitted on the other fold of files."""
+    """Returns the labels [n] as logistic regressions fitted on the other fold predict them."""
     predicted = np.empty_like(labels)
     for held in (fold, ~fold):
         model = LogisticRegression(max_iter=200, class_weight="balanced")
@@ -2006,392 +2499,195 @@ def cross_fitted_probe(features, labels, fold):
     return predicted
 
 
-def probe_baselines(windows, every, folder):
-    """Of each of probe_tasks: balanced accuracy from the token alone, and from a bag of the last 8: {label: [2]}; kept
-    in the folder, which is of these windows alone."""
+def probe_tasks(windows, every, n_documents=20):
+    """Returns {name: ProbeTask}. LABELS, where the tokens have them, and the domain, of every
+    `every`-th token, folds apart by file; and the document, of all tokens of the first
+    `n_documents` with most windows, folds apart by window. A task of one class in a fold is left
+    out."""
+    seq, docs = windows.tokens.shape[1] - 1, windows.doc_ids[windows.n_train:]
+    all_places, labels = windows.heldout_tokens(), {}
+    places = all_places[::every]
+    if windows.labels is not None:
+        classes = windows.labels[:, 1:].reshape(-1, len(LABELS))
+        known = places[(classes[places] >= 0).all(1)]
+        if len(known) > len(places) / 2:
+            places, labels = known, dict(zip(LABELS, classes[known].T))
+
+    token_docs = docs[places // seq]
+    domains = np.asarray(windows.domains)[token_docs]
+    labels["domain"] = np.unique(domains, return_inverse=True)[1]
+    tasks = {name: ProbeTask(places, token_docs % 2 == 0, part) for name, part in labels.items()}
+    tasks["document"] = document_task(all_places, docs, seq, n_documents)
+    return {name: task for name, task in tasks.items() if min(
+        len(np.unique(task.labels[part])) for part in (task.fold, ~task.fold)) > 1}
+
+
+def document_task(all_places, docs, seq, n_documents):
+    """Returns the ProbeTask of telling which of `n_documents` documents a token is from."""
+    names, first, counts = np.unique(docs, return_index=True, return_counts=True)
+    chosen = names[counts == counts.max()][:n_documents]
+    places = all_places[np.isin(docs[all_places // seq], chosen)]
+    token_docs, window = docs[places // seq], places // seq
+    fold = (window - first[np.searchsorted(names, token_docs)]) % 2 == 0
+    return ProbeTask(places, fold, np.searchsorted(chosen, token_docs))
+
+
+def probe_baselines(store):
+    """Returns, for each of probe_tasks, the balanced accuracy from the token alone and from a bag
+    of the last 8: {label: [2]}, kept beside the activations."""
+    windows = store.windows
+
     def compute():
-        found = {}
-        for name, (places, fold, of) in probe_tasks(windows, every).items():
-            row, at = np.divmod(places, windows.tokens.shape[1] - 1)
+        accuracies = {}
+        for name, task in probe_tasks(windows, PROBE_EVERY).items():
+            row, at = np.divmod(task.places, windows.tokens.shape[1] - 1)
             bags = [bags_of_tokens(windows, row + windows.n_train, at + 1, n) for n in (1, 8)]
-            found[name] = [balanced_accuracy_score(of, cross_fitted_probe(bag, of, fold)) for bag in bags]
-        return found
+            accuracies[name] = [balanced_accuracy_score(
+                task.labels, cross_fitted_probe(bag, task.labels, task.fold)) for bag in bags]
+        return accuracies
 
-    return cached_json(folder / f"probe_baselines-{every}.json", compute)
-
-
-def probe_scores(windows, features, every, folder):
-    """Of each of probe_tasks, from features [token, d], scaled by their largest values: balanced accuracy of `probe` beside
-    probe_baselines, and the share of a document's labels that it predicts [sample]; and their mean over all but token_type."""
-    metrics, right, docs = {}, {}, windows.doc_ids[windows.n_train:]
-    base, seq = probe_baselines(windows, every, folder), windows.tokens.shape[1] - 1
-    for name, (places, fold, of) in probe_tasks(windows, every).items():
-        predicted = cross_fitted_probe(MaxAbsScaler().fit_transform(features[places]), of, fold)
-        metrics[f"probe_{name}"] = balanced_accuracy_score(of, predicted)
-        metrics[f"probe_{name}_token"], metrics[f"probe_{name}_bag"] = base[name]
-        right[f"probe_{name}"] = windows.by_document(predicted == of, docs[places // seq])
-    if context := [name for name in right if name != "probe_token_type"]:
-        metrics["probe_context"] = np.mean([metrics[name] for name in context])
-        right["probe_context"] = np.nanmean([right[name] for name in context], 0)
-    return metrics, right
+    key = code_key(probe_tasks, bags_of_tokens, cross_fitted_probe, PROBE_EVERY)
+    return cached_json(store.folder / f"probe_baselines-{key}.json", compute)
+# endregion
 
 
+# region Evaluation: sparse probing
+# In SAEBench's protocol (docs/metrics.md).
+@torch.no_grad()
+def eval_sparse_probing(run):
+    """Accuracies of probes on few latents of a text, mean over PROBING, beside those on the
+    stream's channels, on an untrained SAE and on counts of tokens."""
+    control = untrained(run)
+    baselines = {"channels": lambda batch: batch.x,
+                 "untrained": lambda batch: control.encode(batch).dense()}
+    accuracies = []
+    for dataset in PROBING:
+        store = run.store if run.tiny else probing_store(run, dataset)
+        pooled = pooled_features(store, lambda batch: run.sae.encode(batch).dense())
+        accuracies.append(probing_baselines(store, baselines, run.sae.d_sae) | {
+            "sae": sparse_accuracies(pooled, store.windows, PROBED_COUNTS)})
 
-def eval_probes(run):
-    """Balanced accuracy of linear probes on a token's latents, beside those on tokens;
-    `probe_context` is the mean over all labels but the token's type."""
-    metrics, right = probe_scores(run.store.windows, run.heldout[0].tocsr(), PROBE_EVERY,
-                                         run.store.folder)
-    return Result(metrics, {}, right)
-
-
-# ---- Unlearning: FORGET by clamping latents, and what that costs the rest ----
-CONTROLS = ("random_latents", "random_directions", "projection")
-
-
-def ranked_latents(z, forget, rule, most, n):
-    """All latents in order, and which to clamp: "forget", the first n that may be, and "random_latents", those next to them
-    in firing rate; of codes sparse [token, d_sae], the tokens forget [token] to be forgotten. By "ratio", E[z^2] there over
-    elsewhere (arXiv 2504.08192), or by "frequency" there, among those active on less than a share `most` of the tokens
-    elsewhere (SAEBench)."""
-    size = z.power(2) if rule == "ratio" else z > 0
-    there, elsewhere = (np.asarray(size[part].mean(0)).ravel() for part in (forget, ~forget))
-    score = there / (elsewhere + 0.01 * there.mean()) if rule == "ratio" else there * (elsewhere < most)
-    ranked, n = np.argsort(-score), min(n, (score > 0).sum())
-    if not 0 < n < len(score):
-        raise RunnerError(f"CLAMPED: {n} of {len(score)} latents may be clamped, it takes one and leaves one.")
-    return ranked, {"forget": ranked[:n], "random_latents": rate_matched((z > 0).mean(0), ranked[:n])}
+    means = {name: np.mean([of_set[name] for of_set in accuracies], 0) for name in accuracies[0]}
+    kinds = *(f"top_{k}" for k in PROBED_COUNTS), "all"
+    metrics = {f"{name}_{kind}": value for name, values in means.items()
+               for kind, value in zip(kinds, values)}
+    curves = means | {"k": PROBED_COUNTS, "data_sets": accuracies}
+    return Result(metrics, {"sparse_probing": curves}, {})
 
 
-def mean_difference(x, keep, forget):
-    """Of x [n, seq, d]: the mean of tokens `keep` that are not to be forgotten [d], and the direction from it to the mean of
-    those that are [d], of length 1; keep, forget [n, seq] of bool."""
-    rest = x[keep & ~forget].mean(0)
-    return rest, F.normalize(x[keep & forget].mean(0) - rest, dim=0)
+def probing_store(run, dataset):
+    """Returns the Store of a data set's texts, one a window, scaled as in training."""
+    windows, key = probing_windows(
+        dataset, load_tokenizer(), PROBING_SIZE, CONTEXT_LENGTH, cache_folder() / "tokens")
+    own = run.store
+    folder = own.folder.parent / fingerprint(key, own.folder.name)
+    store = Store(folder, windows, own.d_in, own.dtype)
+    store.collect(run.get_model, run.layer)
+    store.mean, store.scale = own.mean, own.scale
+    return store
 
 
-class UnlearningPlan(NamedTuple):
-    """Windows to unlearn a domain with, spread over the files. Groups are "forget", "neighbours" (the domains nearest
-    to it in vocabulary) and "retain" (the others)."""
-    dev: np.ndarray         # ids of training windows
-    dev_group: np.ndarray   # group of each
-    test: np.ndarray        # ids of held-out windows
-    group: np.ndarray       # group of each
-    clozes: Clozes        # of the test windows
-    cloze_group: np.ndarray     # group of each
-    folder: Path | None = None  # keeps what no SAE changes
-
-    def kept(self, what, compute):
-        if self.folder is None:
-            return compute()
-        which = (self.dev, self.dev_group, self.test, self.group, self.clozes.options)
-        key = fingerprint(what, *(part.tolist() for part in which))
-        return cached_json(self.folder / f"unlearning-{key}.json", compute)
-
-    def means(self, losses, right, before=None):
-        """By group: mean of losses [test windows], if any, share of the clozes that are right [clozes]; where those that were right
-        before are given, the p of McNemar's test between the two."""
-        found = {} if losses is None else {str(g): losses[self.group == g].mean() for g in np.unique(self.group)}
-        for name in np.unique(self.cloze_group):
-            now = right[self.cloze_group == name]
-            found[f"cloze_{name}"] = now.mean()
-            if before is not None:
-                found[f"cloze_{name}_p"] = mcnemar(now, before[self.cloze_group == name])
-        return found
-
-    def by_document(self, windows, losses):
-        """By group: mean of losses [test windows] over each document of the sample."""
-        docs = windows.doc_ids[self.test]
-        return {str(name): windows.by_document(losses[self.group == name], docs[self.group == name])
-                for name in np.unique(self.group)}
-
-    def frontier(self, windows, forgetting, strategies, controls, edit, results):
-        """What strategies and controls cost the test windows, at the strengths that cost every fifth dev window of "forget"
-        `forgetting` nats, and strategies at a quarter of it to four times: {name: edit}, metrics, {name: its rows}, by
-        document of the sample.
-
-        edit(strategy, strength) -> an edit; results(edit, ids) -> as Clozes.scores takes them."""
-        def scores(*of):
-            return self.clozes.scores(results(*of))
-
-        def measured(name, factors):
-            strength = strength_for(lambda s: scores(edit(name, s), search)[0].mean() - own_search, forgetting)
-            return strength, [[part.tolist() for part in scores(edit(name, strength * factor), self.test)]
-                              for factor in factors]
-
-        edits, rows, lost = {"unclamped": edit("projection", 0.0)}, {}, {}        # which leaves all as it is
-        search = self.dev[self.dev_group == "forget"][::5]
-        own, own_right, own_search = map(np.array, self.kept("own", lambda: [part.tolist() for part in (
-            *scores(edits["unclamped"], self.test), scores(edits["unclamped"], search)[0].mean())]))
-        metrics = self.means(None, own_right)
-        for name in strategies + controls:
-            factors = (1, 0.25, 0.5, 2, 4) if name in strategies else (1,)
-            compute = partial(measured, name, factors)
-            strength, found = self.kept((name, forgetting), compute) if name == "projection" else compute()  # it has no latents
-            edits[name], rows[name] = edit(name, strength), []
-            for factor, (loss, right) in zip(factors, (map(np.array, of) for of in found)):
-                rows[name].append({"strength": strength * factor} | self.means(loss - own, right, own_right))
-                if factor == 1:
-                    lost |= {f"{name}_{g}": values for g, values in self.by_document(windows, loss - own).items()}
-            metrics |= {f"{name}_{key}": value for key, value in rows[name][0].items()}
-        return edits, metrics, rows, lost
-
-    def padded_losses(self, windows, strategies, edits, logits, config):
-        """What strategies add to the loss of full windows of "forget" behind 0, 32 and 64 tokens of "retain", as far as the
-        model takes so many; logits(edit, tokens [n, seq], mask [n, seq]) -> [n, seq, vocabulary]."""
-        (full, others), n = self.full(windows), windows.tokens.shape[1] - 2
-        longest, found = getattr(config, "max_position_embeddings", None) or math.inf, {}
-        for pad in (pad for pad in (0, 32, 64) if n + 2 + pad <= longest):
-            tokens = prepend_context(windows, full, others, pad)
-            loss = {name: last_loss(logits(edits[name], tokens, np.ones(tokens.shape, bool)), tokens, n)
-                    for name in ("unclamped", *strategies)}
-            found |= {f"{name}_padded_{pad}": loss[name] - loss["unclamped"] for name in strategies}
-        return found
-
-    def question_scores(self, datasets, tokenizer, edits, logits):
-        """`compared` answers of the model under each of edits {name: edit} to the data sets {kind: its name or None}, flat;
-        logits(edit, tokens, mask)."""
-        found = {}
-        for kind, dataset in datasets.items():
-            if dataset:
-                answers = {name: partial(right_answers, dataset, tokenizer, partial(logits, edit))
-                           for name, edit in edits.items()}
-                own = self.kept(("questions", data_identity(dataset)), lambda: answers["unclamped"]().tolist())
-                answers["unclamped"] = partial(np.array, own)
-                found |= compare_answers({name: right() for name, right in answers.items()}, f"_{kind}_questions")
-        return found
-
-    def full(self, windows, most=32):
-        """Up to `most` test windows of "forget" without padding, and as many of "retain"."""
-        forget, retain = (self.test[self.group == name] for name in ("forget", "retain"))
-        forget = forget[windows.lengths[forget] == windows.tokens.shape[1]][:most]
-        if not len(forget):
-            raise RunnerError("no held-out document of FORGET fills CONTEXT_LENGTH.")
-        return forget, np.resize(retain, len(forget))
-
-    def halves(self, windows):
-        """[dev windows] True for every other file of "forget", and of what is not."""
-        docs, half = windows.doc_ids[self.dev], np.zeros(len(self.dev), dtype=bool)
-        for side in (self.dev_group == "forget", self.dev_group != "forget"):
-            half[side] = np.unique(docs[side], return_inverse=True)[1] % 2 == 0
-        return half
+def pooled_features(store, values):
+    """Returns values(batch) [batch, seq, d], mean over the tokens of each window that count:
+    [window, d]."""
+    ids, parts = np.arange(len(store.windows.tokens)), []
+    for part in np.array_split(ids, len(ids) // 32 + 1):
+        keep = store.valid(part)[..., None]
+        parts.append(((values(store.batch(part)) * keep).sum(1) / keep.sum(1)).cpu().numpy())
+    return np.concatenate(parts)
 
 
-def strength_for(forgets, forgetting, low=2 ** -4, high=2.0 ** 8):
-    """The least strength, to 10 %, of which forgets(strength) is `forgetting` nats; `high` where none does."""
-    while high > 1.1 * low:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if forgets(middle) >= forgetting else (middle, high)
-    return high
+def token_shares(windows):
+    """Returns the share of each token among those of a window that count, sparse
+    [window, vocabulary]."""
+    keep = windows.valid(np.arange(len(windows.tokens)))
+    row, column = np.nonzero(keep)
+    shape = len(keep), int(windows.tokens.max()) + 1
+    return csr_array((1 / keep.sum(1)[row], (row, windows.tokens[row, column])), shape)
 
 
-def prepend_context(windows, ids, others, n):
-    """Tokens of windows `ids`, with n tokens of windows `others` put after the first."""
-    return np.concatenate([windows.tokens[others, :n + 1], windows.tokens[ids, 1:]], 1).astype(np.int64)
-
-
-def last_loss(logits, tokens, n):
-    """Mean loss of the last n of tokens [batch, seq]; logits [batch, seq, vocabulary]."""
-    following = torch.from_numpy(tokens[:, -n:]).to(logits.device)
-    return F.cross_entropy(logits[:, -n - 1:-1].flatten(0, 1).float(), following.flatten()).item()
-
-
-def mcnemar(now, before):
-    """Exact p that as many answers turned right as turned wrong; both [n] of bool."""
-    gained, lost = (now & ~before).sum(), (before & ~now).sum()
-    return binomtest(int(gained), int(gained + lost)).pvalue if gained + lost else 1.0
-
-
-def compare_answers(answers, suffix):
-    """Of {name: whether each question was answered rightly [n]}, flat: the share, and p of McNemar's test against
-    "unclamped"."""
-    found = {f"{name}{suffix}": right.mean() for name, right in answers.items()}
-    return found | {f"{name}{suffix}_p": mcnemar(right, answers["unclamped"])
-                    for name, right in answers.items() if name != "unclamped"}
-
-
-def right_answers(dataset, tokenizer, logits):
-    """Whether each question is answered rightly under all orders of its options (SAEBench): [question] of bool;
-    logits(tokens [24, seq], mask [24, seq]) -> [24, seq, vocabulary]."""
-    right = []
-    for tokens, mask, letters, answers in encoded_questions(dataset, tokenizer):
-        said = logits(tokens, mask)
-        last = said[np.arange(len(tokens)), mask.sum(1) - 1][:, np.array(letters) % said.shape[-1]]
-        right.append((last.argmax(1).cpu().numpy() == answers).all())
-    return np.array(right)
-
-
-def unlearning_plan(windows, forget, tokenizer, most=(256, 128), folder=None):
-    """UnlearningPlan of the domain `forget`, at most `most` windows of a group (dev, test)."""
-    n_near, found = min(3, (len(set(windows.domains)) - 1) // 2), []
-    near = nearest_domains(windows, forget, n_near) if n_near else []
-    for split, ids, n in (("dev", np.arange(windows.n_train), most[0]), ("test", windows.heldout(), most[1])):
-        domains = windows.domain_of(ids)
-        group = np.where(domains == forget, "forget", np.where(np.isin(domains, near), "neighbours", "retain"))
-        chosen = []
-        for g in ("forget", "neighbours", "retain"):
-            members = np.flatnonzero(group == g)
-            if g != "neighbours" and not len(members):
-                which = "of it" if g == "forget" else "of another domain"
-                raise RunnerError(f"FORGET = {forget!r}: no {split} window is {which}. The domains are "
-                                f"{', '.join(sorted(set(domains)))[:300]}.")
-            chosen.append(members[np.linspace(0, len(members) - 1, min(n, len(members))).astype(int)])
-        chosen = np.sort(np.concatenate(chosen))
-        found += ids[chosen], group[chosen]
-    strings = tokenizer.batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
-    _, _, test, group = found
-    questions = make_clozes(windows, test, strings)
-    return UnlearningPlan(*found, questions, group[np.searchsorted(test, questions.window)], folder)
-
-
-def bag_auroc(windows, plan, last):
-    """AUROC on the test windows of a logistic regression, fitted on `dev`, that tells "forget" by the last tokens."""
+def probing_baselines(store, features, d_sae):
+    """Returns sparse_accuracies of pooled features {name: function of a batch} and of counts of
+    tokens, kept beside the store's files."""
     def compute():
-        bags, labels = [], []
-        for ids, group in ((plan.dev, plan.dev_group), (plan.test, plan.group)):
-            row, column = np.nonzero(windows.valid(ids))
-            bags.append(bags_of_tokens(windows, ids[row], column, last))
-            labels.append(group[row] == "forget")
-        model = LogisticRegression(max_iter=300, class_weight="balanced").fit(bags[0], labels[0])
-        return roc_auc_score(labels[1], model.decision_function(bags[1]))
+        tables = {name: pooled_features(store, values) for name, values in features.items()}
+        tables["tokens"] = token_shares(store.windows)
+        return {name: sparse_accuracies(table, store.windows, PROBED_COUNTS).tolist()
+                for name, table in tables.items()}
 
-    return plan.kept(("bag", last), compute)
-
-
-@torch.enable_grad()
-def fit_matcher(kind, x, forget):
-    """Windows of codes x [n, f, w], whether they are to be forgotten [n] -> function of windows to that probability: a
-    logistic regression, or one learned attention query over the window."""
-    if kind == "logistic":
-        model = LogisticRegression(C=75 / len(x), max_iter=300, class_weight="balanced")
-        model.fit(x.flatten(1).cpu().numpy(), forget.cpu().numpy())
-        weights, bias = (x.new_tensor(a[0]) for a in (model.coef_, model.intercept_))
-        return lambda x: (x.flatten(-2) @ weights + bias).sigmoid()
-    (f, w), y = x.shape[1:], forget.float()
-    query, value, place, bias = parts = [x.new_zeros(n, requires_grad=True) for n in (f, f, w, 1)]
-
-    def logit(x):
-        return ((query @ x + place).softmax(-1) * (value @ x)).sum(-1) + bias
-
-    optimizer, balance = torch.optim.Adam(parts, 0.05), (1 - y).sum() / y.sum()
-    for _ in range(200):
-        optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(logit(x), y, pos_weight=balance).backward()
-        optimizer.step()
-    return lambda x: logit(x).detach().sigmoid()
+    key = code_key(untrained, pooled_features, token_shares, sparse_accuracies, PROBED_COUNTS,
+                   d_sae)
+    return cached_json(store.folder / f"probing-{key}.json", compute)
 
 
-def gate_evidence(match, n):
-    """The greatest mean of n matches in a row up to each position: [window, seq]."""
-    if match.shape[1] < n:
-        return torch.zeros_like(match)
-    return F.pad(match.unfold(1, n, 1).mean(-1).cummax(1).values, (n - 1, 0))
+def sparse_accuracies(features, windows, numbers):
+    """Returns the test accuracy of one domain against the rest, mean over domains, by logistic
+    regression on the k of `features` [window, d] whose class means differ most, for each k of
+    `numbers`, and on all: [len(numbers) + 1]. Training windows train (SAEBench)."""
+    labels = windows.domain_of(np.arange(len(windows.tokens)))
+    labels = np.unique(labels, return_inverse=True)[1]
+    training, rng = np.arange(len(labels)) < windows.n_train, np.random.default_rng(42)
+    accuracies = []
+    for c in range(labels.max() + 1):
+        fit, y = balanced_binary_task(labels, training, c, rng)
+        test, truth = balanced_binary_task(labels, ~training, c, rng)
+        difference = features[fit[y == 1]].mean(0) - features[fit[y == 0]].mean(0)
+        best = np.argsort(-np.abs(difference), kind="stable")
+        accuracies.append([
+            LogisticRegression(max_iter=1000).fit(features[fit][:, best[:k]], y)
+            .score(features[test][:, best[:k]], truth) for k in (*numbers, None)])
+    return np.mean(accuracies, 0)
 
 
-class Matcher:
-    """Tells by windows of `width` codes of the given latents where text to forget stands: a matcher for the patterns, one
-    that sees a single position, one that sees them in random order. `gate_tokens` matches in a row open the gate.
-    q95 [d_sae] are the units of latents z."""
-
-    def __init__(self, kind, width, gate_tokens, latents, q95):
-        self.kind, self.width, self.gate_tokens, self.latents, self.q95 = kind, width, gate_tokens, latents, q95
-
-    def codes(self, z):
-        """Of z [n, seq, d_sae], dense: [n, seq, f]."""
-        return self.scaled(z[..., self.latents])
-
-    def codes_of_sparse(self, z, seq):
-        """Of z [n * seq, d_sae]: [n, seq, f]."""
-        chosen = torch.from_numpy(z[:, self.latents].toarray()).to(self.q95.device)
-        return self.scaled(chosen.view(-1, seq, len(self.latents)))
-
-    def scaled(self, chosen):
-        return torch.log1p(chosen / self.q95[self.latents])
-
-    def fit(self, z, keep, forget, half, false_positives):
-        """On the tokens `keep`, of which `forget` are to be forgotten, both [n, seq] of bool, z sparse [n * seq, d_sae];
-        thresholds of each rate of `false_positives`, by matchers fitted on the windows of either `half` [n] for those of
-        the other: "pattern" and "hybrid" at the first rate, "pattern_RATE" and "hybrid_RATE" at others."""
-        codes = self.codes_of_sparse(z, keep.shape[1])
-        half = torch.from_numpy(half).to(keep.device)[:, None].expand(keep.shape)
-        if codes.shape[1] < self.gate_tokens:
-            raise RunnerError(f"CONTEXT_LENGTH: unlearning's gate needs more than {self.gate_tokens} tokens.")
-        apart = keep & (torch.arange(keep.shape[1], device=keep.device) % self.width == 0)  # windows do not overlap
-
-        def fitted(name, rows):
-            return fit_matcher(self.kind, self.windows(codes, name)[rows], forget[rows])
-
-        self.matchers = {side: fitted("pattern", apart & (half == side)) for side in (False, True)}
-        match = torch.where(half, self.match(codes, False), self.match(codes, True)) * keep
-        self.matchers = {name: fitted(name, apart) for name in ("pattern", "one_position", "shuffled")}
-        whole = gate_evidence(match, self.gate_tokens)[~forget[:, 0], -1]
-        self.thresholds = {
-            name + f"_{rate:g}" * (i > 0): evidence.quantile(1 - rate).item() for i, rate in enumerate(false_positives)
-            for name, evidence in (("pattern", match[keep & ~forget]), ("hybrid", whole))}
-
-    def windows(self, codes, name):
-        """The last codes at each position, zeros before the first: [n, seq, f, width]."""
-        width = 1 if name == "one_position" else self.width
-        x = F.pad(codes, (0, 0, width - 1, 0)).unfold(1, width, 1)
-        return x.gather(-1, torch.rand_like(x[..., :1, :]).argsort(-1).expand_as(x)) if name == "shuffled" else x
-
-    def match(self, codes, name="pattern"):
-        """The probability that text to forget stands at each position: [n, seq]."""
-        return torch.cat([self.matchers[name](self.windows(part, name)) for part in codes.split(32)])
-
-    def evidence(self, z):
-        """Match and gate at each position, [n, seq]."""
-        match = self.match(self.codes(z))
-        return match, gate_evidence(match, self.gate_tokens)
-
-    def opens(self, strategy, z):
-        """Whether the evidence of a strategy that has a threshold is above it; True for others: [n, seq]."""
-        if strategy not in self.thresholds:
-            return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-        match, gate_evidence = self.evidence(z)
-        return (gate_evidence if strategy.startswith("hybrid") else match) > self.thresholds[strategy]
-
-    def passage(self, z, on, tokens, tokenizer):
-        """Of the window whose gate is the median at its end: its text, match, gate and its threshold, and where "standard"
-        clamps, which is `on` [n, seq], and "hybrid"; tokens [n, seq]."""
-        match, gate_evidence = self.evidence(z)
-        i, threshold = gate_evidence[:, -1].argsort()[len(gate_evidence) // 2].item(), self.thresholds["hybrid"]
-        return {"tokens": tokenizer.batch_decode(tokens[i, :, None]), "match": match[i], "gate": gate_evidence[i],
-                "threshold": torch.full_like(gate_evidence[i], threshold), "standard": on[i], "hybrid": on[i] & (gate_evidence[i] > threshold)}
-
-    def scores(self, z, keep, forget):
-        """detection_scores of tokens `keep` [n, seq], and of whole windows; forget [n]; z sparse [n * seq, d_sae]."""
-        codes = self.codes_of_sparse(z, keep.shape[1])
-        matches, of_token = {name: self.match(codes, name) * keep for name in self.matchers}, forget.repeat(keep.sum(1).tolist())
-        tasks = {name: (of_token, match[keep].cpu().numpy()) for name, match in matches.items()}
-        tasks["hybrid"] = forget, gate_evidence(matches["pattern"], self.gate_tokens)[:, -1].cpu().numpy()
-        return detection_scores(tasks, self.thresholds)
+def balanced_binary_task(labels, part, c, rng):
+    """Returns class c against the rest among the rows of `part` [n]: indices, and y = 1 for c; the
+    whole class and as many of the others, drawn evenly from each."""
+    classes = c, *np.setdiff1d(labels, c)
+    positive, *others = (np.flatnonzero(part & (labels == k)) for k in classes)
+    each = -(-len(positive) // len(others))
+    negative = rng.permutation(np.concatenate([rng.permutation(rows)[:each] for rows in others]))
+    index = np.concatenate([positive, negative[:len(positive)]])
+    return index, (labels[index] == c).astype(int)
+# endregion
 
 
-def detection_scores(tasks, thresholds):
-    """Of tasks {name: (truth [n], score [n])}, flat: AUROC; above a threshold, for names that have one, false positives
-    and balanced accuracy; and {name: [101] true positives at evenly spaced rates of false ones}."""
-    found, rocs = {f"auroc_{name}": roc_auc_score(*task) for name, task in tasks.items()}, {}
-    for name, threshold in thresholds.items():
-        truth, score = tasks[name.partition("_")[0]]
-        found |= {f"false_positives_{name}": (score > threshold)[~truth].mean(),
-                  f"accuracy_{name}": balanced_accuracy_score(truth, score > threshold)}
-        if name in tasks:                   # and not the same at another threshold
-            false, true, _ = roc_curve(truth, score)
-            rocs[name] = np.interp(np.linspace(0, 1, 101), false, true)
-    return found, rocs
+# region Evaluation: unlearning
+# FORGET by clamping latents, and what that costs the rest. Strategies: "standard" clamps wherever a
+# chosen latent fires, "pattern" only where the matcher finds FORGET at that position, "hybrid" only
+# behind an open gate; pattern_RATE and hybrid_RATE at thresholds of other false-positive rates.
+UNLEARNING_CONTROLS = ("random_latents", "random_directions", "projection")
 
 
-def repetition(texts):
-    """Of each of {name: tokens [n, seq]}, flat: mean share of a row's pairs of neighbours that came before in it; mean
-    entropy of a row in nats."""
-    found = {}
-    for name, rows in texts.items():
-        rows = rows.tolist()
-        found |= {f"{name}_repetition": 1 - np.mean([len(set(zip(row, row[1:]))) / (len(row) - 1) for row in rows]),
-                  f"{name}_entropy": np.mean([miller_madow_entropy(row) for row in rows])}
-    return found
+@torch.no_grad()
+def eval_unlearning(run):
+    """Forgetting of FORGET's test windows and harm to the others, at strengths that cost its dev
+    windows FORGET_NATS."""
+    torch.manual_seed(0)
+    store, windows, tokenizer = run.store, run.store.windows, load_tokenizer()
+    plan = unlearning_plan(windows, FORGET, tokenizer)
+    unlearner = Unlearner(run, plan)
+    matcher, strategies = unlearner.matcher, ("standard", *unlearner.matcher.thresholds)
 
+    metrics, rocs = matcher.scores(encode_windows(run.sae, store, plan.test).codes,
+                                   store.valid(plan.test), plan.group == "forget")
+    metrics["auroc_bag_of_tokens"] = bag_auroc(run, plan)
+    frontier = clamping_frontier(run, plan, unlearner, strategies)
+    metrics |= frontier.metrics | padded_losses(run, plan, strategies, frontier.edits)
+    metrics |= question_scores(run, plan, frontier.edits)
+
+    full, _ = plan.full(windows)
+    prompts = store.tokens(full)[:, :CONTEXT_LENGTH // 2]
+    metrics |= repetition({name: sampled(run, edit, prompts)
+                           for name, edit in frontier.edits.items()})
+    batch = store.batch(full)
+    z = run.sae.encode(batch).dense()
+    clamped = z[..., unlearner.clamped["forget"]]
+    adjacent = consistency(batch, F.normalize(clamped, dim=-1))
+    metrics["clamped_consistency"] = 1 - adjacent["consistency"].item()
+
+    passage = matcher.passage(z, (clamped > 0).any(-1), batch.tokens, tokenizer)
+    curves = {"frontier": frontier.rows, "roc": rocs, "passage": passage}
+    return Result(metrics, curves, frontier.by_document)
 
 
 class Unlearner:
@@ -2400,20 +2696,22 @@ class Unlearner:
 
     def __init__(self, run, plan):
         self.sae, store, ids = run.sae, run.store, plan.dev
-        z, keep = encode_windows(self.sae, store, ids)[0], store.valid(ids)
+        codes, keep = encode_windows(self.sae, store, ids).codes, store.valid(ids)
         forget = keep & torch.from_numpy(plan.dev_group == "forget").to(DEVICE)[:, None]
-        self.q95 = torch.from_numpy(percentiles_95(z)).to(DEVICE)
-        ranked, self.clamped = ranked_latents(
-            z.tocsr()[keep.flatten().cpu().numpy()], forget[keep].cpu().numpy(), SELECTION,
-            1.0 if run.probing else RETAIN_FREQUENCY, CLAMPED)
+        self.q95 = torch.from_numpy(percentiles_95(codes)).to(DEVICE)
+        most = 1.0 if run.tiny else RETAIN_FREQUENCY
+        counted = codes.tocsr()[keep.flatten().cpu().numpy()]
+        ranked, self.clamped = ranked_latents(counted, forget[keep].cpu().numpy(), most)
         self.rest, self.direction = mean_difference(store.x(ids), keep, forget)
-        self.matcher = Matcher(
-            MATCHER, MATCHER_WINDOW, GATE_TOKENS, ranked[:MATCHED], self.q95)
-        self.matcher.fit(z, keep, forget, plan.halves(store.windows), FALSE_POSITIVES)
+
+        self.matcher = Matcher(ranked[:MATCHED], self.q95)
+        self.matcher.fit(codes, keep, forget, plan.halves(store.windows))
 
     def edit(self, strategy, strength):
-        """batch -> what to add to x [batch, seq, d_in]: where the strategy says so, latents that
-        fire are set to -strength times the 95th percentile of their values."""
+        """Returns a function of a Batch that gives what to add to x [batch, seq, d_in]: where the
+        strategy says so, latents that fire are set to -strength times the 95th percentile of their
+        values. "projection" moves x back along the mean difference, "random_directions" by as much
+        in random directions."""
         latents = self.clamped.get(strategy, self.clamped["forget"])
 
         def change(batch):
@@ -2430,35 +2728,371 @@ class Unlearner:
         return change
 
 
-@contextmanager
-def editing(run, edit, mask=None):
-    """While open, edit(batch) is added to the residual stream after block run.layer, but not at the
-    first position, whether tokens come together or one by one with a cache."""
-    past = []
+def ranked_latents(codes, forget, most):
+    """Returns all latents in order, and which to clamp: {"forget": the first CLAMPED that may be,
+    "random_latents": those nearest to them in firing rate}; of codes sparse [token, d_sae], the
+    tokens forget [token] to be forgotten.
 
-    def change(module, inputs, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        past[:] = [torch.cat([*past, hidden.float()], 1)]  # a copy: `hidden` is changed in place
-        keep = torch.ones_like(past[0][..., 0]) > 0 if mask is None else mask
-        if keep.shape[1] > 1:
-            batch = run.store.batch_of(past[0], keep.long(), np.arange(len(keep)), keep[:, 1:])
-            delta = edit(batch)[:, -hidden.shape[1]:] * run.store.scale
-            hidden[:, -delta.shape[1]:] += delta
+    SELECTION "ratio": E[z^2] there over elsewhere (arXiv 2504.08192); "frequency": firing rate
+    there, among those active on less than a share `most` of the tokens elsewhere (SAEBench)."""
+    size = codes.power(2) if SELECTION == "ratio" else codes > 0
+    there, elsewhere = (np.asarray(size[part].mean(0)).ravel() for part in (forget, ~forget))
+    score = (there / (elsewhere + 0.01 * there.mean()) if SELECTION == "ratio"
+             else there * (elsewhere < most))
+    ranked, n = np.argsort(-score), min(CLAMPED, (score > 0).sum())
+    if not 0 < n < len(score):
+        raise RunnerError(f"CLAMPED: {n} of {len(score)} latents may be clamped, it takes one and "
+                          "leaves one.")
+    rates = (codes > 0).mean(0)
+    return ranked, {"forget": ranked[:n], "random_latents": rate_matched(rates, ranked[:n])}
 
-    with find_blocks(run.get_model())[run.layer].register_forward_hook(change):
-        yield run.get_model()
+
+def mean_difference(x, keep, forget):
+    """Returns of x [n, seq, d] the mean of tokens `keep` that are not to be forgotten [d], and the
+    direction of length 1 from it to the mean of those that are [d]; keep, forget [n, seq] bool."""
+    rest = x[keep & ~forget].mean(0)
+    return rest, F.normalize(x[keep & forget].mean(0) - rest, dim=0)
 
 
-def edited_logits(run, edit, tokens, mask):
-    """Of tokens that count where the mask is True, [batch, seq]: [batch, seq, vocab]."""
-    tokens, mask = (torch.from_numpy(part).to(DEVICE) for part in (tokens, mask))
-    with editing(run, edit, mask) as model:
-        size = model.get_input_embeddings().num_embeddings  # the preflight's is small
-        return model(tokens % size, attention_mask=mask.long(), use_cache=False).logits
+# --- the matcher ---
+class Matcher:
+    """Tells by windows of MATCHER_WINDOW codes of the given latents where text to forget stands: a
+    matcher of patterns, and for comparison one that sees a single position and one that sees
+    positions in random order. GATE_TOKENS matches in a row open the gate.
+
+    q95 [d_sae]: the units of latents z."""
+
+    def __init__(self, latents, q95):
+        self.latents, self.q95 = latents, q95
+
+    def codes(self, z):
+        """Returns log(1 + z / q95) of the matched latents of dense z [n, seq, d_sae]: [n, seq,
+        f]."""
+        return self.scaled(z[..., self.latents])
+
+    def codes_of_sparse(self, z, seq):
+        """Returns the same of sparse z [n * seq, d_sae]."""
+        chosen = torch.from_numpy(z[:, self.latents].toarray()).to(self.q95.device)
+        return self.scaled(chosen.view(-1, seq, len(self.latents)))
+
+    def scaled(self, chosen):
+        """Returns log(1 + z / q95)."""
+        return torch.log1p(chosen / self.q95[self.latents])
+
+    def fit(self, z, keep, forget, half):
+        """Fits matchers on the tokens `keep`, of which `forget` are to be forgotten, both [n, seq]
+        bool, z sparse [n * seq, d_sae]; then thresholds at FALSE_POSITIVES: by matchers fitted on
+        the windows of either `half` [n] for those of the other."""
+        codes = self.codes_of_sparse(z, keep.shape[1])
+        half = torch.from_numpy(half).to(keep.device)[:, None].expand(keep.shape)
+        if codes.shape[1] < GATE_TOKENS:
+            raise RunnerError(f"CONTEXT_LENGTH: unlearning's gate needs more than {GATE_TOKENS} "
+                              "tokens.")
+        position = torch.arange(keep.shape[1], device=keep.device)
+        apart = keep & (position % MATCHER_WINDOW == 0)  # windows do not overlap
+
+        def fitted(name, rows):
+            return fit_matcher(self.windows(codes, name)[rows], forget[rows])
+
+        self.matchers = {side: fitted("pattern", apart & (half == side)) for side in (False, True)}
+        match = torch.where(half, self.match(codes, False), self.match(codes, True)) * keep
+        self.matchers = {name: fitted(name, apart)
+                         for name in ("pattern", "one_position", "shuffled")}
+        self.thresholds = self.thresholds_of(match, keep, forget)
+
+    def thresholds_of(self, match, keep, forget):
+        """Returns {strategy: threshold} of the evidence on tokens and windows that are to stay."""
+        whole = gate_evidence(match)[~forget[:, 0], -1]
+        evidence = {"pattern": match[keep & ~forget], "hybrid": whole}
+        return {name + f"_{rate:g}" * (i > 0): values.quantile(1 - rate).item()
+                for i, rate in enumerate(FALSE_POSITIVES) for name, values in evidence.items()}
+
+    def windows(self, codes, name):
+        """Returns the last codes at each position, zeros before the first: [n, seq, f, width]."""
+        width = 1 if name == "one_position" else MATCHER_WINDOW
+        x = F.pad(codes, (0, 0, width - 1, 0)).unfold(1, width, 1)
+        if name != "shuffled":
+            return x
+        return x.gather(-1, torch.rand_like(x[..., :1, :]).argsort(-1).expand_as(x))
+
+    def match(self, codes, name="pattern"):
+        """Returns the probability that text to forget stands at each position: [n, seq]."""
+        return torch.cat([self.matchers[name](self.windows(part, name))
+                          for part in codes.split(32)])
+
+    def evidence(self, z):
+        """Returns match and gate at each position of dense z, each [n, seq]."""
+        match = self.match(self.codes(z))
+        return match, gate_evidence(match)
+
+    def opens(self, strategy, z):
+        """Returns [n, seq] whether the strategy's evidence is above its threshold; True for a
+        strategy without one."""
+        if strategy not in self.thresholds:
+            return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        match, gate = self.evidence(z)
+        evidence = gate if strategy.startswith("hybrid") else match
+        return evidence > self.thresholds[strategy]
+
+    def passage(self, z, on, tokens, tokenizer):
+        """Returns, of the window whose gate is the median at its end: its text, match, gate and
+        threshold, and where "standard", which is `on` [n, seq], and "hybrid" clamp."""
+        match, gate = self.evidence(z)
+        i, threshold = gate[:, -1].argsort()[len(gate) // 2].item(), self.thresholds["hybrid"]
+        return {"tokens": tokenizer.batch_decode(tokens[i, :, None]), "match": match[i],
+                "gate": gate[i], "threshold": torch.full_like(gate[i], threshold),
+                "standard": on[i], "hybrid": on[i] & (gate[i] > threshold)}
+
+    def scores(self, z, keep, forget):
+        """Returns matcher_scores of tokens `keep` [n, seq] and of whole windows; forget [n] bool;
+        z sparse [n * seq, d_sae]."""
+        codes = self.codes_of_sparse(z, keep.shape[1])
+        matches = {name: self.match(codes, name) * keep for name in self.matchers}
+        token_truth = forget.repeat(keep.sum(1).tolist())
+        tasks = {name: (token_truth, match[keep].cpu().numpy()) for name, match in matches.items()}
+        tasks["hybrid"] = forget, gate_evidence(matches["pattern"])[:, -1].cpu().numpy()
+        return matcher_scores(tasks, self.thresholds)
+
+
+@torch.enable_grad()
+def fit_matcher(x, forget):
+    """Returns a function of windows of codes [..., f, w] to the probability that they are to be
+    forgotten, fitted on x [n, f, w] and forget [n] bool. MATCHER "logistic": logistic regression;
+    "attention": one learned query over the window."""
+    if MATCHER == "logistic":
+        model = LogisticRegression(C=75 / len(x), max_iter=300, class_weight="balanced")
+        model.fit(x.flatten(1).cpu().numpy(), forget.cpu().numpy())
+        weights, bias = (x.new_tensor(a[0]) for a in (model.coef_, model.intercept_))
+        return lambda x: (x.flatten(-2) @ weights + bias).sigmoid()
+
+    (f, w), y = x.shape[1:], forget.float()
+    query, value, place, bias = parts = [x.new_zeros(n, requires_grad=True) for n in (f, f, w, 1)]
+
+    def logit(x):
+        return ((query @ x + place).softmax(-1) * (value @ x)).sum(-1) + bias
+
+    optimizer, balance = torch.optim.Adam(parts, 0.05), (1 - y).sum() / y.sum()
+    for _ in range(200):
+        optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(logit(x), y, pos_weight=balance).backward()
+        optimizer.step()
+    return lambda x: logit(x).detach().sigmoid()
+
+
+def gate_evidence(match):
+    """Returns the greatest mean of GATE_TOKENS matches in a row up to each position: [n, seq]."""
+    if match.shape[1] < GATE_TOKENS:
+        return torch.zeros_like(match)
+    means = match.unfold(1, GATE_TOKENS, 1).mean(-1)
+    return F.pad(means.cummax(1).values, (GATE_TOKENS - 1, 0))
+
+
+def matcher_scores(tasks, thresholds):
+    """Returns of tasks {name: (truth [n], score [n])}: AUROC, and above each threshold false
+    positives and balanced accuracy; and {name: [101] true positives at evenly spaced rates of false
+    ones}."""
+    metrics = {f"auroc_{name}": roc_auc_score(*task) for name, task in tasks.items()}
+    rocs = {}
+    for name, threshold in thresholds.items():
+        truth, score = tasks[name.partition("_")[0]]
+        metrics |= {f"false_positives_{name}": (score > threshold)[~truth].mean(),
+                    f"accuracy_{name}": balanced_accuracy_score(truth, score > threshold)}
+        if name in tasks:  # and not the same at another threshold
+            false, true, _ = roc_curve(truth, score)
+            rocs[name] = np.interp(np.linspace(0, 1, 101), false, true)
+    return metrics, rocs
+
+
+def bag_auroc(run, plan):
+    """Returns the AUROC on the test windows of a logistic regression on counts of the last
+    MATCHER_WINDOW tokens, fitted on the dev windows."""
+    windows = run.store.windows
+
+    def compute():
+        bags, labels = [], []
+        for ids, group in ((plan.dev, plan.dev_group), (plan.test, plan.group)):
+            row, column = np.nonzero(windows.valid(ids))
+            bags.append(bags_of_tokens(windows, ids[row], column, MATCHER_WINDOW))
+            labels.append(group[row] == "forget")
+        model = LogisticRegression(max_iter=300, class_weight="balanced").fit(bags[0], labels[0])
+        return roc_auc_score(labels[1], model.decision_function(bags[1]))
+
+    return cached_for_plan(run, plan, ("bag", MATCHER_WINDOW), compute)
+
+
+# --- forgetting against preservation ---
+def cached_for_plan(run, plan, what, compute):
+    """Returns compute(), which depends on no SAE, as kept beside the activations."""
+    rows = plan.dev, plan.dev_group, plan.test, plan.group, plan.clozes.options
+    code = code_key(bag_auroc, clamping_frontier, right_answers, mean_difference)
+    key = fingerprint(what, code, *(part.tolist() for part in rows))
+    return cached_json(run.store.folder / f"unlearning-{key}.json", compute)
+
+
+class Frontier(NamedTuple):
+    """Forgetting and preservation of all strategies."""
+    edits: dict  # name -> function of a Batch, at the strength that costs FORGET_NATS
+    metrics: dict
+    rows: dict  # name -> a dict for each strength tried
+    by_document: dict  # {name}_{group} -> loss increase by document of the sample
+
+
+def clamping_frontier(run, plan, unlearner, strategies):
+    """Returns the Frontier: the test windows under strategies and controls, at the strengths that
+    cost every fifth dev window of FORGET FORGET_NATS, strategies also at a quarter of it to four
+    times."""
+    search = plan.dev[plan.dev_group == "forget"][::5]
+    edits = {"unclamped": unlearner.edit("projection", 0.0)}  # which leaves all as it is
+    own = cached_for_plan(run, plan, "own", lambda: {
+        **edited_scores(run, plan, edits["unclamped"], plan.test),
+        "search": np.mean(edited_scores(run, plan, edits["unclamped"], search)["losses"])})
+    own_losses, own_right = np.array(own["losses"]), np.array(own["right"])
+
+    def measured(name, factors):  # strength, and scores at each factor times it
+        def lost(strength):
+            scores = edited_scores(run, plan, unlearner.edit(name, strength), search)
+            return np.mean(scores["losses"]) - own["search"]
+
+        strength = strength_for(lost)
+        tried = [unlearner.edit(name, strength * factor) for factor in factors]
+        return strength, [edited_scores(run, plan, edit, plan.test) for edit in tried]
+
+    metrics, rows, by_document = group_means(plan, None, own_right), {}, {}
+    for name in (*strategies, *UNLEARNING_CONTROLS):
+        factors = (1, 0.25, 0.5, 2, 4) if name in strategies else (1,)
+        compute = functools.partial(measured, name, factors)
+        strength, scores = (cached_for_plan(run, plan, (name, FORGET_NATS), compute)
+                            if name == "projection" else compute())  # that has no latents
+        edits[name], rows[name] = unlearner.edit(name, strength), []
+        for factor, score in zip(factors, scores):
+            losses, right = np.array(score["losses"]) - own_losses, np.array(score["right"])
+            rows[name].append({"strength": strength * factor}
+                              | group_means(plan, losses, right, own_right))
+            if factor == 1:
+                by_document |= group_losses(run, plan, losses, name)
+        metrics |= {f"{name}_{key}": value for key, value in rows[name][0].items()}
+    return Frontier(edits, metrics, rows, by_document)
+
+
+def strength_for(forgets, low=2 ** -4, high=2.0 ** 8):
+    """Returns the least strength, to 10 %, of which forgets(strength) is FORGET_NATS; `high` where
+    none does."""
+    while high > 1.1 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if forgets(middle) >= FORGET_NATS else (middle, high)
+    return high
+
+
+def edited_scores(run, plan, edit, ids):
+    """Returns {"losses": mean next-token loss of each of the windows `ids`, "right": whether each
+    cloze in them is answered rightly} with edit(batch) added to x."""
+    parts = spliced(run, ids, lambda batch: run.store.unscaled(batch.x + edit(batch)))
+    losses, right = [], []
+    for part, logp, loss in parts:
+        losses += np.nanmean(loss, 1).tolist()
+        right += cloze_answers(plan.clozes, part, logp).tolist()
+    return {"losses": losses, "right": right}
+
+
+def cloze_answers(clozes, ids, logp):
+    """Returns whether each cloze of the windows `ids` is answered rightly by logp
+    [len(ids), seq, vocabulary] of the tokens that follow positions from 1."""
+    here = np.flatnonzero(np.isin(clozes.window, ids))
+    row, at = np.searchsorted(ids, clozes.window[here]), clozes.position[here] - 1
+    options = logp[row[:, None], at[:, None], clozes.options[here]]
+    return options.cpu().numpy().argmax(1) == 0
+
+
+def group_means(plan, losses, right, before=None):
+    """Returns by group the mean of losses [test windows], if any, and the share of right [clozes];
+    where those that were right before are given, the p of McNemar's test between the two."""
+    means = {} if losses is None else {
+        str(name): losses[plan.group == name].mean() for name in np.unique(plan.group)}
+    for name in np.unique(plan.cloze_group):
+        now = right[plan.cloze_group == name]
+        means[f"cloze_{name}"] = now.mean()
+        if before is not None:
+            means[f"cloze_{name}_p"] = mcnemar(now, before[plan.cloze_group == name])
+    return means
+
+
+def group_losses(run, plan, losses, strategy):
+    """Returns {strategy_group: mean of losses [test windows] over each document of the sample}."""
+    windows, means = run.store.windows, {}
+    for name in np.unique(plan.group):
+        part = plan.group == name
+        means[f"{strategy}_{name}"] = windows.by_document(
+            losses[part], windows.doc_ids[plan.test][part])
+    return means
+
+
+def mcnemar(now, before):
+    """Returns the exact p that as many answers turned right as turned wrong; both [n] bool."""
+    gained, lost = (now & ~before).sum(), (before & ~now).sum()
+    return binomtest(int(gained), int(gained + lost)).pvalue if gained + lost else 1.0
+
+
+def padded_losses(run, plan, strategies, edits):
+    """Returns what strategies add to the loss of full windows of FORGET behind 0, 32 and 64 tokens
+    of the rest, as far as the model takes so many."""
+    windows = run.store.windows
+    (full, others), n = plan.full(windows), windows.tokens.shape[1] - 2
+    config = run.get_model().config
+    longest, metrics = getattr(config, "max_position_embeddings", None) or math.inf, {}
+    for pad in (pad for pad in (0, 32, 64) if n + 2 + pad <= longest):
+        tokens = prepend_context(windows, full, others, pad)
+        everywhere = np.ones(tokens.shape, bool)
+        loss = {name: last_loss(edited_logits(run, edits[name], tokens, everywhere), tokens, n)
+                for name in ("unclamped", *strategies)}
+        metrics |= {f"{name}_padded_{pad}": loss[name] - loss["unclamped"] for name in strategies}
+    return metrics
+
+
+def prepend_context(windows, ids, others, n):
+    """Returns the tokens of windows `ids` with n tokens of windows `others` put after the first."""
+    return np.concatenate(
+        [windows.tokens[others, :n + 1], windows.tokens[ids, 1:]], 1).astype(np.int64)
+
+
+def last_loss(logits, tokens, n):
+    """Returns the mean loss of the last n of tokens [batch, seq]; logits [batch, seq,
+    vocabulary]."""
+    following = torch.from_numpy(tokens[:, -n:]).to(logits.device)
+    return F.cross_entropy(logits[:, -n - 1:-1].flatten(0, 1).float(), following.flatten()).item()
+
+
+def question_scores(run, plan, edits):
+    """Returns the share of four-way questions that the model answers rightly under each edit, and
+    the p of McNemar's test against the unclamped model; {} without questions."""
+    metrics = {}
+    for kind, dataset in (("forget", FORGET_QUESTIONS), ("retain", RETAIN_QUESTIONS)):
+        if not dataset:
+            continue
+        answers = {name: functools.partial(right_answers, run, dataset, edit)
+                   for name, edit in edits.items()}
+        own = np.array(cached_for_plan(run, plan, ("questions", data_identity(dataset)),
+                                       lambda: answers["unclamped"]().tolist()))
+        right = {name: own if name == "unclamped" else answer() for name, answer in answers.items()}
+        metrics |= {f"{name}_{kind}_questions": of_edit.mean() for name, of_edit in right.items()}
+        metrics |= {f"{name}_{kind}_questions_p": mcnemar(of_edit, own)
+                    for name, of_edit in right.items() if name != "unclamped"}
+    return metrics
+
+
+def right_answers(run, dataset, edit):
+    """Returns whether each question is answered rightly under all 24 orders of its options
+    (SAEBench): [question] bool."""
+    right = []
+    for tokens, mask, letters, answers in encoded_questions(dataset, load_tokenizer()):
+        logits = edited_logits(run, edit, tokens, mask)  # [24, seq, vocabulary]
+        last = logits[np.arange(len(tokens)), mask.sum(1) - 1]
+        chosen = last[:, np.array(letters) % logits.shape[-1]].argmax(1).cpu().numpy()
+        right.append((chosen == answers).all())
+    return np.array(right)
 
 
 def sampled(run, edit, prompts):
-    """Tokens after the prompts, half as many."""
+    """Returns tokens sampled after the prompts [n, seq], half as many: [n, seq / 2]."""
     n = prompts.shape[1] // 2
     torch.manual_seed(0)
     with editing(run, edit) as model:
@@ -2467,340 +3101,311 @@ def sampled(run, edit, prompts):
             do_sample=True, pad_token_id=0)[:, -n:]
 
 
+def repetition(texts):
+    """Returns, of each of {name: tokens [n, seq]}, the mean share of a row's pairs of neighbours
+    that came before in it, and the mean entropy of a row in nats."""
+    metrics = {}
+    for name, rows in texts.items():
+        rows = rows.tolist()
+        distinct = [len(set(zip(row, row[1:]))) / (len(row) - 1) for row in rows]
+        metrics |= {f"{name}_repetition": 1 - np.mean(distinct),
+                    f"{name}_entropy": np.mean([miller_madow_entropy(row) for row in rows])}
+    return metrics
+# endregion
+
+
+# region Evaluation: hierarchy
+class Levels(NamedTuple):
+    """Two levels of live units: the children (level 1, or a flat dictionary) and their parents."""
+    lower: Activity
+    upper: Activity
+    parents: np.ndarray  # [child] its parent, an index into upper
+    children: np.ndarray  # live children whose parent is live
+
+    def families(self):
+        """Returns {parent: its live children}, of parents that have at least two."""
+        order = self.children[np.argsort(self.parents[self.children], kind="stable")]
+        parents, first = np.unique(self.parents[order], return_index=True)
+        return {int(p): part for p, part in zip(parents, np.split(order, first[1:]))
+                if len(part) > 1}
+
+    def edges(self):
+        """Returns the pairs (parent, child) of all families: [edge, 2]."""
+        pairs = [(parent, child) for parent, part in self.families().items() for child in part]
+        if not pairs:
+            raise RunnerError(f"no parent has two live children: {len(self.children)} live ones of "
+                              f"{len(self.parents)} have a live parent, each another one.")
+        return np.array(pairs)
+
+
+def levels_of_codes(run, lower, upper, parents):
+    """Returns Levels of codes of the held-out tokens, sparse by column [token, unit]; parents
+    [d_1]."""
+    windows, parents = run.store.windows, parents.cpu().numpy()
+    lower, upper = (Activity.of(codes, windows.heldout_tokens()) for codes in (lower, upper))
+    files = heldout_files(windows)
+    alive = lower.live(files, run.live_rule) & upper.live(files, run.live_rule)[parents]
+    return Levels(lower, upper, parents, np.flatnonzero(alive))
+
+
+def or_levels(activity, groups):
+    """Returns units in groups [unit] as Levels: a group fires where one of its units does."""
+    return Levels(activity, activity.union(groups), groups, np.arange(len(groups)))
+
+
 @torch.no_grad()
-def eval_unlearning(run):
-    """What FORGET's test windows lose, and the others with them, at strengths that cost its dev
-    windows FORGETTING nats."""
+def eval_hierarchy(run):
+    """Mutual information of the levels, clustering, causal tracing of parents."""
+    sae, store, ids = run.sae, run.store, run.store.windows.heldout()
+    flat, share = flat_peer(run)
+    encoded_lower = encode_windows(sae.lower, store, ids)
+    encoded_flat = encode_windows(flat, store, ids)
+    levels = levels_of_codes(run, encoded_lower.codes, run.heldout.codes, sae.parents())
+    starts = {name: starting_levels(run, encoded_lower.codes, grouped)
+              for name, grouped in (("untrained", False), ("start", True))}
+
+    metrics, curves = grouping_results(run, levels, starts, encoded_flat.codes, flat.W_dec)
+    families, rates = levels.families(), levels.upper.rates()
+    parents = evenly_by_rate(families, rates, 2 if run.tiny else TRACED_PARENTS)
+    traces = [trace(run, p, families[p], rates, *windows_with(run.store.windows, levels.upper, p))
+              for p in parents]
+    curves["tree"] = family_tree(store.windows, load_tokenizer(), levels, families, parents,
+                                 sae.W_dec, traces)
+
+    causal, per_sequence = causal_scores(traces, store.windows)
+    variance = controls(run).variance
+    metrics |= causal | {
+        "level_1_l0": np.nanmean(encoded_lower.l0), "flat_trained": share,
+        "level_1_explained_variance": explained_variance(encoded_lower, variance),
+        "flat_explained_variance": explained_variance(encoded_flat, variance)}
+    return Result(metrics, curves, per_sequence)
+
+
+@torch.enable_grad()
+def flat_peer(run):
+    """Returns a TopK SAE as wide, as sparse and as long trained, kept beside the activations, and
+    the share of its steps that the time for evaluations allowed."""
+    store, flat, steps = run.store, untrained(run), run.log["step"][-1]
+    size = peer_batch(store)
+    stage = Stage("flat", steps / (store.windows.n_train // size), PLAIN)
+    key = code_key(train, untrained, Store, steps, flat.d_sae)
+    deadline = time.time() + 60 * TIME_BUDGET_MINUTES * EVALUATION_RESERVE
+    training = train(flat, store, [stage], 0, size, deadline, store.folder / f"flat-{key}.pt")
+    return flat.eval(), sum(training.done) / sum(training.planned)
+
+
+def starting_levels(run, lower_codes, grouped):
+    """Returns the Levels with level 2 as it starts: Ward clusters, or not grouped: at random."""
+    start = copy.deepcopy(run.sae)
+    ids = run.store.windows.heldout()
     torch.manual_seed(0)
-    store, windows, tokenizer = run.store, run.store.windows, load_tokenizer()
-    plan = unlearning_plan(windows, FORGET, tokenizer, folder=store.folder)
-    unlearner = Unlearner(run, plan)
-    strategies = "standard", *unlearner.matcher.thresholds
-    metrics, rocs = unlearner.matcher.scores(
-        encode_windows(run.sae, store, plan.test)[0], store.valid(plan.test),
-        plan.group == "forget")
-    metrics["auroc_bag_of_tokens"] = bag_auroc(windows, plan, MATCHER_WINDOW)
-    edits, scores, frontier, per_sequence = plan.frontier(
-        windows, FORGETTING, strategies, CONTROLS, unlearner.edit, lambda edit, ids: spliced(
-            run, ids, lambda batch: store.unscaled(batch.x + edit(batch))))
-    logits = functools.partial(edited_logits, run)
-    metrics |= scores | plan.padded_losses(
-        windows, strategies, edits, logits, run.get_model().config)
-    metrics |= plan.question_scores(
-        {"forget": FORGET_QUESTIONS, "retain": RETAIN_QUESTIONS}, tokenizer, edits, logits)
-    full, _ = plan.full(windows)
-    metrics |= repetition({name: sampled(
-        run, edit, store.tokens(full)[:, :CONTEXT_LENGTH // 2]) for name, edit in edits.items()})
-    z = run.sae.encode(batch := store.batch(full)).dense()
-    clamped = z[..., unlearner.clamped["forget"]]
-    adjacent = consistency(batch, F.normalize(clamped, dim=-1))
-    metrics["clamped_consistency"] = 1 - adjacent["consistency"].item()
-    passage = unlearner.matcher.passage(z, (clamped > 0).any(-1), batch.tokens, tokenizer)
-    return Result(metrics, {"frontier": frontier, "roc": rocs, "passage": passage},
-                  per_sequence)
+    start.start_level_2(run.store.batch(ids[:32]), grouped)
+    codes = encode_windows(start, run.store, ids).codes
+    return levels_of_codes(run, lower_codes, codes, start.parents())
 
 
-# ---- Sparse probing, in SAEBench's protocol ----
-def binary_task(labels, train, c, rng):
-    """Class c against the rest: (train indices, their y, test indices, their y), y = 1 for c: the whole class and as
-    many of the others, drawn evenly from each."""
-    def part(of):
-        positive, *others = (np.flatnonzero(of & (labels == k)) for k in (c, *np.setdiff1d(labels, c)))
-        each = -(-len(positive) // len(others))
-        negative = rng.permutation(np.concatenate([rng.permutation(other)[:each] for other in others]))
-        index = np.concatenate([positive, negative[:len(positive)]])
-        return index, (labels[index] == c).astype(int)
-
-    return *part(train), *part(~train)
-
-
-def sparse_accuracies(features, windows, numbers):
-    """Test accuracy of one domain against the rest, mean over domains, by logistic regression on the k of `features`
-    [window, d] whose means differ most, for each k of `numbers`, and on all (SAEBench); training windows train."""
-    labels = np.unique(windows.domain_of(np.arange(len(windows.tokens))), return_inverse=True)[1]
-    train, rng, found = np.arange(len(labels)) < windows.n_train, np.random.default_rng(42), []
-    for c in range(labels.max() + 1):
-        fit, y, test, truth = binary_task(labels, train, c, rng)
-        difference = features[fit[y == 1]].mean(0) - features[fit[y == 0]].mean(0)
-        best = np.argsort(-np.abs(difference), kind="stable")
-        found.append([LogisticRegression(max_iter=1000).fit(features[fit][:, best[:k]], y).score(
-            features[test][:, best[:k]], truth) for k in (*numbers, None)])
-    return np.mean(found, 0)
-
-
-def mean_accuracies(found, numbers):
-    """Means over data sets of {features: sparse_accuracies}: flat, and as curves beside the single ones."""
-    curves = {name: np.mean([accuracies[name] for accuracies in found], 0) for name in found[0]}
-    kinds = *(f"top_{k}" for k in numbers), "all"
-    metrics = {f"{name}_{kind}": value for name, values in curves.items() for kind, value in zip(kinds, values)}
-    return metrics, curves | {"k": numbers, "data_sets": found}
-
-
-def pooled_features(store, values):
-    """values(batch) [batch, seq, d], mean over the tokens of each window that count: [window, d]."""
-    ids, found = np.arange(len(store.windows.tokens)), []
-    for part in np.array_split(ids, len(ids) // 32 + 1):
-        keep = store.valid(part)[..., None]
-        found.append(((values(store.batch(part)) * keep).sum(1) / keep.sum(1)).cpu().numpy())
-    return np.concatenate(found)
-
-
-def probing_baselines(store, features, numbers):
-    """sparse_accuracies of pooled features {name: function of a batch}, and of counts of tokens."""
-    found = {name: sparse_accuracies(pooled_features(store, values), store.windows, numbers).tolist()
-             for name, values in features.items()}
-    return found | {"tokens": sparse_accuracies(token_shares(store.windows), store.windows, numbers).tolist()}
-
-
-def sparse_probing(stores, features, numbers, key):
-    """mean_accuracies over stores of pooled features {name: function of a batch}; those of all but "sae", and of counts of
-    tokens, are kept beside the store's files, under the key."""
-    baselines, found = {name: values for name, values in features.items() if name != "sae"}, []
-    for store in stores:
-        base = cached_json(store.folder / f"{key}.json", lambda: probing_baselines(store, baselines, numbers))
-        found.append(base | {"sae": sparse_accuracies(pooled_features(store, features["sae"]), store.windows, numbers)})
-    return mean_accuracies(found, numbers)
-
-
-def token_shares(windows):
-    """Share of each token among those of a window that count, sparse [window, vocabulary]."""
-    keep = windows.valid(np.arange(len(windows.tokens)))
-    row, column = np.nonzero(keep)
-    shape = len(keep), int(windows.tokens.max()) + 1
-    return csr_array((1 / keep.sum(1)[row], (row, windows.tokens[row, column])), shape)
-
-
-
-def probing_store(run, dataset):
-    """Activations of a data set's texts, one a window, scaled as in training."""
-    windows, key = probing_windows(
-        dataset, load_tokenizer(), PROBING_SIZE, CONTEXT_LENGTH, cache_folder() / "tokens")
-    like = run.store
-    store = Store(like.folder.parent / fingerprint(key, like.folder.name), windows,
-                  like.d_in, like.dtype)
-    store.collect(run.get_model, run.layer)
-    store.mean, store.scale = like.mean, like.scale
-    return store
-
-
-@torch.no_grad()
-def eval_sparse_probing(run):
-    """Accuracies of probes on latents, mean over PROBING; baselines."""
-    control = untrained(run)
-    features = {"channels": lambda batch: batch.x,
-                "untrained": lambda batch: control.encode(batch).dense(),
-                "sae": lambda batch: run.sae.encode(batch).dense()}
-    stores = ((run.probing or probing_store)(run, dataset) for dataset in PROBING)
-    metrics, curves = sparse_probing(
-        stores, features, PROBED, fingerprint(
-            *sources(TopK, untrained, eval_sparse_probing), TARGET_L0, PROBED, run.sae.d_sae))
-    return Result(metrics, {"sparse_probing": curves}, {})
-
-
-# ---- Hierarchy: level 2 against level 1, and through the model ----
+# --- what a parent's activity says about its children's ---
 def binary_information(both, first, second, n):
-    """Mutual information in nats of two events that happen first and second times in n, both times together."""
+    """Returns the mutual information in nats of two events that happen first and second times in n,
+    both times together; arrays broadcast."""
     total = 0.0
-    for joint, a, b in ((both, first, second), (first - both, first, n - second), (second - both, n - first, second),
-                        (n - first - second + both, n - first, n - second)):
+    cells = ((both, first, second), (first - both, first, n - second),
+             (second - both, n - first, second), (n - first - second + both, n - first, n - second))
+    for joint, a, b in cells:
         with np.errstate(divide="ignore", invalid="ignore"):
-            total = total + np.where(joint > 0, joint / n * np.log(joint * n / np.asarray(a * b, dtype=float)), 0.0)
+            ratio = joint * n / np.asarray(a * b, dtype=float)
+            total = total + np.where(joint > 0, joint / n * np.log(ratio), 0.0)
     return total
 
 
 def binary_entropy(count, n):
+    """Returns the entropy in nats of an event that happens count times in n."""
     return binary_information(count, count, count, n)
 
 
-class Edges(NamedTuple):
-    """What parents tell of children, by edge."""
-    information: np.ndarray     # [edge] bias-corrected mutual information over the child's entropy
-    p: np.ndarray               # [edge] share of circular shifts that reach it
-    draws: np.ndarray           # [draw] mean over edges for files drawn with replacement
+class EdgeInformation(NamedTuple):
+    """How much parents say about their children, by edge."""
+    share: np.ndarray  # [edge] bias-corrected mutual information / the child's entropy
+    p: np.ndarray  # [edge] share of circular shifts that reach it
+    draws: np.ndarray  # [draw] mean over edges, for files drawn with replacement
 
     @property
     def mean(self):
-        return self.information.mean() if len(self.information) else 0.0
+        """The mean share over edges; 0 without edges."""
+        return self.share.mean() if len(self.share) else 0.0
 
 
-def edge_information(parents, children_of, edges, files, draws=200, least_shift=17):
-    """Edges of pairs (parent, child) [edge, 2]: I(parent; child) of binary activity, less its mean over circular shifts
-    of the parent by at least `least_shift` tokens, over H(child). files [n]: of each token."""
-    rng, n, found = np.random.default_rng(0), parents.n, []
-    names, of = np.unique(files, return_inverse=True)
-    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws).T        # [file, draw]
+def edge_information(levels, edges, files, draws=200, least_shift=17):
+    """Returns the EdgeInformation of pairs (parent, child) [edge, 2]: I(parent; child) of binary
+    activity, less its mean over circular shifts of the parent by at least `least_shift` tokens,
+    over H(child). files [n]: of each token."""
+    rng, n, rows = np.random.default_rng(0), levels.upper.n, []
+    names, file_of = np.unique(files, return_inverse=True)
+    shares = np.full(len(names), 1 / len(names))
+    weights = rng.multinomial(len(names), shares, draws).T  # [file, draw]
     if n <= 2 * least_shift:
         raise RunnerError(f"{n} held-out tokens are too few for circular shifts of {least_shift}.")
-    shifts, sizes = rng.integers(least_shift, n - least_shift, draws), np.bincount(of)
+    shifts = rng.integers(least_shift, n - least_shift, draws)
+    drawn = np.bincount(file_of) @ weights  # [draw] tokens
     on, total = np.zeros(2 * n, dtype=bool), np.zeros(draws)
+
     for parent, child in edges:
-        at, times = parents.places[parent], children_of.places[child]
+        at, times = levels.upper.places[parent], levels.lower.places[child]
         on[at], on[at + n] = True, True
-        both = times[on[times]]
-        shifted = on[times[None] + shifts[:, None]].sum(1)
+        both, shifted = times[on[times]], on[times[None] + shifts[:, None]].sum(1)
         on[at], on[at + n] = False, False
+
         observed = binary_information(len(both), len(at), len(times), n)
         null = binary_information(shifted, len(at), len(times), n)
-        miller_madow_entropy = max(binary_entropy(len(times), n), 1e-12)
-        found.append(((observed - null.mean()) / miller_madow_entropy, (1 + (null >= observed).sum()) / (1 + draws)))
-        counts = [np.bincount(of[part], minlength=len(names)) @ weights for part in (both, at, times)]
-        drawn = sizes @ weights
+        entropy = max(binary_entropy(len(times), n), 1e-12)
+        p = (1 + (null >= observed).sum()) / (1 + draws)
+        rows.append(((observed - null.mean()) / entropy, p))
+
+        counts = [np.bincount(file_of[part], minlength=len(names)) @ weights
+                  for part in (both, at, times)]
         again = binary_information(*counts, drawn) - null.mean()
         total += again / np.maximum(binary_entropy(counts[2], drawn), 1e-12)
-    information, p = np.array(found).reshape(-1, 2).T
-    return Edges(information, p, total / max(len(edges), 1))
+    share, p = np.array(rows).reshape(-1, 2).T
+    return EdgeInformation(share, p, total / max(len(edges), 1))
 
 
-def alike_parents(rates, edges, rng):
-    """For each edge (parent, child) another parent, one of the ten nearest in rate."""
+def rate_matched_parents(rates, edges, rng):
+    """Returns each edge (parent, child) with another parent, one of the ten nearest in rate."""
     order = np.argsort(rates, kind="stable")
-    place = np.argsort(order)
-    found = []
+    place, pairs = np.argsort(order), []
     for parent, child in edges:
         low = int(np.clip(place[parent] - 5, 0, max(len(order) - 11, 0)))
         near = order[low:low + 11]
-        found.append((rng.choice(near[near != parent]), child))
-    return np.array(found)
+        pairs.append((rng.choice(near[near != parent]), child))
+    return np.array(pairs)
 
 
-def information_scores(edges, controls):
-    """Mean information of Edges and of {name: Edges} of controls; of each the difference with its 95 % interval over
-    files, and q after Benjamini-Hochberg over the controls; share of the edges that are significant after it."""
-    found = {"mutual_information": edges.mean,
-             "edges_significant": (false_discovery_control(edges.p) < 0.05).mean() if len(edges.p) else 0.0}
+def information_metrics(edges, rivals):
+    """Returns the mean of EdgeInformation and of {name: EdgeInformation} of rivals; of each the
+    difference with its 95 % interval over files, and q after Benjamini-Hochberg over the rivals;
+    the share of the edges that are significant after it."""
+    significant = (false_discovery_control(edges.p) < 0.05).mean() if len(edges.p) else 0.0
+    metrics = {"mutual_information": edges.mean, "edges_significant": significant}
     tails = []
-    for name, control in controls.items():
-        gap = edges.draws - control.draws
+    for name, rival in rivals.items():
+        gap, over = edges.draws - rival.draws, f"mutual_information_over_{name}"
         low, high = np.percentile(gap, (2.5, 97.5))
-        found |= {f"mutual_information_{name}": control.mean, f"mutual_information_over_{name}": edges.mean - control.mean,
-                  f"mutual_information_over_{name}_low": low, f"mutual_information_over_{name}_high": high}
+        metrics |= {f"mutual_information_{name}": rival.mean, over: edges.mean - rival.mean,
+                    f"{over}_low": low, f"{over}_high": high}
         tails.append(min(1.0, 2 * (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (1 + len(gap))))
-    for name, q in zip(controls, false_discovery_control(tails)):
-        found[f"mutual_information_over_{name}_q"] = q
-    return found
+    for name, q in zip(rivals, false_discovery_control(tails)):
+        metrics[f"mutual_information_over_{name}_q"] = q
+    return metrics
 
 
-def label_kinds(windows):
-    """Labels of the held-out tokens that count {name: class [n]}: the token, its class with all labels taken together,
-    and, where there are labels, its type and its context apart."""
-    keep = windows.heldout_tokens()
-    found = {"token": windows.tokens[windows.n_train:, 1:].ravel()[keep], "class": token_classes(windows)[keep]}
-    if windows.labels is not None and (windows.labels >= 0).any():
-        labels = windows.labels[:, 1:].reshape(-1, len(LABELS))[keep]
-        found["type"] = labels[:, 0] + 1
-        found["context"] = np.unique(labels[:, 1:], axis=0, return_inverse=True)[1].ravel()
-    return found
-
-
-def modal_labels(places, classes):
-    """The most frequent class on the tokens where each unit fires."""
-    return np.array([np.bincount(classes[at]).argmax() for at in places])
+# --- how well groups follow labels ---
+class Units(NamedTuple):
+    """Units that are put into groups."""
+    places: list  # unit -> tokens on which it fires
+    directions: np.ndarray  # [unit, d]
 
 
 def ward_groups(directions, n_groups):
-    """Group [unit] of directions [unit, d] by Ward's method."""
-    from sklearn.cluster import AgglomerativeClustering
-    return AgglomerativeClustering(int(np.clip(n_groups, 1, len(directions)))).fit_predict(directions)
+    """Returns the group [unit] of directions [unit, d] by Ward's method."""
+    n_groups = int(np.clip(n_groups, 1, len(directions)))
+    return AgglomerativeClustering(n_groups).fit_predict(directions)
 
 
 def kmeans_groups(directions, n_groups):
-    from sklearn.cluster import KMeans
-    return KMeans(int(np.clip(n_groups, 1, len(directions))), n_init=1, random_state=0).fit_predict(directions)
+    """Returns the group [unit] of directions [unit, d] by k-means."""
+    n_groups = int(np.clip(n_groups, 1, len(directions)))
+    return KMeans(n_groups, n_init=1, random_state=0).fit_predict(directions)
 
 
-def clustering_scores(groups, places, kinds, directions):
-    """How well groups [unit] follow the labels of the units: adjusted mutual information and adjusted Rand index with
-    the modal label of each of `kinds`; and the silhouette of the directions [unit, d], which proves nothing where a
-    loss trained it."""
-    from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, silhouette_score
-    found = {}
+def label_kinds(windows):
+    """Returns the labels of the held-out tokens that count, {name: class [n]}: the token, its class
+    with all labels taken together, and, where there are labels, its type and its context apart."""
+    keep = windows.heldout_tokens()
+    tokens = windows.tokens[windows.n_train:, 1:].ravel()[keep]
+    kinds = {"token": tokens, "class": token_classes(windows)[keep]}
+    if windows.labels is not None and (windows.labels >= 0).any():
+        labels = windows.labels[:, 1:].reshape(-1, len(LABELS))[keep]
+        kinds["type"] = labels[:, 0] + 1
+        kinds["context"] = np.unique(labels[:, 1:], axis=0, return_inverse=True)[1].ravel()
+    return kinds
+
+
+def modal_labels(places, classes):
+    """Returns the most frequent class on the tokens where each unit fires."""
+    return np.array([np.bincount(classes[at]).argmax() for at in places])
+
+
+def clustering_metrics(groups, units, kinds):
+    """Returns how well groups [unit] follow the modal label of each of `kinds`: adjusted mutual
+    information and adjusted Rand index; and the silhouette of the directions, which proves nothing
+    where a loss trained it."""
+    metrics = {}
     for kind, classes in kinds.items():
-        labels = modal_labels(places, classes)
-        found |= {f"ami_{kind}": adjusted_mutual_info_score(labels, groups), f"ari_{kind}": adjusted_rand_score(labels, groups)}
+        labels = modal_labels(units.places, classes)
+        metrics |= {f"ami_{kind}": adjusted_mutual_info_score(labels, groups),
+                    f"ari_{kind}": adjusted_rand_score(labels, groups)}
     if 1 < len(np.unique(groups)) < len(groups):
-        found["silhouette"] = silhouette_score(directions, groups)
-    return found
+        metrics["silhouette"] = silhouette_score(units.directions, groups)
+    return metrics
 
 
-class Levels(NamedTuple):
-    """Two levels of live units: the children (level 1, or those of a flat dictionary) and the parent of each."""
-    lower: Activity
-    upper: Activity
-    parents: np.ndarray     # [child] index into upper
-    children_of: np.ndarray    # live children whose parent is live
+def grouping_results(run, levels, starts, flat_codes, flat_directions):
+    """Returns metrics and curves of Levels beside {name: Levels} of level 2 as it starts, and
+    beside groups of a flat SAE's latents (sparse codes, directions [latent, d])."""
+    windows, families = run.store.windows, levels.families()
+    if not families:
+        return {"groups": 0}, {}
+    files, units = heldout_files(windows), levels.children
+    groups = np.unique(levels.parents[units], return_inverse=True)[1]
+    directions = run.sae.lower.W_dec.cpu().numpy()
+    own = Units([levels.lower.places[i] for i in units], directions[units])
+    flat = Activity.of(flat_codes, windows.heldout_tokens())
+    live = np.flatnonzero(flat.live(files, run.live_rule))
+    flat, flat_directions = flat.only(live), flat_directions.cpu().numpy()[live]
 
-    @classmethod
-    def of(cls, lower, upper, parents, files, live):
-        alive = lower.live(files, *live) & upper.live(files, *live)[parents]
-        return cls(lower, upper, parents, np.flatnonzero(alive))
+    n_groups, kinds = groups.max() + 1, label_kinds(windows)
+    as_many = max(1, round(len(live) * n_groups / len(units)))  # as many units in each
+    tables = {"": (groups, own)}
+    for name, cluster in (("ward", ward_groups), ("kmeans", kmeans_groups)):
+        tables[f"_{name}"] = cluster(flat_directions, as_many), Units(flat.places, flat_directions)
+        tables[f"_{name}_level_1"] = cluster(directions[units], n_groups), own
+    metrics = {"groups": n_groups, "group_size": len(units) / n_groups,
+               "singletons": (np.bincount(groups) == 1).mean(),
+               "duplicates": duplicate_fraction(families, directions)}
+    for name, (table, of_units) in tables.items():
+        scores = clustering_metrics(table, of_units, kinds)
+        metrics |= {f"{key}{name}": value for key, value in scores.items()}
 
-    def families(self):
-        """{parent: its live children}, of parents that have at least two."""
-        order = self.children[np.argsort(self.parents[self.children], kind="stable")]
-        parents, first = np.unique(self.parents[order], return_index=True)
-        return {int(p): part for p, part in zip(parents, np.split(order, first[1:])) if len(part) > 1}
-
-    def edges(self):
-        found = [(parent, child) for parent, part in self.families().items() for child in part]
-        if not found:
-            raise RunnerError(f"no parent has two live children: {len(self.children)} live ones of {len(self.parents)} have "
-                            "a live parent, each another one.")
-        return np.array(found)
-
-    def information(self, files, edges=None):
-        return edge_information(self.upper, self.lower, self.edges() if edges is None else edges, files)
-
-
-def or_groups(activity, groups):
-    """Units in groups [unit], as Levels: a group fires where one of its units does."""
-    return Levels(activity, activity.union(groups), groups, np.arange(len(groups)))
+    ward = or_levels(flat, tables["_ward"][0])
+    metrics |= information_against_rivals(levels, ward, starts, files)
+    return metrics, information_curves(levels, families, files)
 
 
-def levels_of_codes(windows, live, lower, upper, parents):
-    """Levels of codes of the held-out tokens, sparse [token, unit] by column."""
-    both = (Activity.of(codes, windows.heldout_tokens()) for codes in (lower, upper))
-    return Levels.of(*both, parents.cpu().numpy(), heldout_files(windows), live)
+def information_against_rivals(levels, ward, starts, files):
+    """Returns information_metrics of Levels beside other parents of similar rate, Ward clusters of
+    a flat SAE and level 2 as it starts."""
+    edges, rng = levels.edges(), np.random.default_rng(0)
+    others = rate_matched_parents(levels.upper.rates(), edges, rng)
+    rivals = {"non_edges": edge_information(levels, others, files),
+              "ward": edge_information(ward, ward.edges(), files)}
+    rivals |= {name: edge_information(start, start.edges(), files)
+               for name, start in starts.items()}
+    return information_metrics(edge_information(levels, edges, files), rivals)
 
 
-def hierarchy_scores(windows, levels_of_codes, starts, flat, directions, flat_directions, live):
-    """What two Levels tell: -> metrics, curves, families.
-
-    starts: {name: Levels} with the level 2 that was not trained; flat: codes of a flat SAE, sparse; directions of the
-    features of level 1 and of the flat SAE's latents [unit, d]; live: (firings, files) of a live unit."""
-    files = heldout_files(windows)
-    if not levels_of_codes.families():                               # no parent has two live children
-        return {"groups": 0}, {}, {}
-    rng, edges, families = np.random.default_rng(0), levels_of_codes.edges(), levels_of_codes.families()
-    units, directions, flat_directions = levels_of_codes.children, directions.cpu().numpy(), flat_directions.cpu().numpy()
-    groups = np.unique(levels_of_codes.parents[units], return_inverse=True)[1]
-    flat = Activity.of(flat, windows.heldout_tokens())
-    of_flat = np.flatnonzero(flat.live(files, *live))
-    flat, flat_directions = flat.only(of_flat), flat_directions[of_flat]
-    n_groups = max(1, round(len(of_flat) * (groups.max() + 1) / len(units)))           # as many units in each
-    kinds, own = label_kinds(windows), [levels_of_codes.lower.places[i] for i in units]
-    metrics = {"groups": groups.max() + 1, "group_size": len(units) / (groups.max() + 1),
-               "singletons": (np.bincount(groups) == 1).mean(), "duplicates": duplicate_fraction(families, directions)}
-    tables = {"": (groups, own, directions[units])}
-    for method in (ward_groups, kmeans_groups):
-        tables[f"_{method.__name__}"] = method(flat_directions, n_groups), flat.places, flat_directions
-        tables[f"_{method.__name__}_level_1"] = method(directions[units], groups.max() + 1), own, directions[units]
-    for name, (found, places, d) in tables.items():
-        metrics |= {f"{key}{name}": value for key, value in clustering_scores(found, places, kinds, d).items()}
-    controls = {"non_edges": levels_of_codes.information(files, alike_parents(levels_of_codes.upper.rates(), edges, rng)),
-                "ward": or_groups(flat, tables["_ward"][0]).information(files)}
-    controls |= {name: start.information(files) for name, start in starts.items()}
-    metrics |= information_scores(levels_of_codes.information(files), controls)
+def information_curves(levels, families, files):
+    """Returns the information of the largest families' parents about children of all of them."""
     shown = sorted(families, key=lambda p: -len(families[p]))[:12]
-    children_of = np.concatenate([families[p][:3] for p in shown])
-    pairs = np.array([(p, i) for p in shown for i in children_of])
-    matrix = edge_information(levels_of_codes.upper, levels_of_codes.lower, pairs, files, 50).information
-    curves = {"information_matrix": matrix.reshape(len(shown), -1).round(4), "matrix_parents": np.array(shown),
-              "matrix_children": children_of, "matrix_family": np.array([levels_of_codes.parents[i] for i in children_of])}
-    return metrics, curves, families
+    children = np.concatenate([families[p][:3] for p in shown])
+    pairs = np.array([(p, i) for p in shown for i in children])
+    matrix = edge_information(levels, pairs, files, 50).share
+    return {"information_matrix": matrix.reshape(len(shown), -1).round(4),
+            "matrix_parents": np.array(shown), "matrix_children": children,
+            "matrix_family": np.array([levels.parents[i] for i in children])}
 
 
 def duplicate_fraction(families, directions):
-    """Share of the children that point as a sibling does, cosine above .95."""
+    """Returns the share of the children that point as a sibling does, cosine above .95."""
     same, n = 0, 0
     for part in families.values():
         unit = normalize(directions[part])
@@ -2809,111 +3414,35 @@ def duplicate_fraction(families, directions):
     return same / max(n, 1)
 
 
+# --- causal tracing ---
 def evenly_by_rate(families, rates, n):
-    """n parents, evenly spaced in the order of their rates."""
+    """Returns n parents, evenly spaced in the order of their rates."""
     order = sorted(families, key=lambda p: (rates[p], p))
-    return [order[i] for i in np.unique(np.linspace(0, len(order) - 1, n).round().astype(int))] if order else []
-
-
-def row_cosines(a, b):
-    """Of rows [n, d]; 0 where one is zero."""
-    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
-
-
-def matched_controls(size, parent, rates):
-    """Of latents of `size` [windows, seq, d_sae]: where the parent is active beside another one, [windows, seq]; which of
-    those is nearest to it in log size and log rate [d_sae] together; and which of all in rate."""
-    size, rate = size.log(), torch.as_tensor(rates, device=size.device).clamp_min(1e-9).log()
-    near = (rate - rate[parent]).abs()
-    near[parent] = math.inf
-    apart = (size - size[..., parent, None]).abs() + near
-    apart, rival = apart.nan_to_num(math.inf, math.inf).min(2)
-    return size[..., parent].isfinite() & apart.isfinite(), rival, near.argmin()
-
-
-def summarise_ablation(docs, on, changes, rises, h, children_of):
-    """Of one parent, at the tokens `on` [windows, seq] of documents [windows], n in all, what changes in the logits,
-    [2 + children, n, vocab], where it, its rival, each child is ablated; what in those, [2, m, vocab], where it and its rival
-    are put in; and level 1 there, h [2][m, d_1]. -> cosines with the children's sum [n]; mean rise of the ten tokens that
-    this sum lowers most; share of the children that then fire."""
-    files = docs[on.nonzero()[:, 0].cpu().numpy()]
-    changes, rises = changes.cpu().numpy(), rises.cpu().numpy()
-    fires = [(part[:, children_of] > 0).float().mean().item() for part in h]
-    own, other, *finite_number = changes
-    summed = np.sum(finite_number, 0)
-    top = np.argsort((summed - summed.mean(1, keepdims=True)).mean(0), kind="stable")[:10]
-    up = (rises - rises.mean(2, keepdims=True))[:, :, top].mean((1, 2))
-    return {"files": files, "own": row_cosines(own, summed), "rival": row_cosines(other, summed), "patched_rise": up[0],
-            "rival_rise": up[1], "patched_children": fires[0], "rival_children": fires[1]}
-
-
-def causal_scores(traces, windows):
-    """Of traces, one a parent (see `traced`): mean cosine of a parent's effect with its children's summed effects,
-    and of its rival's; their ratio, the causal specificity; p of the difference, by sign flips of files; what patching
-    does to the logits of the children's top tokens, and to the children; and the cosines by document [sample]."""
-    if not traces:
-        return {}, {}
-    files, own, rival = (np.concatenate([trace[name] for trace in traces]) for name in ("files", "own", "rival"))
-    means = np.array([[values[files == file].mean() for values in (own, rival)] for file in np.unique(files)])
-    gap, rng = means[:, 0] - means[:, 1], np.random.default_rng(0)
-    flips = rng.choice((-1.0, 1.0), (10_000, len(gap))) @ gap
-    found = {"causal_cosine": own.mean(), "causal_cosine_rival": rival.mean(),
-             "causal_specificity": own.mean() / max(rival.mean(), 1e-3),
-             "causal_p": (1 + (flips >= gap.sum() - 1e-12).sum()) / (1 + len(flips))}
-    for name in ("rise", "children"):
-        a, b = (np.array([trace[key] for trace in traces]) for key in (f"patched_{name}", f"rival_{name}"))
-        found |= {f"patched_{name}": a.mean(), f"patched_{name}_rival": b.mean(), f"patched_{name}_share": (a > b).mean()}
-    return found, {f"causal_cosine{end}": windows.by_document(values, files)
-                   for end, values in (("", own), ("_rival", rival))}
+    if not order:
+        return []
+    return [order[i] for i in np.unique(np.linspace(0, len(order) - 1, n).round().astype(int))]
 
 
 def windows_with(windows, activity, unit, n=4):
-    """Ids of up to n windows, one a file, in which a unit fires most, and of as many of other files in which it fires
-    least."""
+    """Returns the ids of up to n windows, one a file, in which a unit fires most, and of as many of
+    other files in which it fires least."""
     seq, files = windows.tokens.shape[1] - 1, windows.doc_ids[windows.n_train:]
     rows = windows.heldout_tokens()[activity.places[unit]] // seq
-    counts = np.bincount(rows, minlength=len(files)) + np.random.default_rng(unit).random(len(files)) / 2  # ties: any
-    order = np.argsort(-counts)
-    first = order[np.sort(np.unique(files[order], return_index=True)[1])]          # the best window of each file
+    ties = np.random.default_rng(unit).random(len(files)) / 2  # broken at random
+    order = np.argsort(-(np.bincount(rows, minlength=len(files)) + ties))
+
+    first = order[np.sort(np.unique(files[order], return_index=True)[1])]  # a file's best window
     chosen = first[:min(n, len(first) // 2)]
     others = order[::-1][~np.isin(files[order[::-1]], files[chosen])]
     absent = others[np.sort(np.unique(files[others], return_index=True)[1])][:n]
     return windows.n_train + chosen, windows.n_train + absent
 
 
-
-def batch_windows(store):  # of SAEs trained beside the run's own
-    return min(BATCH_TOKENS // CONTEXT_LENGTH, store.windows.n_train)
-
-
-@torch.enable_grad()
-def flat_peer(run):
-    """A TopK SAE as wide, as sparse and as long trained, kept beside the activations; the share of
-    its steps that the time for evaluations allowed."""
-    store, flat, steps = run.store, untrained(run), run.log["step"][-1]
-    size = batch_windows(store)
-    key = fingerprint(*sources(TopK, train, train_step), steps, flat.d_sae, TARGET_L0, BATCH_TOKENS,
-                      LEARNING_RATE, TRAIN_ON, TRAIN_POSITIONS)
-    stage = Stage("flat", steps / (store.windows.n_train // size), PLAIN)
-    deadline = time.time() + 60 * TIME_BUDGET_MINUTES * EVALUATION_RESERVE
-    _, planned, done = train(flat, store, [stage], 0, size, deadline,
-                             store.folder / f"flat-{key}.pt")
-    return flat.eval(), sum(done) / sum(planned)
-
-
-def logit_changes(run, ids, deltas, at):
-    """What adding each of deltas [windows, seq, d_in] to x changes in the logits at the tokens `at`
-    [windows, seq]: [deltas, n, vocab]."""
-    tokens = run.store.windows.tokens[ids]
-    own, *found = (edited_logits(run, lambda _: delta, tokens, tokens >= 0)[:, 1:][at].float()
-                   for delta in (torch.zeros_like(deltas[0]), *deltas))
-    return torch.stack(found) - own
-
-
 def trace(run, parent, children, rates, ids, absent):
-    """On windows `ids` ablates a parent, its children singly, and the active parent that is nearest
-    to it in rate [d_sae] and size; puts it, and one of like rate, into windows `absent`."""
-    sae, norm = run.sae, run.sae.directions().norm(dim=1)
+    """Returns the ablation_summary of a parent: on windows `ids` it, its children singly, and the
+    active parent nearest to it in rate [d_sae] and size are ablated; it, and one of similar rate,
+    is put into windows `absent`."""
+    sae, size = run.sae, run.sae.directions().norm(dim=1)
 
     def edited(z, latent, value, where):  # change of x_hat2 where a latent is set to value
         chosen = where[..., None] & (torch.arange(sae.d_sae, device=DEVICE) == latent)
@@ -2922,126 +3451,158 @@ def trace(run, parent, children, rates, ids, absent):
 
     batch = run.store.batch(ids)
     z, h = sae.encode(batch).dense(), sae.levels(batch).dense()
-    on, rival, like = matched_controls(z * norm, parent, rates)
+    on, rival, similar = matched_controls(z * size, parent, rates)
     deltas = [edited(z, latent, 0.0, on) for latent in (parent, rival[..., None])]
     deltas += [-(h[..., i] * on)[..., None] * sae.lower.W_dec[i] for i in children]
     changes, value = logit_changes(run, ids, deltas, on), z[..., parent][on].mean()
+
     batch = run.store.batch(absent)
     z = sae.encode(batch).dense()
     where = run.store.valid(absent) & (batch.positions % 8 == 1) & (z[..., parent] == 0)
-    deltas = [edited(z, i, value * norm[parent] / norm[i], where) for i in (parent, like)]
+    deltas = [edited(z, i, value * size[parent] / size[i], where) for i in (parent, similar)]
     rises = logit_changes(run, absent, deltas, where)
-    h = [sae.levels(batch._replace(x=batch.x + delta)).dense()[where] for delta in deltas]
-    return summarise_ablation(run.store.windows.doc_ids[ids], on, changes, rises, h, children)
+    fired = [(sae.levels(batch._replace(x=batch.x + delta)).dense()[where][:, children] > 0)
+             .float().mean().item() for delta in deltas]
+    files = run.store.windows.doc_ids[ids][on.nonzero()[:, 0].cpu().numpy()]
+    return ablation_summary(files, changes.cpu().numpy(), rises.cpu().numpy(), fired)
 
 
+def matched_controls(size, parent, rates):
+    """Returns of latents of `size` [windows, seq, d_sae]: where the parent is active beside another
+    one, [windows, seq]; which of those is nearest to it in log size and log rate [d_sae] together;
+    and which of all is nearest in rate."""
+    size, rate = size.log(), torch.as_tensor(rates, device=size.device).clamp_min(1e-9).log()
+    near = (rate - rate[parent]).abs()
+    near[parent] = math.inf
+    apart = (size - size[..., parent, None]).abs() + near
+    apart, rival = apart.nan_to_num(math.inf, math.inf).min(2)
+    return size[..., parent].isfinite() & apart.isfinite(), rival, near.argmin()
+
+
+def logit_changes(run, ids, deltas, at):
+    """Returns what adding each of deltas [windows, seq, d_in] to x changes in the logits at the
+    tokens `at` [windows, seq]: [deltas, n, vocab]."""
+    tokens = run.store.windows.tokens[ids]
+    own, *edited = (edited_logits(run, lambda _: delta, tokens, tokens >= 0)[:, 1:][at].float()
+                    for delta in (torch.zeros_like(deltas[0]), *deltas))
+    return torch.stack(edited) - own
+
+
+class AblationSummary(NamedTuple):
+    """Effects of one parent on the logits, at n tokens."""
+    files: np.ndarray  # [n] document of each token
+    own: np.ndarray  # [n] cosine of the parent's effect with its children's summed effects
+    rival: np.ndarray  # [n] the same of its matched control
+    patched_rise: float  # put in: rise of the logits that the children raise most
+    rival_rise: float
+    patched_children: float  # put in: share of the children that then fire
+    rival_children: float
+
+
+def ablation_summary(files, changes, rises, fired):
+    """Returns the AblationSummary of changes of the logits [2 + children, n, vocab] where the
+    parent, its control and each child is ablated, rises [2, m, vocab] where parent and control are
+    put in, fired [2]: the share of children that then fire."""
+    own, other, *single = changes
+    summed = np.sum(single, 0)
+    top = np.argsort((summed - summed.mean(1, keepdims=True)).mean(0), kind="stable")[:10]
+    up = (rises - rises.mean(2, keepdims=True))[:, :, top].mean((1, 2))
+    return AblationSummary(files, row_cosines(own, summed), row_cosines(other, summed), *up, *fired)
+
+
+def row_cosines(a, b):
+    """Returns the cosines of rows [n, d]; 0 where one is zero."""
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return (a * b).sum(1) / np.maximum(lengths, 1e-12)
+
+
+def causal_scores(traces, windows):
+    """Returns of AblationSummaries, one a parent: mean cosine of a parent's effect with its
+    children's summed effects, and of its control's; their ratio, the causal specificity; p of the
+    difference, by sign flips of files; what patching does to the logits of the children's top
+    tokens, and to the children; and the cosines by document [sample]."""
+    if not traces:
+        return {}, {}
+    files, own, rival = (np.concatenate([getattr(part, name) for part in traces])
+                         for name in ("files", "own", "rival"))
+    means = np.array([[values[files == file].mean() for values in (own, rival)]
+                      for file in np.unique(files)])
+    gap, rng = means[:, 0] - means[:, 1], np.random.default_rng(0)
+    flips = rng.choice((-1.0, 1.0), (10_000, len(gap))) @ gap
+    metrics = {"causal_cosine": own.mean(), "causal_cosine_rival": rival.mean(),
+               "causal_specificity": own.mean() / max(rival.mean(), 1e-3),
+               "causal_p": (1 + (flips >= gap.sum() - 1e-12).sum()) / (1 + len(flips))}
+
+    for name in ("rise", "children"):
+        a, b = (np.array([getattr(part, f"{who}_{name}") for part in traces])
+                for who in ("patched", "rival"))
+        metrics |= {f"patched_{name}": a.mean(), f"patched_{name}_rival": b.mean(),
+                    f"patched_{name}_share": (a > b).mean()}
+    return metrics, {f"causal_cosine{end}": windows.by_document(values, files)
+                     for end, values in (("", own), ("_rival", rival))}
+# endregion
+
+
+# region Evaluation: composition
 @torch.no_grad()
-def eval_hierarchy(run):
-    """Mutual information of the levels, clustering, causal tracing of parents."""
-    sae, store, windows = run.sae, run.store, run.store.windows
-    ids, (flat, share) = windows.heldout(), flat_peer(run)
-    (lower, rows, _), (peer, flat_rows, _) = (
-        encode_windows(s, store, ids) for s in (sae.lower, flat))
-    levels = functools.partial(levels_of_codes, windows, run.live, lower)
-    both, starts = levels(run.heldout[0], sae.parents()), {}
-    for name in ("untrained", "start"):
-        start = copy.deepcopy(sae)
-        torch.manual_seed(0)
-        start.begin(store.batch(ids[:32]), grouped=name == "start")
-        starts[name] = levels(encode_windows(start, store, ids)[0], start.parents())
-    metrics, curves, families = hierarchy_scores(
-        windows, both, starts, peer, sae.lower.W_dec, flat.W_dec, run.live)
-    rates, variance = both.upper.rates(), controls(run)["variance"]
-    parents = evenly_by_rate(families, rates, 2 if run.probing else TRACED)
-    traces = [trace(run, p, families[p], rates, *windows_with(windows, both.upper, p))
-              for p in parents]
-    curves["tree"] = family_tree(
-        windows, load_tokenizer(), both, families, parents, sae.W_dec, traces)
-    causal, per_sequence = causal_scores(traces, windows)
-    metrics |= causal | {"level_1_l0": np.nanmean(rows["l0"]), "flat_trained": share,
-                         "level_1_explained_variance": explained_variance(rows, variance),
-                         "flat_explained_variance": explained_variance(flat_rows, variance)}
-    return Result(metrics, curves, per_sequence)
+def eval_composition(run):
+    """Whether attention shows which features act together; their reuse; patterns."""
+    sae, windows, rng = run.sae, run.store.windows, np.random.default_rng(0)
+    places = rng.permutation(windows.heldout_tokens())[:32 if run.tiny else COMPOSED_TOKENS]
+    row, at = np.divmod(places, CONTEXT_LENGTH - 1)
+    batch = run.store.batch(windows.n_train + row)
+    x, tokens = (a[torch.arange(len(at)), at][:, None] for a in (batch.x, batch.tokens))
+    batch = batch._replace(x=x, mask=None)  # one token a row
+
+    (ids, f), attention = sae.features(batch), None
+    codes = sae.encode(batch).dense()[:, 0, sae.d_f:].cpu().numpy()
+    if (weights := sae.attention(ids, f)) is not None:
+        attention = weights.mean(1).cpu().numpy()  # over heads: [n, k, k]
+    metrics = {"compositions_per_token": (codes > 0).sum(1).mean(),
+               "live_compositions": (codes > 0).any(0).mean()}
+    singles, pairs = ablation_effects(
+        lambda amounts: sae.compose(ids, torch.from_numpy(amounts).to(DEVICE)).cpu().numpy(),
+        ids.cpu().numpy(), f.cpu().numpy(), codes > 0, rng)
+    if not len(singles.token):  # the features take all of TARGET_L0
+        return Result(metrics, {}, {})
+
+    reuse = feature_reuse(singles, codes.shape[1], rng, least=min(5, run.live_rule.firings))
+    metrics |= reuse.metrics
+    if attention is not None:
+        seen = (attention[pairs.token, pairs.slot, pairs.other_slot]
+                + attention[pairs.token, pairs.other_slot, pairs.slot])
+        metrics |= interaction_metrics(pairs, seen)
+    null = [np.bincount(row, minlength=len(reuse.counts)) for row in reuse.random_counts]
+    text = load_tokenizer().batch_decode(tokens)
+    return Result(metrics, {
+        "patterns": composition_patterns(codes, singles, pairs, text),
+        "reuse": np.bincount(reuse.counts), "reuse_null": np.mean(null, 0)[:40]}, {})
 
 
-# ---- Compositions: recovery of known ones, interaction and reuse ----
-def aurocs(values, positive):
-    """AUROC of each column of non-negative values [n, d], sparse in n, for positive [n]. A column that fires on less
-    than a fifth of the positives, for which it is at most .6, counts as .5."""
-    found, n = np.full(values.shape[1], 0.5), positive.sum()
-    often = np.flatnonzero((values[positive] > 0).mean(0) >= 0.2)
-    ranks = rankdata(values[:, often], axis=0)[positive].sum(0)
-    found[often] = (ranks - n * (n + 1) / 2) / (n * (len(positive) - n))
-    return found
+class SingleEffects(NamedTuple):
+    """Losses of compositions where one feature is dropped, by instance [n]."""
+    token: np.ndarray
+    feature: np.ndarray
+    composition: np.ndarray
+    effect: np.ndarray  # c(f) - c(f without the feature)
 
 
-def recovery_scores(truth, dev, test, dictionary):
-    """How well latents dev and test [token, d_sae] >= 0 of truth's DEV and TEST, and a dictionary [d_sae, 96], match the
-    truth: mean cosine with the true directions under the best assignment (Hungarian); mean AUROC, on TEST, of the latent
-    that is best on DEV: of primitives, and of pairs against tokens with exactly one of the two, for pairs seen together
-    in training and pairs that never were ("unseen"); and the smaller of the two latents of its primitives instead
-    ("minimum"). One latent that is one of the two primitives has .75 there."""
-    cosine = truth.directions @ normalize(jsonable(dictionary)).T
-    rows, columns = linear_sum_assignment(-cosine)
-    found = np.zeros(len(cosine))                           # 0 for what no row is left for
-    found[rows] = cosine[rows, columns]
-    WATCHDOG.renew()
-    scores = {"cosine_primitives": found[:PRIMITIVES].mean(), "cosine_compositions": found[PRIMITIVES:].mean()}
-    on = [truth.amounts[part] > 0 for part in truth.parts()[1:]]
-    few = RunnerError("too few synthetic tokens: no pair of primitives is there often enough.")
-    if not all(part.any(0).all() for part in on):
-        raise few
-    best = [aurocs(dev, on[0][:, i]).argmax() for i in range(PRIMITIVES)]
-    scores["auroc_primitives"] = np.mean([roc_auc_score(on[1][:, i], test[:, b]) for i, b in enumerate(best)])
-    rows = []
-    for i, j in truth.wired.pairs:
-        one = [part[:, i] | part[:, j] for part in on]
-        both = [(part[:, i] & part[:, j])[rows_] for part, rows_ in zip(on, one)]
-        if min(part.sum() for part in both) < 3:
-            rows.append((np.nan, np.nan, -1))
-            continue
-        chosen = aurocs(dev[one[0]], both[0]).argmax()
-        least = np.minimum(test[one[1], best[i]], test[one[1], best[j]])
-        rows.append((roc_auc_score(both[1], test[one[1], chosen]), roc_auc_score(both[1], least), chosen))
-    rows = np.array(rows)
-    for name, part in (("seen", truth.wired.seen), ("unseen", ~truth.wired.seen)):
-        if np.isnan(rows[part, 0]).all():
-            raise few
-        scores[f"auroc_{name}"], scores[f"minimum_{name}"] = np.nanmean(rows[part, :2], 0)
-    return scores
+class PairEffects(NamedTuple):
+    """Interactions of two features of a token, by instance [n]."""
+    token: np.ndarray
+    slot: np.ndarray  # of the first feature among the token's k
+    other_slot: np.ndarray
+    first: np.ndarray  # feature
+    second: np.ndarray
+    composition: np.ndarray  # the one that interacts most
+    effect: np.ndarray  # |c(f) - c(f\i) - c(f\j) + c(f\ij)| of it
 
 
-def keep_strongest(values, k):
-    """Values [n, d] >= 0 with all but the k largest of each row set to 0."""
-    least = np.partition(values, -k, axis=1)[:, -k, None]
-    return np.where(values >= least, values, 0.0)
-
-
-def signed_parts(values):  # [n, d] -> [n, 2 d] >= 0
-    return np.concatenate([np.maximum(values, 0), np.maximum(-values, 0)], 1)
-
-
-def recovery_baselines(truth, k, d_sae, seed=0):
-    """`recovery` of PCA (the k largest signed components of a token), of NMF of [x+, x-] with as many components as
-    there are true features (the k largest), and of a random dictionary of d_sae rows, as TopK reads it."""
-    train, *parts = (truth.flat_x()[part] for part in truth.parts())
-    pca = PCA(DIMENSIONS, random_state=seed).fit(train)
-    nmf = MiniBatchNMF(PRIMITIVES + COMPOSED, init="nndsvda", batch_size=1024, max_iter=20, random_state=seed)
-    nmf.fit(signed_parts(train[:8192]))
-    random = normalize(np.random.default_rng((seed, 1)).standard_normal((d_sae, DIMENSIONS)))
-    codes = {"pca": (lambda x: signed_parts(pca.transform(x)), np.concatenate([pca.components_, -pca.components_])),
-             "nmf": (lambda x: nmf.transform(signed_parts(x)), nmf.components_[:, :DIMENSIONS] - nmf.components_[:, DIMENSIONS:]),
-             "random": (lambda x: np.maximum((x - train.mean(0)) @ random.T, 0), random)}
-    return {name: recovery_scores(truth, *(keep_strongest(code(part), k) for part in parts), dictionary)
-            for name, (code, dictionary) in codes.items()}
-
-
-def ablation_effects(compose, f, fires, rng, draws=8):
-    """What each composition of a token loses where one of its features is dropped, or two.
-
-    compose(f) gives compositions [n, d_c] of features f [n, k] >= 0; fires [n, d_c] are those that count. -> singles:
-    (token, slot, composition, c(f) - c(f without slot)); pairs, `draws` at random of each token's active features:
-    (token, slot, slot, the composition that interacts most, |c(f) - c(f\\i) - c(f\\j) + c(f\\ij)| of it)."""
+def ablation_effects(compose, ids, f, fires, rng, draws=8):
+    """Returns what each composition of a token loses where one of its features is dropped, as
+    SingleEffects, and where two are, `draws` random pairs of each token's active features, as
+    PairEffects. compose(f) gives compositions [n, d_c] of the features ids [n, k] with amounts
+    f [n, k] >= 0; fires [n, d_c]: those that count."""
     def without(*slots):
         left = f.copy()
         for slot in slots:
@@ -3050,71 +3611,66 @@ def ablation_effects(compose, f, fires, rng, draws=8):
 
     whole, row, k = compose(f), np.arange(len(f)), f.shape[1]
     alone = np.stack([without(slot) for slot in range(k)], 1)
-    token, slot, of = np.nonzero((f > 0)[:, :, None] & fires[:, None])
-    singles = token, slot, of, (whole[token, of] - alone[token, slot, of]).astype(float)
-    pairs = []
+    token, slot, composition = np.nonzero((f > 0)[:, :, None] & fires[:, None])
+    effect = (whole[token, composition] - alone[token, slot, composition]).astype(float)
+    singles, parts = SingleEffects(token, ids[token, slot], composition, effect), []
+
     for _ in range(draws):
         first, second = np.where(f > 0, rng.random(f.shape), -1).argsort(1)[:, -2:].T
-        joint = np.abs(whole - alone[row, first] - alone[row, second] + without(first, second)) * fires
+        joint = whole - alone[row, first] - alone[row, second] + without(first, second)
+        joint = np.abs(joint) * fires
         most = joint.argmax(1)
         use = (f[row, first] > 0) & (f[row, second] > 0) & fires.any(1)
-        pairs.append([part[use] for part in (row, first, second, most, joint[row, most].astype(float))])
-    return singles, [np.concatenate(part) for part in zip(*pairs)]
+        columns = row, first, second, most, joint[row, most].astype(float)
+        parts.append([column[use] for column in columns])
+    token, slot, other, composition, effect = (np.concatenate(part) for part in zip(*parts))
+    return singles, PairEffects(token, slot, other, ids[token, slot], ids[token, other],
+                                composition, effect)
 
 
-def composition_scores(compose, ids, f, codes, attention, text, rng, least):
-    """Metrics and curves of compositions, compose(f): features ids [n, k] with values f [n, k] of n tokens, text [n]; codes
-    [n, d_c] after the bottleneck; attention [n, heads, k, k] between features, or None; `least`: see reuse."""
-    device, (ids, f, codes) = f.device, (part.cpu().numpy() for part in (ids, f, codes))
-    (token, slot, of, effect), pairs = ablation_effects(
-        lambda f: compose(torch.from_numpy(f).to(device)).cpu().numpy(), f, codes > 0, rng)
-    metrics = {"compositions_per_token": (codes > 0).sum(1).mean(), "live_compositions": (codes > 0).any(0).mean()}
-    if not len(token):                                      # the features take all of TARGET_L0
-        return metrics, {}
-    row, a, b, composition, interaction = pairs
-    feature, first, second = ids[token, slot], ids[row, a], ids[row, b]
-    found, took, random = feature_reuse(token * codes.shape[1] + of, feature, of, effect, rng, least=least)
-    metrics |= found
-    if attention is not None:
-        attention = attention.mean(1).cpu().numpy()
-        seen = attention[row, a, b] + attention[row, b, a]
-        metrics |= interaction_scores(first, second, seen, interaction)
-    return metrics, {
-        "patterns": composition_patterns(codes, feature, of, effect, first, second, composition, interaction, text),
-        "reuse": np.bincount(took), "reuse_null": np.mean([np.bincount(r, minlength=len(took)) for r in random], 0)[:40]}
-
-
-def interaction_scores(first, second, attention, effect):
-    """Whether attention tells which features act together. Of each instance [n] two features, the attention between them
-    and the size of their interaction; by pair of features the means: Spearman's correlation of the two, and the AUROC
-    of attention for the tenth of the pairs that interact most against as many pairs with like numbers of instances."""
-    low, high = np.minimum(first, second), np.maximum(first, second)
-    _, index, counts = np.unique(low * (high.max() + 1) + high, return_inverse=True, return_counts=True)
-    attention, effect = (np.bincount(index, values) / counts for values in (attention, effect))
-    if len(counts) < 20 or effect.max() == effect.min():    # none acts together with another
+def interaction_metrics(pairs, attention):
+    """Returns whether attention [n] between the two features of each of PairEffects shows which act
+    together: by pair of features the means, Spearman's correlation of the two, and the AUROC of
+    attention for the tenth of the pairs that interact most against as many pairs with similar
+    numbers of instances."""
+    low, high = np.minimum(pairs.first, pairs.second), np.maximum(pairs.first, pairs.second)
+    _, index, counts = np.unique(low * (high.max() + 1) + high, return_inverse=True,
+                                 return_counts=True)
+    attention, effect = (np.bincount(index, values) / counts
+                         for values in (attention, pairs.effect))
+    if len(counts) < 20 or effect.max() == effect.min():  # none acts together with another
         return {"feature_pairs": len(counts)}
+
     chosen = np.argsort(-effect, kind="stable")[:len(effect) // 10]
     others = rate_matched(counts, chosen)
     truth = np.arange(len(chosen) + len(others)) < len(chosen)
+    score = attention[np.concatenate([chosen, others])]
     return {"attention_spearman": spearmanr(attention, effect).statistic,
-            "attention_auroc": roc_auc_score(truth, attention[np.concatenate([chosen, others])]), "feature_pairs": len(counts)}
+            "attention_auroc": roc_auc_score(truth, score), "feature_pairs": len(counts)}
 
 
 def gini(values):
-    """Gini coefficient of values [n] >= 0."""
+    """Returns the Gini coefficient of values [n] >= 0."""
     order = np.sort(values)
     n = len(order)
     return (2 * np.arange(1, n + 1) - n - 1) @ order / max(n * order.sum(), 1e-12)
 
 
-def feature_reuse(group, feature, composition, effect, rng, draws=50, least=5):
-    """In how many compositions each feature takes part: in how many its ablation acts above the 95th percentile of what
-    it is when effects are shuffled among the features of a token.
+class Reuse(NamedTuple):
+    """In how many compositions features take part."""
+    metrics: dict
+    counts: np.ndarray  # [feature] of features with enough instances
+    random_counts: np.ndarray  # [draw, feature] the same in random bipartite graphs
 
-    Of each instance [n] its group (token and composition), feature, composition, effect; pairs of feature and
-    composition with fewer than `least` instances are left out. -> metrics; the counts of features with any such pair;
-    and of `draws` random bipartite graphs with as many edges the counts [draws, feature]."""
-    edges, index, counts = np.unique(np.stack([feature, composition]), axis=1, return_inverse=True, return_counts=True)
+
+def feature_reuse(singles, d_c, rng, draws=50, least=5):
+    """Returns the Reuse of SingleEffects: a feature takes part in a composition where its ablation
+    acts above the 95th percentile of what it does when effects are shuffled among the features of a
+    token. Pairs of feature and composition with fewer than `least` instances are left out; random
+    graphs have as many edges."""
+    group, effect = singles.token * d_c + singles.composition, singles.effect
+    edges, index, counts = np.unique(np.stack([singles.feature, singles.composition]), axis=1,
+                                     return_inverse=True, return_counts=True)
     index, known = index.ravel(), counts >= least
     total, null = np.bincount(index, effect), []
     by_group = np.argsort(group, kind="stable")
@@ -3123,168 +3679,422 @@ def feature_reuse(group, feature, composition, effect, rng, draws=50, least=5):
         shuffled = np.empty_like(effect)
         shuffled[by_group] = effect[order]
         null.append(np.bincount(index, shuffled, len(counts)))
+
     acts = known & (total > np.quantile(null, 0.95, axis=0) + 1e-9 * np.abs(total).max())
-    features, of = np.unique(edges[0, known], return_inverse=True)
+    features, edge_feature = np.unique(edges[0, known], return_inverse=True)
     if not acts.any():
-        return {"reuse_edges": 0.0}, np.zeros(1, int), np.zeros((1, 1), int)
-    took = np.bincount(of, acts[known], len(features)).astype(int)
-    random = np.array([np.bincount(rng.choice(of, took.sum(), replace=False), minlength=len(features))
-                       for _ in range(draws)])
+        return Reuse({"reuse_edges": 0.0}, np.zeros(1, int), np.zeros((1, 1), int))
+    took = np.bincount(edge_feature, acts[known], len(features)).astype(int)
+    random = np.array([np.bincount(rng.choice(edge_feature, took.sum(), replace=False),
+                                   minlength=len(features)) for _ in range(draws)])
     ginis = [gini(row) for row in random]
-    return {"reuse_mean": took.mean(), "reuse_gini": gini(took), "reuse_gini_null": np.mean(ginis),
-            "reuse_gini_null_95": np.quantile(ginis, 0.95), "reused_fraction": (took > 1).mean(),
-            "reuse_edges": acts.sum() / known.sum()}, took, random
+    return Reuse({
+        "reuse_mean": took.mean(), "reuse_gini": gini(took), "reuse_gini_null": np.mean(ginis),
+        "reuse_gini_null_95": np.quantile(ginis, 0.95), "reused_fraction": (took > 1).mean(),
+        "reuse_edges": acts.sum() / known.sum()}, took, random)
 
 
-def composition_patterns(codes, feature, composition, effect, first, second, of, interaction, text, most=16):
-    """What the `most` compositions of the largest total value are made of: {"compositions": ids; "features": the features
-    that act most on them; "effects" [composition, feature]: mean change of it where the feature is dropped, over its mean
-    value; "pairs": of each the three pairs of features with the largest mean interaction; "tokens": of each the tokens
-    [str] where it is largest}. codes [token, d_c]; instances as of `reuse`, and of pairs."""
+def composition_patterns(codes, singles, pairs, text, most=16):
+    """Returns what the `most` compositions of the largest total value are made of: {"compositions":
+    ids; "features": the features that act most on them; "effects" [composition, feature]: mean
+    change of it where the feature is dropped, over its mean value; "pairs": of each the three pairs
+    of features with the largest mean interaction; "tokens": of each the tokens [str] where it is
+    largest}. codes [token, d_c]; text [token]."""
     top = np.argsort(-codes.sum(0), kind="stable")[:most]
     top = top[codes[:, top].sum(0) > 0]
-    mean = codes.sum(0) / np.maximum((codes > 0).sum(0), 1)
-    chosen = []
+    mean, chosen = codes.sum(0) / np.maximum((codes > 0).sum(0), 1), []
     for c in top:
-        here = composition == c
-        names, index = np.unique(feature[here], return_inverse=True)
-        chosen += list(names[np.argsort(-np.bincount(index, effect[here]), kind="stable")[:2]])
+        here = singles.composition == c
+        names, index = np.unique(singles.feature[here], return_inverse=True)
+        strongest = np.argsort(-np.bincount(index, singles.effect[here]), kind="stable")[:2]
+        chosen += list(names[strongest])
     features = np.array(list(dict.fromkeys(chosen)))
-    table, found = np.zeros((len(top), len(features))), []
-    for row, c in zip(table, top):
+
+    effects = np.zeros((len(top), len(features)))
+    for row, c in zip(effects, top):
         for column, name in enumerate(features):
-            here = (composition == c) & (feature == name)
-            row[column] = effect[here].mean() / mean[c] if here.any() else 0.0
-        low, high = np.minimum(first, second)[of == c], np.maximum(first, second)[of == c]
-        pairs, index = np.unique(np.stack([low, high]), axis=1, return_inverse=True)
-        means = np.bincount(index.ravel(), interaction[of == c]) / np.maximum(np.bincount(index.ravel()), 1)
-        found.append([(*pairs[:, i].tolist(), float(means[i])) for i in np.argsort(-means, kind="stable")[:3]])
-    return {"compositions": top, "features": features, "effects": table.round(4), "pairs": found,
-            "tokens": [[text[i] for i in np.argsort(-codes[:, c], kind="stable")[:5] if codes[i, c] > 0] for c in top]}
+            here = (singles.composition == c) & (singles.feature == name)
+            row[column] = singles.effect[here].mean() / mean[c] if here.any() else 0.0
+    strongest = [np.argsort(-codes[:, c], kind="stable")[:5] for c in top]
+    return {"compositions": top, "features": features, "effects": effects.round(4),
+            "pairs": [strongest_pairs(pairs, c) for c in top],
+            "tokens": [[text[i] for i in places if codes[i, c] > 0]
+                       for c, places in zip(top, strongest)]}
 
 
-
-def recovered(run, task, rho):
-    """An SAE of this variant on synthetic activations -> its scores, those of baselines."""
-    n_tokens, (width, k) = 2 ** 13 if run.probing else SYNTHETIC_TOKENS, SYNTHETIC_SAE
-    made = task, rho, CONTEXT_LENGTH, n_tokens, FORGET
-    truth, folder = make_synthetic(*made), cache_folder() / "synthetic"
-    store = Store(folder, truth.windows, DIMENSIONS, torch.float32)
-    store.maps = torch.from_numpy(truth.x).to(DEVICE).split(SHARD_WINDOWS)
-    store.normalise()
-    sae = make_sae(store.d_in, width, run.seed, k)
-    stages = [stage._replace(epochs=1) if run.probing else stage
-              for stage in planned_stages(type(sae))]
-    with tempfile.TemporaryDirectory() as state:
-        train(sae, store, stages, run.seed, batch_windows(store), math.inf, Path(state, "sae"))
-    z, rows, _ = encode_windows(sae.eval(), store, store.windows.heldout())
-    scores = recovery_scores(truth, *np.split(z.toarray(), 2), sae.W_dec)
-    scores |= {"explained_variance": explained_variance(rows, variance_by_position(store)[1]),
-               "l0": np.nanmean(rows["l0"])}
-    key = fingerprint(made, SYNTHETIC_SAE, Path(data.synthetic.__file__).read_text(), *map(
-        inspect.getsource, (recovery_scores, recovery_baselines)))
-    return scores, cached_json(folder / f"{key}.json",
-                        lambda: recovery_baselines(truth, k, width))
+def strongest_pairs(pairs, composition, most=3):
+    """Returns the pairs of features with the largest mean interaction in a composition, and that
+    mean: [(first, second, mean), ...]."""
+    here = pairs.composition == composition
+    both = pairs.first[here], pairs.second[here]
+    edges, index = np.unique(np.stack([np.minimum(*both), np.maximum(*both)]), axis=1,
+                             return_inverse=True)
+    index = index.ravel()
+    means = np.bincount(index, pairs.effect[here]) / np.maximum(np.bincount(index), 1)
+    return [(*edges[:, i].tolist(), float(means[i]))
+            for i in np.argsort(-means, kind="stable")[:most]]
+# endregion
 
 
+# region Evaluation: recovery
+# SAEs of this variant on synthetic activations whose features are known (data/synthetic.py).
 def eval_recovery(run):
-    """Matched cosine with true directions and AUROC of true features, by task and rho."""
-    metrics, rows, (first, *others) = {}, [], SYNTHETIC_TASKS
+    """Matched cosine with true directions and AUROC of true features, by task and rho, beside PCA,
+    NMF and a random dictionary."""
+    first, *others = SYNTHETIC_TASKS
     wanted = [(first, rho) for rho in SYNTHETIC_RHOS] + [(task, 1.0) for task in others]
-    for task, rho in wanted[:1] if run.probing else wanted:
-        scores, baselines = recovered(run, task, rho)
+    metrics, rows = {}, []
+    for task, rho in wanted[:1] if run.tiny else wanted:
+        truth, store = synthetic_store(task, rho, 2 ** 13 if run.tiny else SYNTHETIC_TOKENS)
+        scores = recovered(run, truth, store)
+        baselines = recovery_baselines(truth, store, task)
         rows.append({"task": task, "rho": rho, "sae": scores} | baselines)
         metrics |= {f"{task}_{rho:g}_{name}": value for name, value in scores.items()}
     return Result(metrics, {"recovery": rows}, {})
 
 
+def synthetic_store(task, rho, tokens):
+    """Returns synthetic activations of a task as made, and as a Store."""
+    truth, folder = make_synthetic(task, rho, CONTEXT_LENGTH, tokens, FORGET), cache_folder()
+    store = Store(folder / "synthetic", truth.windows, DIMENSIONS, torch.float32)
+    store.maps = torch.from_numpy(truth.x).to(DEVICE).split(SHARD_WINDOWS)
+    store.normalise()
+    return truth, store
+
+
+def recovered(run, truth, store):
+    """Returns the recovery_scores of an SAE of this variant, trained on synthetic activations."""
+    width, k = SYNTHETIC_SAE
+    sae = make_sae(store.d_in, width, run.seed, k)
+    stages = [stage._replace(epochs=1) if run.tiny else stage
+              for stage in planned_stages(type(sae))]
+    with tempfile.TemporaryDirectory() as state:
+        train(sae, store, stages, run.seed, peer_batch(store), math.inf, Path(state, "sae"))
+    encoded = encode_windows(sae.eval(), store, store.windows.heldout())
+    dev, test = np.split(encoded.codes.toarray(), 2)
+    return recovery_scores(truth, dev, test, jsonable(sae.directions().detach())) | {
+        "explained_variance": explained_variance(encoded, variance_by_position(store)[1]),
+        "l0": np.nanmean(encoded.l0)}
+
+
+def recovery_scores(truth, dev, test, dictionary):
+    """Returns how well latents dev and test [token, d_sae] >= 0 of truth's DEV and TEST, and a
+    dictionary [d_sae, 96], match the truth: mean cosine with the true directions under the best
+    assignment (Hungarian), and mean AUROC on TEST of the latent that is best on DEV, of primitives
+    and of pairs (pair_aurocs). One latent that is one of a pair's two primitives has .75 there."""
+    cosine = truth.directions @ normalize(dictionary).T
+    rows, columns = linear_sum_assignment(-cosine)
+    matched = np.zeros(len(cosine))  # 0 for what no row is left for
+    matched[rows] = cosine[rows, columns]
+
+    on_dev, on_test = (truth.amounts[part] > 0 for part in truth.parts()[1:])
+    if not (on_dev.any(0).all() and on_test.any(0).all()):
+        raise RunnerError("too few synthetic tokens: some primitive is never there.")
+    best = [aurocs(dev, on_dev[:, i]).argmax() for i in range(PRIMITIVES)]
+    primitives = [roc_auc_score(on_test[:, i], test[:, b]) for i, b in enumerate(best)]
+    return {"cosine_primitives": matched[:PRIMITIVES].mean(),
+            "cosine_compositions": matched[PRIMITIVES:].mean(),
+            "auroc_primitives": np.mean(primitives),
+            **pair_aurocs(truth, dev, test, on_dev, on_test, best)}
+
+
+def pair_aurocs(truth, dev, test, on_dev, on_test, best):
+    """Returns the AUROC on TEST, pairs against tokens with exactly one of the two primitives, of
+    the latent that is best on DEV, for pairs "seen" together in training and for those "unseen";
+    and of the smaller of the two latents that are best for its primitives ("minimum")."""
+    rows = []
+    for i, j in truth.wired.pairs:
+        one_dev, one_test = (on[:, i] | on[:, j] for on in (on_dev, on_test))
+        both_dev, both_test = ((on[:, i] & on[:, j])[one]
+                               for on, one in ((on_dev, one_dev), (on_test, one_test)))
+        if min(both_dev.sum(), both_test.sum()) < 3:
+            rows.append((np.nan, np.nan))
+            continue
+        chosen = aurocs(dev[one_dev], both_dev).argmax()
+        least = np.minimum(test[one_test, best[i]], test[one_test, best[j]])
+        rows.append((roc_auc_score(both_test, test[one_test, chosen]),
+                     roc_auc_score(both_test, least)))
+
+    rows, scores = np.array(rows), {}
+    for name, part in (("seen", truth.wired.seen), ("unseen", ~truth.wired.seen)):
+        if np.isnan(rows[part, 0]).all():
+            raise RunnerError("too few synthetic tokens: no pair is there often enough.")
+        scores[f"auroc_{name}"], scores[f"minimum_{name}"] = np.nanmean(rows[part], 0)
+    return scores
+
+
+def aurocs(values, positive):
+    """Returns the AUROC of each column of non-negative values [n, d] for positive [n] bool. A
+    column that fires on less than a fifth of the positives, for which it is at most .6, counts as
+    .5."""
+    scores, n = np.full(values.shape[1], 0.5), positive.sum()
+    often = np.flatnonzero((values[positive] > 0).mean(0) >= 0.2)
+    ranks = rankdata(values[:, often], axis=0)[positive].sum(0)
+    scores[often] = (ranks - n * (n + 1) / 2) / (n * (len(positive) - n))
+    return scores
+
+
+def recovery_baselines(truth, store, task):
+    """Returns the recovery_scores of PCA (the k largest signed components of a token), of NMF of
+    [x+, x-] with as many components as there are true features (the k largest), and of a random
+    dictionary as TopK reads it; kept in the cache."""
+    key = code_key(make_synthetic, compute_recovery_baselines, task, truth.rho,
+                   len(truth.amounts), CONTEXT_LENGTH)
+    path = store.folder / f"{key}.json"
+    return cached_json(path, lambda: compute_recovery_baselines(truth))
+
+
+def compute_recovery_baselines(truth, seed=0):
+    """Returns {baseline: recovery_scores} for recovery_baselines."""
+    width, k = SYNTHETIC_SAE
+    training, *parts = (truth.flat_x()[part] for part in truth.parts())
+    pca = PCA(DIMENSIONS, random_state=seed).fit(training)
+    nmf = MiniBatchNMF(PRIMITIVES + COMPOSED, init="nndsvda", batch_size=1024, max_iter=20,
+                       random_state=seed)
+    nmf.fit(signed_parts(training[:8192]))
+    random = normalize(np.random.default_rng((seed, 1)).standard_normal((width, DIMENSIONS)))
+
+    halves = nmf.components_[:, :DIMENSIONS], nmf.components_[:, DIMENSIONS:]
+    codes = {"pca": (lambda x: signed_parts(pca.transform(x)),
+                     np.concatenate([pca.components_, -pca.components_])),
+             "nmf": (lambda x: nmf.transform(signed_parts(x)), halves[0] - halves[1]),
+             "random": (lambda x: np.maximum((x - training.mean(0)) @ random.T, 0), random)}
+    scores = {}
+    for name, (code, dictionary) in codes.items():
+        dev, test = (keep_largest(code(part), k) for part in parts)
+        scores[name] = recovery_scores(truth, dev, test, dictionary)
+    return scores
+
+
+def keep_largest(values, k):
+    """Returns values [n, d] >= 0 with all but the k largest of each row set to 0."""
+    least = np.partition(values, -k, axis=1)[:, -k, None]
+    return np.where(values >= least, values, 0.0)
+
+
+def signed_parts(values):
+    """Returns the positive and the negative parts of values [n, d]: [n, 2 d] >= 0."""
+    return np.concatenate([np.maximum(values, 0), np.maximum(-values, 0)], 1)
+# endregion
+
+
+# region Evaluation: detection
+# Automatic: on which of five excerpts does a latent fire? Answered by a profile of the tokens on
+# which it fires most strongly in other files. People answer the same questions on the page.
 @torch.no_grad()
-def eval_composition(run):
-    """Whether attention tells which features act together; their reuse; patterns."""
-    sae, windows, rng = run.sae, run.store.windows, np.random.default_rng(0)
-    places = rng.permutation(windows.heldout_tokens())[:32 if run.probing else COMPOSED_TOKENS]
-    row, at = np.divmod(places, CONTEXT_LENGTH - 1)
-    batch = run.store.batch(windows.n_train + row)
-    x, tokens = (a[torch.arange(len(at)), at][:, None] for a in (batch.x, batch.tokens))
-    batch = batch._replace(x=x, mask=None)
-    (ids, f), z = sae.features(batch), sae.encode(batch).dense()[:, 0, sae.d_f:]
-    metrics, curves = composition_scores(
-        functools.partial(sae.compose, ids), ids, f, z, sae.attention(ids, f),
-        load_tokenizer().batch_decode(tokens), rng, min(5, run.live[0]))
-    return Result(metrics, curves, {})
+def eval_detection(run):
+    """The share of detection tasks that latents' own profiles solve; the same where all excerpts
+    hold the token on which it fired; and a null, by profiles of random places."""
+    right, metrics = np.concatenate([part.right for part in run.detections]), {}
+    for name, values in zip(("detection", "detection_same_token", "detection_null"), right.T):
+        if not np.isnan(values).all():
+            metrics[name] = np.nanmean(values)
+    return Result(metrics, {}, {})
 
 
-# ---- What features.html shows ----
-@torch.no_grad()
-def features(run):
-    """What the page shows of 50 live latents, drawn before any look; detection metrics."""
-    store, z, ids, model = run.store, run.heldout[0], run.store.heldout(64)[0], run.get_model()
-    live = np.flatnonzero(run.live_latents[0])
-    n = min(4 if run.probing else 50, len(live))
-    latents = np.sort(np.random.default_rng(0).choice(live, n, replace=False))
-    rows = F.pad(run.sae.directions()[latents], (0, 0, 0, 1))[:, None]  # the last is 0
-    tokens, batch = store.tokens([0])[:, :1].expand(len(rows), 1), store.batch(ids)
-    logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
-    fires = torch.from_numpy(z[:, latents].tocsr()[:batch.tokens.numel()].toarray() > 0)
-    related = run.sae.related(latents, batch, fires.view(*batch.tokens.shape, -1).to(batch.x))
-    return latents_page(store.windows, load_tokenizer(), latents, z,
-                               (logits[:-1] - logits[-1]).cpu().numpy(), related, len(live))
+class Detection(NamedTuple):
+    """Detection tasks of one latent."""
+    held: np.ndarray  # files kept for the tasks, out of all else that the page shows
+    question: list | None  # starts of the excerpts of the first task: the right one first
+    order: np.ndarray  # [options] in which the page shows them
+    right: np.ndarray  # [tasks, 3] solved by its own profile; the same among excerpts with the same
+    #                    token; by a random profile: in [0, 1], NaN where there is no such task
+
+    @property
+    def tasks(self):
+        """The number of tasks."""
+        return len(self.right)
+
+    @property
+    def solved(self):
+        """How many were solved, in each of the three ways: [3]."""
+        return np.nansum(self.right, 0)
 
 
-# name: function, what it asks of a variant, the metrics of which the means go into every agent's
-# prompt: keep them few. EVALS picks; a new metric goes into the Result of one of these
+def page_latents(run):
+    """Returns the latents that the page shows: random live ones, drawn before any look."""
+    live = run.live.ids
+    n = min(4 if run.tiny else DETECTED_LATENTS, len(live))
+    return np.sort(np.random.default_rng(0).choice(live, n, replace=False))
+
+
+def detections(run):
+    """Returns the Detection of each of page_latents."""
+    windows, latents = run.store.windows, page_latents(run)
+    excerpts, contexts = Passages(windows, DETECTION_TOKENS), token_contexts(windows)
+    return [detection_of(excerpts, contexts, at, values, np.random.default_rng([0, int(latent)]))
+            for latent, (at, values) in zip(latents, firings(run.heldout.codes, latents))]
+
+
+def token_contexts(windows):
+    """Returns the token at each held-out place and those just before it, the first one repeated:
+    [PROFILE_REACH, window * seq]."""
+    tokens = windows.tokens[windows.heldout()]
+    positions = np.arange(1, tokens.shape[1])
+    back = np.maximum(positions - np.arange(PROFILE_REACH)[:, None], 0)
+    return tokens[:, back].swapaxes(0, 1).reshape(PROFILE_REACH, -1)
+
+
+def detection_of(excerpts, contexts, at, values, rng):
+    """Returns the Detection of a latent that fires at places `at` [n] with `values` [n]."""
+    active = np.zeros(contexts.shape[1], dtype=np.float32)
+    active[at] = values
+    files = rng.permutation(np.unique(excerpts.file(at)))
+    held = files[:min(DETECTION_TASKS, len(files) // 4)]
+    tasks = [detection_task(excerpts, at, active, file, rng) for file in held]
+
+    known = excerpts.places[~np.isin(excerpts.file(excerpts.places), held)]
+    quiet = rng.permutation(known[active[known] == 0])[:4 * PROFILE_FIRINGS]
+    drawn = rng.permutation(known)[:5 * PROFILE_FIRINGS]
+    fired = at[~np.isin(excerpts.file(at), held)]
+    strongest = fired[np.argsort(-active[fired], kind="stable")][:PROFILE_FIRINGS]
+    own = profile(contexts, strongest, quiet)
+    chance = profile(contexts, drawn[::5], np.delete(drawn, np.s_[::5]))
+
+    right = [[guess(excerpts, contexts, weights, options) if options else np.nan
+              for weights, options in ((own, anywhere), (own, same_token), (chance, anywhere))]
+             for anywhere, same_token in tasks]
+    question = next((options for options, _ in tasks if options), None)
+    return Detection(held, question, rng.permutation(DETECTION_OPTIONS),
+                     np.array(right).reshape(-1, 3))
+
+
+def detection_task(excerpts, at, active, file, rng):
+    """Returns the starts of an excerpt of a file where the latent fires, at one of places `at`, and
+    of others from other files where it does not; and the same with others that hold the token on
+    which it fired; None where there are not as many. active: its value at each place."""
+    place = rng.choice(at[excerpts.file(at) == file])
+    lead = excerpts.size // 2, excerpts.size
+    begin = int(excerpts.start(place, rng.integers(*lead)))
+    same = excerpts.places[excerpts.flat[excerpts.places] == excerpts.flat[place]]
+    pools = excerpts.starts, excerpts.start(same, rng.integers(*lead, len(same)))
+
+    fired, tasks = np.concatenate([[0], np.cumsum(active > 0)]), []
+    for starts in pools:
+        quiet = fired[excerpts.stop(starts)] == fired[starts]
+        starts = rng.permutation(starts[quiet & (excerpts.file(starts) != file)])[:256]
+        first = np.unique(starts // excerpts.seq, return_index=True)[1]  # of different windows
+        others = starts[np.sort(first)][:DETECTION_OPTIONS - 1]
+        enough = len(others) == DETECTION_OPTIONS - 1
+        tasks.append([begin, *map(int, others)] if enough else None)
+    return tasks
+
+
+def profile(contexts, places, others):
+    """Returns the weights [PROFILE_REACH, vocabulary] of the token at a place, and of those before
+    it, in a logistic regression that discriminates `places` from `others`."""
+    used, size = np.concatenate([places, others]), int(contexts.max()) + 1
+    columns = contexts[:, used] + size * np.arange(PROFILE_REACH)[:, None]
+    columns = columns.T.ravel().astype(np.int32)
+    ends = np.arange(0, len(columns) + 1, PROFILE_REACH, dtype=np.int32)
+    rows = csr_array((np.ones(len(columns)), columns, ends), (len(used), size * PROFILE_REACH))
+    model = LogisticRegression(solver="liblinear", class_weight="balanced")
+    return model.fit(rows, np.arange(len(used)) < len(places)).coef_.reshape(PROFILE_REACH, size)
+
+
+def guess(excerpts, contexts, weights, options):
+    """Returns 1 where the first of the excerpts that begin at `options` holds the place with the
+    highest sum of weights, ties shared."""
+    parts = (contexts[:, start:excerpts.stop(start)] for start in options)
+    best = np.array([np.take_along_axis(weights, part, 1).sum(0).max() for part in parts])
+    return (best[0] == best.max()) / (best == best.max()).sum()
+# endregion
+
+
+# region Results
+class Evaluation(NamedTuple):
+    """A line of EVALUATIONS."""
+    function: Callable  # Run -> Result
+    headlines: tuple = ()  # metrics of which the means go into every agent's prompt: keep them few
+    needs: str = "encode"  # the method that a variant must have
+
+
+# EVALS picks; a new metric goes into the Result of one of these.
 EVALUATIONS = {
-    "core": (eval_core, "encode", (
-        "final_train_loss", "best_val_loss", "total_train_time", "avg_inference_tokens_per_second",
-        "explained_variance", "l0", "dead_fraction", "loss_increase_nats", "ce_recovered")),
-    "temporal": (eval_temporal, "encode", ("stability", "smoothness")),
-    "probes": (eval_probes, "encode", ("probe_token_type", "probe_context")),
-    "unlearning": (eval_unlearning, "encode", ("auroc_hybrid",)),
-    "sparse_probing": (eval_sparse_probing, "encode", ("sae_top_1",)),
-    "recovery": (eval_recovery, "encode", ()),
-    "composition": (eval_composition, "compose", ()),
-    "hierarchy": (eval_hierarchy, "levels", ("causal_specificity",))}
+    "core": Evaluation(eval_core, (
+        "avg_inference_tokens_per_second", "explained_variance", "l0", "dead_fraction",
+        "loss_increase_nats", "ce_recovered")),
+    "temporal": Evaluation(eval_temporal, ("stability", "smoothness")),
+    "probes": Evaluation(eval_probes, ("probe_token_type", "probe_context")),
+    "detection": Evaluation(eval_detection),
+    "unlearning": Evaluation(eval_unlearning, ("auroc_hybrid",)),
+    "sparse_probing": Evaluation(eval_sparse_probing, ("sae_top_1",)),
+    "recovery": Evaluation(eval_recovery),
+    "composition": Evaluation(eval_composition, needs="compose"),
+    "hierarchy": Evaluation(eval_hierarchy, ("causal_specificity",), needs="levels")}
+TRAINING_HEADLINES = ("final_train_loss", "best_val_loss", "total_train_time")
+NOT_IN_PREFLIGHT = {"probe_token_type"}  # its windows have no labels
 
 
-def run_evaluation(evaluation, run_script):
-    """Its result as a dict; the SAE is as before it."""
+def evaluate(run, train_seconds):
+    """Returns {"training": ..., evaluation: ..., "page": ...} of one seed; each but the page is a
+    dict of metrics, curves and per_sequence."""
+    run.sae.eval()
+    results = {"training": training_result(run.log, train_seconds)}
+    results |= {name: run_evaluation(EVALUATIONS[name].function, run) for name in EVALS}
+    return results | {"page": page_of_latents(run)}
+
+
+def run_evaluation(evaluation, run):
+    """Returns an evaluation's Result as a dict of plain values. Raises RunnerError where it changes
+    the SAE or returns something else."""
     WATCHDOG.renew()
-    before = copy.deepcopy(run_script.sae.state_dict())
-    result, after = evaluation(run_script), run_script.sae.state_dict()
+    before = copy.deepcopy(run.sae.state_dict())
+    result, after = evaluation(run), run.sae.state_dict()
     changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
-    if changed or run_script.sae.training:
+    if changed or run.sae.training:
         what = f"changes {changed} of the SAE" if changed else "leaves the SAE in training mode"
         raise RunnerError(f"{evaluation.__name__} {what}: it must work on copy.deepcopy(run.sae).")
-    if not hasattr(result, "_asdict"):
-        raise RunnerError(f"{evaluation.__name__} returns a {type(result).__name__}, wanted Result(metrics, curves, per_sequence).")
-    metrics = {key: finite_number(value, f"metric {key!r} of {evaluation.__name__}") for key, value in result.metrics.items()}
-    return {"metrics": metrics, "curves": jsonable(result.curves), "per_sequence": jsonable(result.per_sequence)}
+    if not isinstance(result, Result):
+        raise RunnerError(f"{evaluation.__name__} returns a {type(result).__name__}, wanted "
+                          "Result(metrics, curves, per_sequence).")
+    metrics = {key: finite_number(value, f"metric {key!r} of {evaluation.__name__}")
+               for key, value in result.metrics.items()}
+    return {"metrics": metrics, "curves": jsonable(result.curves),
+            "per_sequence": jsonable(result.per_sequence)}
 
 
-def with_training(results, log, train_seconds):
-    """Results {evaluation: {"metrics", "curves", "per_sequence"}} of one seed, the templates' training figures and the log
-    in the first."""
-    first = next(iter(results.values()))
-    training = {"final_train_loss": np.mean([*logged_values(log, "losses", "reconstruction")][1][-5:]), "best_val_loss": min(log["val_loss"]),
-                "total_train_time": train_seconds}
-    first["metrics"] = training | first["metrics"]
-    first["curves"] = first["curves"] | {"training": log}
-    first["metrics"] = {name: finite_number(value, f"metric {name!r}") for name, value in first["metrics"].items()}
-    return results
+def training_result(log, train_seconds):
+    """Returns the AI-Scientist templates' training figures, and the training log."""
+    _, losses = logged_values(log, "losses", "reconstruction")
+    metrics = {"final_train_loss": np.mean(losses[-5:]), "best_val_loss": min(log["val_loss"]),
+               "total_train_time": train_seconds}
+    metrics = {name: finite_number(value, f"metric {name!r}") for name, value in metrics.items()}
+    return {"metrics": metrics, "curves": {"training": log}, "per_sequence": {}}
 
 
+@torch.no_grad()
+def page_of_latents(run):
+    """Returns what features.html shows of page_latents."""
+    sae, store, latents = run.sae, run.store, page_latents(run)
+    codes, batch, model = run.heldout.codes, store.batch(store.heldout(64)[0]), run.get_model()
+    rows = F.pad(sae.directions()[latents], (0, 0, 0, 1))[:, None]  # the last is 0
+    tokens = store.tokens([0])[:, :1].expand(len(rows), 1)
+    logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
+
+    fires = torch.from_numpy(codes[:, latents].tocsr()[:batch.tokens.numel()].toarray() > 0)
+    related = sae.related(latents, batch, fires.view(*batch.tokens.shape, -1).to(batch.x))
+    added = (logits[:-1] - logits[-1]).cpu().numpy()  # [latent, vocabulary]
+    return latents_page(store.windows, load_tokenizer(), latents, codes, added, related,
+                        len(run.live.ids), run.detections, DETECTION_TOKENS)
+
+
+# --- export of the SAE ---
 PLAIN_WEIGHTS = {"W_enc", "b_enc", "W_dec", "b_dec"}
-SAELENS = {"standard": PLAIN_WEIGHTS, "topk": PLAIN_WEIGHTS, "jumprelu": PLAIN_WEIGHTS | {"threshold"},
-           "gated": {"W_enc", "W_dec", "b_dec", "b_gate", "r_mag", "b_mag"}}   # the architectures that it knows
-SAELENS_OTHERS = {"abstopk", "matching_pursuit", "temporal", "transcoder", "skip_transcoder", "jumprelu_transcoder",
-                  "jumprelu_skip_transcoder"}                           # and those whose equations are none of ours
+SAELENS = {  # the architectures that SAELens knows, and the weights of each
+    "standard": PLAIN_WEIGHTS, "topk": PLAIN_WEIGHTS, "jumprelu": PLAIN_WEIGHTS | {"threshold"},
+    "gated": {"W_enc", "W_dec", "b_dec", "b_gate", "r_mag", "b_mag"}}
+SAELENS_OTHERS = {  # and those whose equations are none of ours
+    "abstopk", "matching_pursuit", "temporal", "transcoder", "skip_transcoder",
+    "jumprelu_transcoder", "jumprelu_skip_transcoder"}
 
 
 def saelens_latents(weights, architecture, k, x):
-    """What SAELens would make of x [..., d_in] with a run's weights: [..., d_sae]."""
+    """Returns what SAELens would make of x [..., d_in] with a run's weights: [..., d_sae]."""
     pre = (x - weights["b_dec"]) @ weights["W_enc"]
     if architecture == "gated":
-        return torch.relu(weights["r_mag"].exp() * pre + weights["b_mag"]) * (pre + weights["b_gate"] > 0)
+        gate = pre + weights["b_gate"] > 0
+        return torch.relu(weights["r_mag"].exp() * pre + weights["b_mag"]) * gate
     pre = pre + weights["b_enc"]
     if architecture == "topk":
         values, ids = pre.topk(k)
@@ -3292,255 +4102,203 @@ def saelens_latents(weights, architecture, k, x):
     return torch.relu(pre) * (pre > weights.get("threshold", 0.0))
 
 
-def save_sae(folder, weights, architecture, k, metadata):
-    """SAELens's two files, of weights {name: tensor} that take the model's own activations."""
-    if architecture in SAELENS_OTHERS:
-        raise RunnerError(f"architecture = {architecture!r} is another SAE of SAELens's: give the class a name of its own.")
-    if architecture in SAELENS and (others := sorted(set(weights) ^ SAELENS[architecture])):
-        raise RunnerError(f"architecture = {architecture!r} is SAELens's, which knows {sorted(SAELENS[architecture])}; {others} "
-                        "differ. Give the class an `architecture` of its own.")
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().float().cpu().contiguous() for name, value in weights.items()}
-    d_in, d_sae = len(weights.get("lower.W_enc", weights["W_enc"])), len(weights["W_dec"])
-    metadata = metadata | {"sae_lens_version": "6.54.12"}           # of the layout; without it SAELens drops the metadata
-    cfg = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu",
-           "apply_b_dec_to_input": True, "metadata": metadata, "normalize_activations": "none", "reshape_activations": "none"}
-    if architecture == "topk":
-        cfg |= {"k": k, "rescale_acts_by_decoder_norm": False}
-    save_file(weights, folder / "sae_weights.safetensors")
-    (folder / "sae_weights.safetensors").chmod(0o644)               # safetensors makes it readable for its owner alone
-    (folder / "cfg.json").write_text(json.dumps(cfg, indent=1))
-
-
-def exported_weights(sae, read):
-    """The weights that an SAE exports: its parameters and what it adds, then those of `read`, without what it drops."""
-    added, ablation_effects = sae.exported()
-    weights = dict(sae.named_parameters()) | added | read
-    for name in ablation_effects:
+def exported_weights(sae, scaled):
+    """Returns the weights {name: tensor} that an SAE exports: its parameters and what it adds, then
+    those of `scaled`, without what it drops."""
+    added, dropped = sae.exported()
+    weights = dict(sae.named_parameters()) | added | scaled
+    for name in dropped:
         del weights[name]
     return weights
 
 
-def recorded_config(constants, windows, steps):
-    """The UPPER_CASE ones of a module's constants, the data's figures, versions, and of the steps (planned, done) of each
-    seed whether all were done."""
-    import transformers
-    jsonable = {name: value for name, value in constants.items() if name.isupper() and name != "SOURCE"
+def export(sae, store, layer, folder):
+    """Writes SAELens's two files. The inputs' centring and scaling are folded into the weights;
+    where other parameters than SAELens knows may read inputs, both are written beside them."""
+    lower = getattr(sae, "lower", sae)  # what reads and writes x
+    prefix = "" if lower is sae else "lower."
+    weights = exported_weights(sae, {
+        f"{prefix}W_enc": lower.W_enc / store.scale, f"{prefix}W_dec": lower.W_dec * store.scale,
+        f"{prefix}b_dec": lower.b_dec * store.scale + store.mean})
+    if sae.architecture not in SAELENS:
+        weights |= {"input_mean": store.mean, "input_scale": torch.tensor(store.scale)}
+    save_sae(folder, weights, sae, {
+        "sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
+        "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
+        "context_size": CONTEXT_LENGTH, "prepend_bos": True})
+
+
+def save_sae(folder, weights, sae, metadata):
+    """Writes sae_weights.safetensors and cfg.json of weights {name: tensor} that read the model's
+    own activations. Raises RunnerError where the architecture promises another SAE of SAELens's."""
+    architecture = sae.architecture
+    if architecture in SAELENS_OTHERS:
+        raise RunnerError(f"architecture = {architecture!r} is another SAE of SAELens's: give the "
+                          "class a name of its own.")
+    known = SAELENS.get(architecture)
+    if known and (others := sorted(set(weights) ^ known)):
+        raise RunnerError(f"architecture = {architecture!r} is SAELens's, which knows "
+                          f"{sorted(known)}; {others} differ. Give the class an `architecture` of "
+                          "its own.")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().float().cpu().contiguous() for name, value in weights.items()}
+    cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32",
+           "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
+           "reshape_activations": "none",
+           "metadata": metadata | {"sae_lens_version": "6.54.12"}}  # the layout's; SAELens needs it
+    if architecture == "topk":
+        cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    save_file(weights, folder / "sae_weights.safetensors")
+    (folder / "sae_weights.safetensors").chmod(0o644)  # written readable for its owner alone
+    (folder / "cfg.json").write_text(json.dumps(cfg, indent=1), encoding="utf-8")
+
+
+# --- final_info.json and what is beside it ---
+class SeedResult(NamedTuple):
+    """One seed's SAE and results."""
+    sae: SAE
+    results: dict  # as `evaluate` returns
+    planned: list  # steps of each stage that the curriculum asks for
+    done: list  # steps of each stage that were done
+
+
+def recorded_config(seeds, store, layer):
+    """Returns the UPPER_CASE constants, the data's figures, versions, a key of the code that decides
+    the numbers, and whether all steps were done."""
+    windows, first = store.windows, seeds[0]
+    plain = {name: value for name, value in globals().items() if name.isupper() and name != "SOURCE"
              and isinstance(value, str | int | float | tuple | None)}
-    planned, done = steps[0]
-    return jsonable | {"steps_planned": planned, "steps_done": done, "budget_hit": any(a != b for a, b in steps),
-                    "evaluation_files": len(windows.sample()),
-                    "data_hash": fingerprint(zlib.crc32(windows.tokens.tobytes())),
-                    "torch": torch.__version__, "transformers": transformers.__version__}
+    return plain | {
+        "steps_planned": first.planned, "steps_done": first.done,
+        "budget_hit": any(seed.planned != seed.done for seed in seeds),
+        "evaluation_files": len(windows.sample()),
+        "data_hash": fingerprint(zlib.crc32(windows.tokens.tobytes())),
+        "code": code_key(open_store, train, evaluate, type(first.sae)),
+        "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "layer": layer, "d_in": store.d_in, "d_sae": first.sae.d_sae}
+
+
+def write_results(folder, seeds, store, layer, timing):
+    """Writes all files of a run from a SeedResult for each of SEEDS; returns final_info.json's
+    content."""
+    texts, per_seed = {}, []
+    for seed, part in zip(SEEDS, seeds):
+        prefix = "" if seed == SEEDS[0] else f"seed_{seed}/"
+        export(part.sae, store, layer, folder / prefix)
+        texts[f"{prefix}features.json"] = json.dumps(part.results["page"], separators=(",", ":"))
+        per_seed.append({name: part.results[name] for name in ("training", *EVALS)})
+
+    headlines = {"training": TRAINING_HEADLINES} | {
+        name: EVALUATIONS[name].headlines for name in EVALS}
+    info = summarise_seeds(per_seed, headlines)
+    info["training"]["config"] = recorded_config(seeds, store, layer)
+    if "hierarchy" in EVALS:
+        texts["case_studies.md"] = case_studies(per_seed[0]["hierarchy"]["curves"].get("tree", []))
+    texts |= {"timing.json": json.dumps(timing, indent=1), "summary.md": summary_text(info) + "\n"}
+    by_seed = {f"seed_{seed}": results for seed, results in zip(SEEDS, per_seed)}
+    write_result_files(folder, info, by_seed, texts, SOURCE)
+    return info
 
 
 def summary_text(info):
-    """A paragraph on a run: what it trained on what, and the means, of final_info.json's content."""
-    c = next(iter(info.values()))["config"]
-    off = f" without {', '.join(c['ABLATE'])}" if c["ABLATE"] else ""
-    planned, done = sum(c["steps_planned"]), sum(c["steps_done"])
-    cut = f" of {planned:,} planned, cut to the time budget" if c["budget_hit"] else ""
+    """Returns a paragraph on a run from final_info.json's content: what it trained on what, and the
+    means."""
+    config = info["training"]["config"]
+    off = f" without {', '.join(config['ABLATE'])}" if config["ABLATE"] else ""
+    planned, done = sum(config["steps_planned"]), sum(config["steps_done"])
+    cut = f" of {planned:,} planned, cut to the time budget" if config["budget_hit"] else ""
     means = []
     for entry in info.values():
         for name, value in entry["means"].items():
             name = name.removesuffix("_mean")
             error = entry.get("stderrs", {}).get(f"{name}_stderr")
             means.append(f"{name} {value:.4g}" + ("" if error is None else f" ± {error:.2g}"))
-    return (f"{c['SAE_VARIANT']}{off}, {c['d_sae']:,} latents with TARGET_L0 {c['TARGET_L0']}, on {c['MODEL_NAME']} after block "
-            f"{c['layer']}: {done:,} steps{cut} on {c['TRAIN_TOKENS']:,} tokens of {c['DATASET']}, seeds "
-            f"{', '.join(map(str, c['SEEDS']))}; measured on {c['evaluation_files']} held-out files. {', '.join(means)}.")
+    return (
+        f"{config['SAE_VARIANT']}{off}, {config['d_sae']:,} latents with TARGET_L0 "
+        f"{config['TARGET_L0']}, on {config['MODEL_NAME']} after block {config['layer']}: {done:,} "
+        f"steps{cut} on {config['TRAIN_TOKENS']:,} tokens of {config['DATASET']}, seeds "
+        f"{', '.join(map(str, config['SEEDS']))}; measured on {config['evaluation_files']} "
+        f"held-out files. {', '.join(means)}.")
+# endregion
 
 
-
-# ---- Results ----
-def evaluate(run, train_seconds):
-    """{evaluation: Result as a dict} of one seed, the templates' training figures first."""
-    run.sae.eval()
-    results = {name: run_evaluation(EVALUATIONS[name][0], run) for name in EVALS}
-    page, detection = features(run)
-    results[EVALS[0]]["metrics"] |= detection
-    return with_training(results, run.log, train_seconds) | {"features": page}
-
-
-def export(sae, store, layer, folder):
-    """SAELens's two files, the inputs' centring and scaling folded in; where other parameters than
-    SAELens knows may read inputs, both stand beside them."""
-    lower = getattr(sae, "lower", sae)  # what touches x
-    scaled = {"W_enc": lower.W_enc / store.scale, "W_dec": lower.W_dec * store.scale,
-              "b_dec": lower.b_dec * store.scale + store.mean}
-    weights = exported_weights(sae, {"lower." * (lower is not sae) + name: value
-                                    for name, value in scaled.items()})
-    if sae.architecture not in SAELENS:
-        weights |= {"input_mean": store.mean, "input_scale": torch.tensor(store.scale)}
-    save_sae(folder, weights, sae.architecture, sae.k, {
-        "sae_variant": SAE_VARIANT, "model_name": MODEL_NAME, "hook_layer": layer,
-        "hook_name": f"blocks.{layer}.hook_resid_post", "dataset_path": DATASET,
-        "context_size": CONTEXT_LENGTH, "prepend_bos": True})
-
-
-def write_results(folder, seeds, store, layer, timing):
-    """What run_seed gave for each of SEEDS -> final_info.json's content; writes all files."""
-    for seed, (sae, *_) in zip(SEEDS, seeds):
-        export(sae, store, layer, folder if seed == SEEDS[0] else folder / f"seed_{seed}")
-    results, steps = [result for _, result, *_ in seeds], [steps for _, _, *steps in seeds]
-    config = recorded_config(globals(), store.windows, steps) | {
-        "layer": layer, "d_in": store.d_in, "d_sae": seeds[0][0].d_sae}
-    headlines = {name: means for name, (*_, means) in EVALUATIONS.items()}
-    return write_result_files(folder, results, headlines, config, timing, SOURCE, summary_text)
+# region Checks
+def check_config():
+    """Raises RunnerError that names the first constant with a bad value, and the good ones.
+    Constants that are not here need no rule."""
+    rules = SettingRules(globals())
+    rules.choice(SAE_VARIANT=" ".join(SAE_VARIANTS), ATTENTION="causal centred", DRIVE="u z",
+                 TSAE_READING="paper code", TRAIN_ON="both forget retain",
+                 SELECTION="ratio frequency", BUFFER_POSITIONS="learned sinusoidal",
+                 MATCHER="logistic attention", LEVEL_SPARSITY="topk l1")
+    rules.whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED "
+                "MATCHED MATCHER_WINDOW COMPOSITION_HEADS COMPOSITION_HEAD_WIDTH "
+                "LIVE_MIN_FIRINGS LIVE_MIN_FILES")
+    rules.whole("CONTEXT_LENGTH", 8)
+    rules.whole("EVAL_FILES", 2)
+    rules.whole("BATCH_TOKENS", CONTEXT_LENGTH)
+    rules.whole("LAYER", 0, [None])
+    rules.positive("EXPANSION TIME_BUDGET_MINUTES EPOCHS_SCALE REGULARISATION CONSISTENCY_WEIGHT "
+                   "CONTRAST_WEIGHT LEVEL1_L0_RATIO COSINE_WEIGHT GROUP_WEIGHT")
+    rules.positive("CONSISTENT_FRACTION COMPOSITION_SLOTS", 1)
+    rules.positive("COMPOSITIONS", 0.9)
+    rules.positive("LEARNING_RATE", others=[None])
+    rules.positive("TEMPERATURE", others=["learned", "scheduled"])
+    rules.text("MODEL_NAME DATASET FORGET")
+    rules.text("FORGET_QUESTIONS RETAIN_QUESTIONS", [None])
+    rules.span("TRAIN_POSITIONS", CONTEXT_LENGTH)
+    rules.check("LEVEL_WIDTHS", "(level 1, level 2), falling to TARGET_L0 at least", lambda v: type(
+        v) is tuple and [type(x) for x in v] == [int, int] and v[0] >= v[1] >= TARGET_L0, [None])
+    rules.check("STABILITY_LAGS FAR_LAGS PROBING_SIZE SYNTHETIC_SAE", "two whole numbers from 1",
+                lambda v: type(v) is tuple and len(v) == 2
+                and all(type(x) is int and x > 0 for x in v))
+    rules.several("SYNTHETIC_TASKS", TASKS)
+    rules.several("SEEDS", range(2 ** 31))
+    check_tables(rules)
 
 
-# ---- Checks at the door ----
-def check_config(constants, variants, evaluations):
-    """The constants of experiment.py by name: what would be right for each. Others need no rule."""
-    check, choice, whole, positive, text, several, span = setting_rules(constants)
-    choice(SAE_VARIANT=" ".join(variants), ATTENTION="causal centred", DRIVE="u z",
-           TSAE_READING="paper code", TRAIN_ON="both forget retain", SELECTION="ratio frequency",
-           BUFFER_POSITIONS="learned sinusoidal", MATCHER="logistic attention",
-           LEVEL_SPARSITY="topk l1")
-    whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED MATCHED "
-          "MATCHER_WINDOW COMPOSITION_HEADS COMPOSITION_HEAD_WIDTH")
-    positive("COMPOSITIONS", 0.9)
-    positive("COMPOSITION_SLOTS", 1)
-    whole("CONTEXT_LENGTH", 8)
-    whole("EVAL_FILES", 2)
-    whole("BATCH_TOKENS", constants["CONTEXT_LENGTH"])
-    whole("LAYER", 0, [None])
-    positive("EXPANSION TIME_BUDGET_MINUTES EPOCHS_SCALE REGULARISATION CONSISTENCY_WEIGHT "
-             "CONTRAST_WEIGHT DENSITY COSINE_WEIGHT GROUP_WEIGHT")
-    positive("CONSISTENT_FRACTION", 1)
-    positive("LEARNING_RATE", others=[None])
-    positive("TEMPERATURE", others=["learned", "scheduled"])
-    text("MODEL_NAME DATASET FORGET")
-    text("FORGET_QUESTIONS RETAIN_QUESTIONS", [None])
-    span("TRAIN_POSITIONS", constants["CONTEXT_LENGTH"])
-    check("LEVEL_WIDTHS", "(level 1, level 2), falling to TARGET_L0 at least", lambda v: type(
-        v) is tuple and [type(x) for x in v] == [int, int] and v[0] >= v[1] >= constants["TARGET_L0"], [None])
-    check("LIVE STABILITY_LAGS FAR_LAGS PROBING_SIZE SYNTHETIC_SAE", "two whole numbers from 1",
-          lambda v: type(v) is tuple and len(v) == 2 and all(type(x) is int and x > 0 for x in v))
-    several("SYNTHETIC_TASKS", TASKS)
-    several("SEEDS", range(2 ** 31))
-    name = constants["SAE_VARIANT"]
-    variant = variants[name]
-    check_curriculum(variant, name)
-    for evaluation, entry in evaluations.items():
-        if not (isinstance(entry, tuple) and len(entry) == 3 and callable(entry[0]) and isinstance(entry[2], tuple)):
-            raise RunnerError(f"EVALUATIONS[{evaluation!r}] is a {type(entry).__name__}, wanted (function, what it asks of a variant, "
-                            "(names of headline metrics,)), with all commas.")
-    several("EVALS", [evaluation for evaluation, (_, asks, _) in evaluations.items() if hasattr(variant, asks)], f" for {name}")
-    parts = set(variant.components).union(*(stage.weights for stage in variant.curriculum))
-    several("ABLATE", sorted(parts - {"reconstruction"}), f" for {name}", 0)
+def check_tables(rules):
+    """Raises RunnerError where the variant's curriculum, EVALUATIONS, EVALS or ABLATE is wrong."""
+    variant = SAE_VARIANTS[SAE_VARIANT]
+    check_curriculum(variant)
+    for name, entry in EVALUATIONS.items():
+        if not (isinstance(entry, Evaluation) and callable(entry.function)
+                and isinstance(entry.headlines, tuple)):
+            raise RunnerError(f"EVALUATIONS[{name!r}] is a {type(entry).__name__}, wanted "
+                              "Evaluation(function, (names of headline metrics,)), with commas.")
+    answered = [name for name, entry in EVALUATIONS.items() if hasattr(variant, entry.needs)]
+    rules.several("EVALS", answered, f" for {SAE_VARIANT}")
+    parts = set(variant.components).union(*(stage.weights for stage in curriculum_of(variant)))
+    rules.several("ABLATE", sorted(parts - {"reconstruction"}), f" for {SAE_VARIANT}", 0)
 
 
-CURRICULUM_EPOCHS = 20     # of a curriculum
-
-
-def check_curriculum(variant, name):
-    """A class with a tuple of stages, each with some epochs."""
+def check_curriculum(variant):
+    """Raises RunnerError where a variant is no class with a tuple of stages that have epochs."""
     if not inspect.isclass(variant):
-        raise RunnerError(f"SAE_VARIANTS[{name!r}] is a {type(variant).__name__}, wanted a class.")
-    stages = variant.curriculum if isinstance(variant.curriculum, tuple) else [None]
-    if not all(hasattr(stage, "epochs") for stage in stages):
-        raise RunnerError(f"the curriculum of {name} must be a tuple of Stage: (Stage(...),) with its comma.")
+        raise RunnerError(f"SAE_VARIANTS[{SAE_VARIANT!r}] is a {type(variant).__name__}, wanted a "
+                          "class.")
+    stages = curriculum_of(variant)
+    if not (isinstance(stages, tuple) and all(isinstance(stage, Stage) for stage in stages)):
+        raise RunnerError(f"the curriculum of {SAE_VARIANT} must be a tuple of Stage: "
+                          "(Stage(...),) with its comma.")
     if none := [stage.name for stage in stages if not stage.epochs > 0]:
-        raise RunnerError(f"the stages {none} of {name} have no epochs: give them some, or leave them out.")
+        raise RunnerError(f"the stages {none} of {SAE_VARIANT} have no epochs: give them some, or "
+                          "leave them out.")
     if (epochs := sum(stage.epochs for stage in stages)) != CURRICULUM_EPOCHS:
-        print(f"note: the stages of {name} add up to {epochs:g} epochs; runs compare at {CURRICULUM_EPOCHS} (EPOCHS_SCALE scales all alike)")
-
-
-def check_parameters(sae, losses, name):
-    """What the losses would teach are parameters of the SAE."""
-    known, seen = set(map(id, sae.parameters())), set()
-    nodes = [loss.grad_fn for loss in losses]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            raise RunnerError(f"{name} uses a tensor of shape {(*leaf.shape,)} that asks for a gradient, but that nothing trains or "
-                            "saves: make it an nn.Parameter and an attribute of the SAE, or several an nn.ParameterList or "
-                            "nn.ModuleList; a plain list hides them.")
-
-
-def check_losses(sae, batch, stage, name):
-    """The losses of a training batch, found to be a function of it, of parameters and buffers: of nothing that earlier
-    batches left elsewhere, nor of x at padding; and x stays as it is. All that the stage weighs are there."""
-    def losses_of(x):
-        sae.load_state_dict(state)
-        torch.manual_seed(0)
-        given = batch._replace(x=x)
-        return sae.train().losses(given, sae.encode(given))
-
-    WATCHDOG.renew()
-    state, totals = copy.deepcopy(sae.state_dict()), []
-    for x in (batch.x, batch.x + ~batch.mask[..., None], 2 * batch.x.flip(0), batch.x):
-        losses = losses_of(given := x.clone())
-        if given._version or not torch.equal(x, given):
-            losses_of(x.clone().requires_grad_())          # torch refuses, and tells the line
-            raise RunnerError(f"{name} changes batch.x in place, which others read too: make a new tensor of it.")
-        if not isinstance(losses, dict):
-            raise RunnerError(f"`losses` of {name} is a {type(losses).__name__}, wanted a dict {{name: scalar}}.")
-        for key, loss in losses.items():
-            if not isinstance(loss, torch.Tensor) or loss.shape:
-                what = f"of shape {(*loss.shape,)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
-                raise RunnerError(f"the loss {key!r} of {name} is {what}, wanted a scalar tensor.")
-        totals.append([loss.detach().double() for loss in losses.values()])
-    if missing := sorted(set(stage.weights) - set(losses)):
-        raise RunnerError(f"stage {stage.name!r} weighs {missing}, but `losses` of {name} has {sorted(losses)}.")
-    check_parameters(sae, losses.values(), name)
-    first, padded, _, again = totals
-    for other, why in ((again, "what earlier batches left, or random numbers that are not torch's. Keep state in buffers "
-                        "(self.register_buffer): a resumed run has nothing else"),
-                       (padded, "x at padding: use batch.mask, `valid` or `counted`")):
-        if wrong := [key for key, a, b in zip(losses, first, other) if not torch.allclose(a, b, 1e-3, 1e-6, True)]:
-            raise RunnerError(f"{name}: the losses {wrong} depend on {why}.")
-    return losses
-
-
-def check_latents(sae, batch, alone, name):
-    """In evaluation, with every parameter moved: the batch's last row is as in the batch `alone`, of it; what is causal does
-    not look ahead; padding is silent."""
-    def differ(some, others):      # a tie that rounding breaks may move a token or two
-        return ((some - others).abs() > 1e-4 * (1 + others.abs())).any(-1).sum() > 2
-
-    WATCHDOG.renew()
-    if not sae.W_dec.any(1).all():
-        raise RunnerError(f"{name}: W_dec has rows of zeros, which no step can bring to unit norm. Begin with random ones.")
-    with torch.no_grad():
-        for p in sae.eval().parameters():      # at first a gate may be shut
-            p += 0.1 * torch.randn_like(p)
-        z = sae.encode(batch).dense()
-        if differ(sae.encode(alone).dense()[0], z[-1]):
-            raise RunnerError(f"{name}: the rows of a batch are different documents; one changes another's latents.")
-        half = batch.x.shape[1] // 2
-        later = batch._replace(x=torch.cat([batch.x[:, :half], batch.x[:, half:] + 1], 1))
-        if sae.causal and differ(sae.encode(later).dense()[:, :half], z[:, :half]):
-            raise RunnerError(f"{name}: later positions of a window change the latents of earlier ones. Look back only, or say "
-                            "causal = False in the class.")
-        if z[~batch.mask].any():
-            raise RunnerError(f"{name} has latents that fire on padding.")
-        weights = exported_weights(sae, {"W_enc": sae.W_enc})
-        if set(weights) == SAELENS.get(sae.architecture):          # otherwise save_sae says so
-            theirs = saelens_latents(weights, sae.architecture, sae.k, batch.x)
-            if differ(theirs[batch.mask], z[batch.mask]):
-                raise RunnerError(f"architecture = {sae.architecture!r} of {name} promises SAELens's equation, whose latents differ "
-                                "from encode's. Give the class an `architecture` of its own.")
-
-
-
-def expect_shape(name, tensor, wanted):
-    if tensor.shape != wanted:
-        raise RunnerError(f"{name} has shape {(*tensor.shape,)}, wanted {wanted}.")
+        print(f"note: the stages of {SAE_VARIANT} add up to {epochs:g} epochs; runs compare at "
+              f"{CURRICULUM_EPOCHS} (EPOCHS_SCALE scales all alike)")
 
 
 def check_variant(sae, store, stages):
-    """Every weighed loss exists, every parameter learns, rows are apart, padding is silent."""
+    """Raises RunnerError where a weighed loss is missing, a parameter never learns, rows of a batch
+    depend on each other, latents look ahead, or padding is not silent."""
     batch, dark = store.batch(np.arange(store.windows.n_train)), dict(sae.named_parameters())
     for stage in stages:
         anneal(sae, stage, 0.0)
-        losses = check_losses(sae, batch, stage, SAE_VARIANT)
+        sae.begin_stage(batch)
+        losses = check_losses(sae, batch, stage)
         total = sum(losses[name] for name in stage.weights)
         if total.requires_grad:
             total.backward()
@@ -3552,11 +4310,125 @@ def check_variant(sae, store, stages):
                           "no stage's `trains`.")
     z = sae.encode(batch).dense()
     expect_shape("encode(batch).dense()", z, (*batch.x.shape[:2], sae.d_sae))
-    check_latents(sae, batch, store.batch([len(z) - 1]), SAE_VARIANT)
+    check_latents(sae, batch, store.batch([len(z) - 1]))
+
+
+def check_losses(sae, batch, stage):
+    """Returns the losses of a training batch. Raises RunnerError where they are no function of it,
+    of parameters and of buffers alone: of what earlier batches left elsewhere, or of x at padding;
+    where x is changed; or where one that the stage weighs is missing."""
+    def losses_of(x):
+        sae.load_state_dict(state)
+        torch.manual_seed(0)
+        given = batch._replace(x=x)
+        return sae.train().losses(given, sae.encode(given))
+
+    WATCHDOG.renew()
+    state, totals = copy.deepcopy(sae.state_dict()), []
+    for x in (batch.x, batch.x + ~batch.mask[..., None], 2 * batch.x.flip(0), batch.x):
+        losses = losses_of(given := x.clone())
+        if given._version or not torch.equal(x, given):
+            losses_of(x.clone().requires_grad_())  # torch refuses, and names the line
+            raise RunnerError(f"{SAE_VARIANT} changes batch.x in place, which others read too: "
+                              "make a new tensor of it.")
+        check_scalars(losses)
+        totals.append([loss.detach().double() for loss in losses.values()])
+    if missing := sorted(set(stage.weights) - set(losses)):
+        raise RunnerError(f"stage {stage.name!r} weighs {missing}, but `losses` of {SAE_VARIANT} "
+                          f"has {sorted(losses)}.")
+    check_parameters(sae, losses.values())
+
+    first, padded, _, again = totals
+    for other, why in ((again, "what earlier batches left, or random numbers that are not torch's. "
+                               "Keep state in buffers (self.register_buffer): a resumed run has "
+                               "nothing else"),
+                       (padded, "x at padding: use batch.mask, `zero_padding` or `drop_padding`")):
+        wrong = [key for key, a, b in zip(losses, first, other)
+                 if not torch.allclose(a, b, 1e-3, 1e-6, True)]
+        if wrong:
+            raise RunnerError(f"{SAE_VARIANT}: the losses {wrong} depend on {why}.")
+    return losses
+
+
+def check_scalars(losses):
+    """Raises RunnerError where losses are no dict of scalar tensors."""
+    if not isinstance(losses, dict):
+        raise RunnerError(f"`losses` of {SAE_VARIANT} is a {type(losses).__name__}, wanted a dict "
+                          "{name: scalar}.")
+    for key, loss in losses.items():
+        is_tensor = isinstance(loss, torch.Tensor)
+        if not is_tensor or loss.shape:
+            what = f"of shape {(*loss.shape,)}" if is_tensor else f"a {type(loss).__name__}"
+            raise RunnerError(f"the loss {key!r} of {SAE_VARIANT} is {what}, wanted a scalar "
+                              "tensor.")
+
+
+def check_parameters(sae, losses):
+    """Raises RunnerError where losses would teach a tensor that is no parameter of the SAE."""
+    known, seen = set(map(id, sae.parameters())), set()
+    nodes = [loss.grad_fn for loss in losses]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise RunnerError(
+                f"{SAE_VARIANT} uses a tensor of shape {(*leaf.shape,)} that asks for a gradient, "
+                "but that nothing trains or saves: make it an nn.Parameter and an attribute of the "
+                "SAE, or several an nn.ParameterList or nn.ModuleList; a plain list hides them.")
+
+
+def check_latents(sae, batch, alone):
+    """Raises RunnerError where, in evaluation and with every parameter moved, the batch's last row
+    has other latents than in the batch `alone` of it, a causal variant looks ahead, padding fires,
+    or an `architecture` of SAELens's gives other latents there."""
+    def differ(some, others):  # a tie that rounding breaks may move a token or two
+        return ((some - others).abs() > 1e-4 * (1 + others.abs())).any(-1).sum() > 2
+
+    WATCHDOG.renew()
+    if not sae.W_dec.any(1).all():
+        raise RunnerError(f"{SAE_VARIANT}: W_dec has rows of zeros, which no step can bring to "
+                          "unit norm. Begin with random ones.")
+    with torch.no_grad():
+        for p in sae.eval().parameters():  # at first a gate may be shut
+            p += 0.1 * torch.randn_like(p)
+        z = sae.encode(batch).dense()
+        if differ(sae.encode(alone).dense()[0], z[-1]):
+            raise RunnerError(f"{SAE_VARIANT}: the rows of a batch are different documents; one "
+                              "changes another's latents.")
+        half = batch.x.shape[1] // 2
+        later = batch._replace(x=torch.cat([batch.x[:, :half], batch.x[:, half:] + 1], 1))
+        if sae.causal and differ(sae.encode(later).dense()[:, :half], z[:, :half]):
+            raise RunnerError(f"{SAE_VARIANT}: later positions of a window change the latents of "
+                              "earlier ones. Look back only, or set causal = False in the class.")
+        if z[~batch.mask].any():
+            raise RunnerError(f"{SAE_VARIANT} has latents that fire on padding.")
+        weights = exported_weights(sae, {"W_enc": sae.W_enc})
+        if set(weights) == SAELENS.get(sae.architecture):  # save_sae names other weights
+            theirs = saelens_latents(weights, sae.architecture, sae.k, batch.x)
+            if differ(theirs[batch.mask], z[batch.mask]):
+                raise RunnerError(
+                    f"architecture = {sae.architecture!r} of {SAE_VARIANT} promises SAELens's "
+                    "equation, whose latents differ from encode's. Give the class an "
+                    "`architecture` of its own.")
+
+
+def check_headlines(results):
+    """Raises RunnerError where an evaluation of the preflight lacks a metric that EVALUATIONS
+    names."""
+    for name in EVALS:
+        wanted = set(EVALUATIONS[name].headlines) - NOT_IN_PREFLIGHT
+        if lacking := wanted - set(results[name]["metrics"]):
+            raise RunnerError(f"EVALUATIONS has {sorted(lacking)} among the headlines of {name!r}, "
+                              "whose Result has no such metric.")
 
 
 def preflight(config, cache):
-    """Every stage, evaluation and result, on a stand-in."""
+    """Passes the variant through every stage, evaluation and result, on a stand-in for the model
+    and tiny data."""
     with tempfile.TemporaryDirectory(prefix="preflight.", dir=cache) as folder:
         folder, d_in, model = Path(folder), config.hidden_size, stand_in(config)
         windows = stand_in_windows(CONTEXT_LENGTH, FORGET)
@@ -3565,13 +4437,19 @@ def preflight(config, cache):
         sae = make_sae(d_in, min(round(EXPANSION * d_in), max(1024, 4 * TARGET_L0)), 0)
         stages = [stage._replace(epochs=1) for stage in planned_stages(type(sae))]
         check_variant(copy.deepcopy(sae), store, stages)
-        log, *steps = train(sae, store, stages, 0, 2, time.time() + 60, folder / "checkpoint.pt")
-        result = evaluate(Run(sae, store, lambda: model, 0, (1, 1), log, lambda *_: store), 1.0)
-        write_results(folder, [(sae, result, *steps)] * len(SEEDS), store, 0, {})
+
+        state, deadline = folder / "checkpoint.pt", time.time() + 60
+        log, planned, done = train(sae, store, stages, 0, 2, deadline, state)
+        run = Run(sae, store, lambda: model, 0, LiveRule(1, 1), log, tiny=True)
+        results = evaluate(run, 1.0)
+        check_headlines(results)
+        write_results(folder, [SeedResult(sae, results, planned, done)] * len(SEEDS), store, 0, {})
+# endregion
 
 
-# ---- main: preflight -> tokens -> activations -> train -> evaluate -> write ----
+# region Main
 def make_sae(d_in, d_sae, seed, target_l0=None):
+    """Returns an untrained SAE of the variant."""
     if TARGET_L0 > d_sae:
         raise RunnerError(f"TARGET_L0 = {TARGET_L0} of {d_sae} latents: raise EXPANSION.")
     torch.manual_seed(seed)
@@ -3579,52 +4457,61 @@ def make_sae(d_in, d_sae, seed, target_l0=None):
 
 
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
-    """One SAE -> (sae, results, steps planned, done); the folder `state` keeps what is finished."""
-    with run_stage(training := f"training, seed {seed}", timing):
+    """Returns the SeedResult of one seed (None where another process evaluates); the folder `state`
+    keeps what is finished."""
+    training = f"training, seed {seed}"
+    with run_stage(training, timing):
         sae = make_sae(store.d_in, round(EXPANSION * store.d_in), seed)
         stages, size = planned_stages(type(sae)), BATCH_TOKENS // CONTEXT_LENGTH
-        log, *steps = train(sae, store, stages, seed, size, deadline, state / f"seed_{seed}.pt")
+        log, planned, done = train(sae, store, stages, seed, size, deadline,
+                                   state / f"seed_{seed}.pt")
     if RANKS.rank:
-        return
+        return None
     with run_stage(f"evaluation, seed {seed}", timing), RANKS.alone():
-        run = Run(sae, store, get_model, layer, LIVE, log, seed=seed)
-        result = cached_json(state / f"seed_{seed}.json", lambda: evaluate(run, timing[training]))
-    return sae, result, *steps
+        rule = LiveRule(LIVE_MIN_FIRINGS, LIVE_MIN_FILES)
+        run = Run(sae, store, get_model, layer, rule, log, seed)
+        results = cached_json(state / f"seed_{seed}.json",
+                              lambda: evaluate(run, timing[training]))
+    return SeedResult(sae, results, planned, done)
 
 
 def open_store(config, layer, cache):
-    """-> store, function that loads the model."""
+    """Returns the Store of DATASET's activations, collected where they are missing, and a function
+    that loads the model."""
     with run_stage("reading the data"):
         wanted = Wanted(CONTEXT_LENGTH, TRAIN_TOKENS, EVAL_FILES, TRAIN_WINDOWS_PER_FILE,
-                               EVAL_WINDOWS_PER_FILE, MIN_WINDOW, DATA_SEED,
-                               FORGET if "unlearning" in EVALS or TRAIN_ON != "both" else "")
+                        EVAL_WINDOWS_PER_FILE, MIN_WINDOW, DATA_SEED,
+                        FORGET if "unlearning" in EVALS or TRAIN_ON != "both" else "")
         windows, key = load_windows(DATASET, load_tokenizer(), wanted, cache / "tokens")
     with run_stage("collecting activations"):
         name = fingerprint(key, model_identity(MODEL_NAME, config), layer, MODEL_DTYPE,
-                           SHARD_WINDOWS)
+                           SHARD_WINDOWS, code_key(residual_after))
         store = Store(cache / "activations" / name, windows, config.hidden_size, MODEL_DTYPE)
-        print(memory_plan(config, store, EXPANSION, BATCH_TOKENS, DEVICE), flush=True)
+        print(memory_plan(config, store), flush=True)
         get_model = functools.cache(load_model)
         store.collect(get_model, layer)
     return store, get_model
 
 
 def main():
+    """Preflight, tokens, activations, training, evaluation, results."""
     parser = argparse.ArgumentParser(description="all else is a constant of this file")
     parser.add_argument("--out_dir", default="run_0", help="folder for the results")
     out_dir = Path(parser.parse_args().out_dir).resolve()
     began, cache, timing, seeds = time.time(), cache_folder(), {}, []
     with run_stage("checking the settings"):
-        check_config(globals(), SAE_VARIANTS, EVALUATIONS)
+        check_config()
         make_folder(cache, "set SAE_CACHE_DIR to another folder")
         config, layer = load_config(MODEL_NAME, LAYER, CONTEXT_LENGTH)
+
     with atomic_run_folder(out_dir, HERE) as partial:
         with run_stage("preflight"), preflight_sandbox():
             preflight(config, cache)
         print(f"preflight passed after {time.time() - began:.1f} s", flush=True)
         store, get_model = open_store(config, layer, cache)
         timing["seconds_before_training"] = time.time() - began
-        code = fingerprint(SOURCE, store.folder.name)
+
+        code = fingerprint(sources_key(SOURCE), store.folder.name)
         with resumable_state(cache / "runs" / fingerprint(str(out_dir)), code) as state:
             end = began + 60 * TIME_BUDGET_MINUTES * (1 - EVALUATION_RESERVE)
             for i, seed in enumerate(SEEDS):
@@ -3639,4 +4526,6 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main, __file__, SAE, SAE_VARIANTS, SAE_VARIANT)
+    run_script(main, __file__, SAE, SAE_VARIANTS, SAE_VARIANT,
+               memory_settings=("BATCH_TOKENS", "EXPANSION", "CONTEXT_LENGTH"))
+# endregion

@@ -35,6 +35,7 @@ from pages.ratings import (
 # Run directory -> legend. Only these runs are drawn, in this order; None: the run's own variant.
 labels = {
     "run_0": "standard (baseline)",
+    "run_batch_topk": None,
     "run_1": None,
 }
 

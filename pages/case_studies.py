@@ -38,7 +38,7 @@ def family_tree(windows, tokenizer, levels, families, parents, weights, traces):
 
     levels: activity of both levels on the held-out tokens; families: parent -> its children;
     weights [parent, child]: the parents' decoder; traces: for each of `parents` the cosines of
-    what ablating it ("own"), or a matched control ("rival"), does to the logits with what ablating
+    what ablating it (`own`), or a matched control (`rival`), does to the logits with what ablating
     its children does in sum.
     """
     strings = tokenizer.batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
@@ -54,7 +54,7 @@ def family_tree(windows, tokenizer, levels, families, parents, weights, traces):
         children = [unit(levels.lower, child) | {"weight": float(weights[parent, child])}
                     for child in families[parent]]
         tree.append(unit(levels.upper, parent) | {
-            "cosine": float(np.mean(trace["own"])), "cosine_rival": float(np.mean(trace["rival"])),
+            "cosine": float(np.mean(trace.own)), "cosine_rival": float(np.mean(trace.rival)),
             "children": children})
     return tree
 

@@ -6,7 +6,7 @@ import torch
 
 from runtime.sparse_ops import firings
 
-EXCERPT, QUESTION = 32, 16  # tokens of a passage, and of an option in the question for raters
+EXCERPT = 32                # tokens of a passage
 STRONGEST = 8               # passages of the strongest firings, one a file
 BANDS, PER_BAND = 5, 2      # bands of equally many firings by value, and passages from each
 RANDOM = 5                  # passages drawn without regard to the latent: a control
@@ -250,19 +250,19 @@ def number_tokens_and_files(entries, named):
     return tokens, files
 
 
-def latents_page(windows, tokenizer, latents, z, logits, related, n_live, detections):
+def latents_page(windows, tokenizer, latents, z, logits, related, n_live, detections,
+                 question_size):
     """Returns the content of features.json: what the page shows of `latents` [n].
 
     z: codes of the held-out tokens, sparse [place, d_sae] by column; logits [n, vocabulary]: what
     each latent's decoder row adds to the model's logits; related: for each latent {title: rows of
     (label, number)}, a label that is a whole number being a latent; n_live: latents from which
-    these were drawn; detections: a record for each latent with `held` (documents of its detection
-    tasks), `question` (where the five options of the first task begin, the right one first, or
-    None), `order` (in which they are shown), `tasks` (their number) and `solved` (how many of them
-    the latent's own profile solves, the same among options with the same token, and how many a
-    random profile solves).
-    """
-    text, question_text = Passages(windows, EXCERPT), Passages(windows, QUESTION)
+    these were drawn; question_size: tokens of an option of the question; detections: a record for
+    each latent with `held` (documents of its detection tasks), `question` (where the five options
+    of the first task begin, the right one first, or None), `order` (in which they are shown),
+    `tasks` (their number) and `solved` (how many of them the latent's own profile solves, the same
+    among options with the same token, and how many a random profile solves)."""
+    text, question_text = Passages(windows, EXCERPT), Passages(windows, question_size)
     common = common_tokens(windows)
     common = common[common < logits.shape[1]]
     rows = zip(latents, firings(z, latents), logits, related, detections)
