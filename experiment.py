@@ -32,7 +32,7 @@ Regions, in order:
     Evaluation: hierarchy        two levels: information, clusters, causal tracing
     Evaluation: composition      interaction and reuse of features
     Evaluation: recovery         planted features of synthetic activations
-    Evaluation: detection        where a latent fires, predicted from its strongest contexts
+    Evaluation: detection        predicting where a latent fires from its strongest contexts
     Results                EVALUATIONS, export of the SAE, final_info.json
     Checks                 settings and variants that cannot work, named before anything slow
     Main                   preflight -> tokens -> activations -> train -> evaluate -> write
@@ -112,18 +112,18 @@ ABLATE = ()  # losses or components to switch off, e.g. ("auxk",)
 MODEL_NAME = "embedded/model"  # a local folder or a hub id, e.g. "google/gemma-2-2b"
 LAYER = None  # residual stream after this block, from 0; None: the middle
 DATASET = "embedded"  # or a file, a folder, a nanoGPT data folder, a hub name
-TRAIN_TOKENS = 196_608  # distinct, all in every epoch
+TRAIN_TOKENS = 196_608  # distinct tokens; each epoch passes over all of them
 CONTEXT_LENGTH = 128  # tokens in a window, the first (BOS) included
 EXPANSION = 8  # d_sae / d_in
 TARGET_L0 = 48  # active latents per token
-SEEDS = (0,)  # one SAE a seed
+SEEDS = (0,)  # one SAE for each
 TIME_BUDGET_MINUTES = 90  # of the whole run; training shrinks to fit
 # Also "unlearning", "sparse_probing", "recovery"; for their variants "composition", "hierarchy"
 EVALS = ("core", "temporal", "probes", "detection")
 EPOCHS_SCALE = 1.0  # multiplies the epochs of every stage
 BATCH_TOKENS = 1024  # tokens per training step
 LEARNING_RATE = None  # of Adam; None: 3e-3 * sqrt(1536 / d_sae)
-TRAIN_POSITIONS = None  # None: all; (low, high): trains on these positions alone, from 1
+TRAIN_POSITIONS = None  # None: all; (low, high): train only on these, counted from 1
 
 # temporal
 WINDOW = 5  # positions that attention sees
@@ -140,7 +140,7 @@ TSAE_READING = "paper"  # or "code": as its authors released it
 
 # temporal_adaptation
 TEMPERATURE = "learned"  # or "scheduled" (learned with a learned decay), or a fixed number
-DRIVE = "u"  # the trace follows the rectified pre-activations; "z": the latents
+DRIVE = "u"  # the trace averages the rectified pre-activations; "z": the latents
 REGULARISATION = 1e-3  # weight that pulls its global parameters towards their starts
 
 # temporal_context
@@ -148,7 +148,7 @@ BUFFER = 4  # latest positions that the encoder sees
 BUFFER_POSITIONS = "learned"  # or "sinusoidal"
 
 # compositional
-COMPOSITIONS = 1 / 3  # share of the latents; EXPANSION = 384 / d_in: 256 features and 128 of these
+COMPOSITIONS = 1 / 3  # share of latents that are compositions; EXPANSION = 384 / d_in: 256 + 128
 COMPOSITION_HEADS = 8  # of its attention
 COMPOSITION_HEAD_WIDTH = 16  # channels of a head
 COMPOSITION_SLOTS = 1 / 4  # share of TARGET_L0 that compositions take before features
@@ -156,7 +156,7 @@ COMPOSITION_SLOTS = 1 / 4  # share of TARGET_L0 that compositions take before fe
 # hierarchical
 LEVEL_WIDTHS = None  # e.g. (144, 96), 3/4 and 1/2 of d_in; None: 3/2 and 1 times d_sae
 LEVEL_SPARSITY = "topk"  # of level 2; or "l1", its weight steered to TARGET_L0
-LEVEL1_L0_RATIO = 1.5  # active features of level 1 a token / TARGET_L0
+LEVEL1_L0_RATIO = 1.5  # active features of level 1 per token / TARGET_L0
 COSINE_WEIGHT = 0.1  # of the loss that makes siblings' directions alike
 GROUP_WEIGHT = 0.1  # of the group-sparsity (L2,1) loss
 
@@ -184,7 +184,7 @@ CURRICULUM_EPOCHS = 20  # that the stages of a curriculum should add up to
 WARMUP_FRACTION = 0.05  # of all steps: the learning rate rises
 DECAY_FRACTION = 0.2  # of all steps: it falls to zero
 GRADIENT_CLIP = 1.0  # norm of all gradients together
-DEAD_AFTER_FRACTION = 0.05  # of training's tokens without firing: a latent is dead
+DEAD_AFTER_FRACTION = 0.05  # of the training tokens: a latent silent for so many is dead
 AUXK_WEIGHT = 1 / 32  # Gao et al. 2024 (arXiv 2406.04093)
 LIVE_MIN_FIRINGS = 50  # of a live latent, on held-out tokens
 LIVE_MIN_FILES = 10  # held-out files in which a live latent fires
@@ -195,16 +195,18 @@ PROBE_EVERY = 8  # held-out tokens: one is probed
 PROBING = ("embedded",)  # data sets, e.g. (*PROBING_DATASETS,) of data/tasks.py
 PROBING_SIZE = (1000, 250)  # texts of a class to train, to test; SAEBench: (4000, 1000)
 PROBED_COUNTS = (1, 2, 5, 10, 20, 50)  # latents that a sparse probe reads
-TRACED_PARENTS = 32  # that are ablated in the model
-FORGET_NATS = 0.33  # forgetting at which strategies are compared: half the retrained oracle's
+TRACED_PARENTS = 32  # parents ablated in causal tracing
+FORGET_NATS = 0.33  # rise of FORGET's loss at which strategies are compared: half of what
+#                    retraining the model without FORGET gives
 RETAIN_FREQUENCY = 0.01  # firing rate outside FORGET at most, for SELECTION "frequency"
-GATE_TOKENS = 32  # whose mean match opens the gate
-FALSE_POSITIVES = (0.01, 0.05, 0.2)  # rates outside FORGET of the thresholds; 1 % counts
+GATE_TOKENS = 32  # in a row, whose mean match opens the gate
+FALSE_POSITIVES = (0.01, 0.05, 0.2)  # rates outside FORGET at which thresholds are set; the first
+#                                    is the one of metrics without a suffix
 SYNTHETIC_TASKS = ("boolean", "arithmetic", "grammar")
-SYNTHETIC_RHOS = (1.0, 0.5, 0.0)  # strengths of compositions in the first task; 1 in the others
+SYNTHETIC_RHOS = (1.0, 0.5, 0.0)  # strengths of compositions in the first task; the others: 1
 SYNTHETIC_TOKENS = 65_536  # of training
 SYNTHETIC_SAE = (384, 8)  # width, L0
-COMPOSED_TOKENS = 512  # whose features are dropped one by one
+COMPOSED_TOKENS = 512  # tokens on which features are ablated one by one
 DETECTED_LATENTS = 50  # live ones that the page shows and that detection is measured on
 DETECTION_TASKS = 10  # of a latent at most, one a file
 DETECTION_OPTIONS = 5  # excerpts to choose from: chance is .2
@@ -224,7 +226,7 @@ MODEL_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 class Batch(NamedTuple):
     """The one thing that flows into a variant. A row is a window of one document without BOS."""
     x: torch.Tensor  # [batch, seq, d_in] activations, centred, mean squared norm 1
-    tokens: torch.Tensor  # [batch, seq] token ids
+    tokens: torch.Tensor | None  # [batch, seq] token ids; None where the model generates
     doc_ids: torch.Tensor  # [batch] document of each row
     positions: torch.Tensor  # [seq] from 1
     mask: torch.Tensor | None  # [batch, seq] False at padding; None: there is no padding
@@ -246,8 +248,8 @@ def drop_padding(batch, values):
 
 
 def squared_error(batch, x_hat):
-    """Returns the mean over tokens of |x - x_hat|^2: as x has mean squared norm 1 about its mean,
-    the fraction of variance unexplained."""
+    """Returns the mean over tokens of |x - x_hat|^2: the fraction of variance unexplained, exactly
+    so on the tokens that set the scale, where x has mean squared norm 1."""
     expect_shape("x_hat", x_hat, batch.x.shape)
     return zero_padding(batch, (batch.x - x_hat).square()).sum() / n_tokens(batch)
 
@@ -266,7 +268,10 @@ def expect_shape(name, tensor, wanted):
 
 # region Variants
 # One contiguous block each. A curriculum is data: a tuple of stages, or a classmethod that returns
-# one where it depends on constants.
+# one where it depends on constants. Latents (runtime/sparse_ops.py) hold z only at its (token,
+# latent) pairs: `values` and `pre_acts` [n_pairs], `pairs.rows` their tokens, `pairs.ids` their
+# latents; at(v) gives v [d_sae] at the pairs, keep(mask) some of them, `extra` what losses or
+# after_step need of this forward pass.
 class Stage(NamedTuple):
     """A stage of a curriculum. The epochs of all stages add up to CURRICULUM_EPOCHS."""
     name: str
@@ -274,7 +279,7 @@ class Stage(NamedTuple):
     weights: dict  # loss -> its weight: a number, or a function of the stage's progress in [0, 1)
     trains: tuple = ("",)  # prefixes of the names of the parameters that learn
     lr: float = 1.0  # multiplies the learning rate
-    anneals: dict = {}  # attribute of the SAE -> its value, in the same way
+    anneals: dict = {}  # attribute of the SAE -> its value, or a function of progress
 
 
 PLAIN = {"reconstruction": 1.0, "auxk": AUXK_WEIGHT}  # the weights of most variants
@@ -313,14 +318,15 @@ class SAE(nn.Module):
     def begin_stage(self, batch):
         """Prepares a stage, with its first batch and its annealed attributes set."""
 
-    def encoder(self, batch):
-        """Returns the encoder's inputs [batch, seq, d], their centre [d], its weights [d,
-        d_sae]."""
+    def encoder_inputs(self, batch):
+        """Returns what the encoder computes with: inputs [batch, seq, d], the centre subtracted
+        from them [d], and weights [d, d_sae]."""
         return batch.x, self.b_dec, self.W_enc
 
-    def select(self, x, W_enc, batch):
-        """Returns the Pairs (token, latent) to compute, of x [n_tokens, d]."""
-        pre_acts = torch.addmm(self.b_enc, x, W_enc)
+    def select(self, centred, W_enc, batch):
+        """Returns the (token, latent) Pairs at which pre-activations are computed; all other
+        latents are 0. centred [n_tokens, d]: the encoder's inputs minus their centre."""
+        pre_acts = torch.addmm(self.b_enc, centred, W_enc)
         flat = (pre_acts > self.lowest_pre_act()).flatten().nonzero().flatten()
         return Pairs.from_flat(flat, pre_acts)
 
@@ -333,8 +339,10 @@ class SAE(nn.Module):
         return F.relu(latents.pre_acts)
 
     def encode(self, batch):
-        """Returns the Latents [batch, seq, d_sae] of a batch; zero at padding."""
-        inputs, centre, W_enc = self.encoder(batch)
+        """Returns the Latents [batch, seq, d_sae] of a batch; zero at padding. A variant that
+        overrides it keeps that, and overrides `encoder_inputs` too where auxk should revive its
+        latents."""
+        inputs, centre, W_enc = self.encoder_inputs(batch)
         expect_shape("the encoder's input", inputs, (*batch.x.shape[:2], len(W_enc)))
         x = inputs.flatten(0, 1)  # [n_tokens, d]
 
@@ -344,7 +352,8 @@ class SAE(nn.Module):
         if batch.mask is not None:
             pre_acts = pre_acts.masked_fill(~batch.mask.flatten()[pairs.rows], MASKED_PRE_ACT)
 
-        latents = Latents(pre_acts, pre_acts, pairs, (*inputs.shape[:2], self.d_sae))
+        shape = (*inputs.shape[:2], self.d_sae)
+        latents = Latents(values=pre_acts, pre_acts=pre_acts, pairs=pairs, shape=shape)
         return latents._replace(values=self.activate(latents))
 
     def decode(self, latents):
@@ -356,14 +365,17 @@ class SAE(nn.Module):
         return self.W_dec
 
     def losses(self, batch, latents):
-        """Returns the named loss terms without their weights, each a scalar."""
+        """Returns the named loss terms without their weights, each a scalar. The trainer knows two
+        names: "reconstruction", which every variant has, and "sparsity", whose weight is
+        steered."""
         x_hat = self.decode(latents)
         return {"reconstruction": squared_error(batch, x_hat), "sparsity": l1(batch, latents),
                 "auxk": self.auxk_loss(batch, x_hat)}
 
     def after_step(self, batch, latents, l0):
         """Changes the SAE's state after an optimiser's step, and nothing else does: thresholds,
-        running means, clamps, steering. l0: mean active latents a token of the whole batch."""
+        running means, clamps, steering. l0: mean active latents per token of the whole batch; of
+        several processes each sees its own part of the batch, buffers are averaged over them."""
         self.steer(l0)
 
     def exported(self):
@@ -381,7 +393,8 @@ class SAE(nn.Module):
 
     # --- what all variants share ---
     def pre_act_quantile(self, batch):
-        """Returns the pre-activation that TARGET_L0 latents of a token exceed, at zero biases."""
+        """Returns the threshold that on average TARGET_L0 pre-activations per token exceed while
+        b_enc = 0: a scalar of at least 1e-3, from the first 1,024 tokens."""
         x = drop_padding(batch, batch.x)[:1024]
         pre_acts = ((x - self.b_dec) @ self.W_enc).flatten()
         rank = max(1, int(len(pre_acts) * (1 - self.k / self.d_sae)))
@@ -394,7 +407,7 @@ class SAE(nn.Module):
         dead = self.dead_mask().nonzero().flatten()
         if not len(dead):
             return x_hat.new_zeros(())
-        x, centre, W_enc = self.encoder(batch)
+        x, centre, W_enc = self.encoder_inputs(batch)
         residual = batch._replace(x=zero_padding(batch, (batch.x - x_hat).detach()))
 
         z = F.leaky_relu((x - centre) @ W_enc[:, dead] + self.b_enc[dead], 0.1)
@@ -411,9 +424,9 @@ class SAE(nn.Module):
         error = (l0.clamp_min(1e-2) / self.k).log().clamp(-1, 1)
         self.sparsity_weight.mul_((0.05 * error).exp())
 
-    def pace(self, batch):
-        """Returns the weight of one batch in a running mean: it forgets in 5 % of the steps, at
-        most 100."""
+    def running_mean_weight(self, batch):
+        """Returns the weight of this batch in a running mean whose time constant is
+        DEAD_AFTER_FRACTION of the steps, at most 100 steps."""
         return (n_tokens(batch) / self.dead_after).clamp(0.01, 1.0)
 
     def dead_mask(self):
@@ -430,8 +443,8 @@ class TopK(SAE):
     def initialise(self, batch):
         """Needs nothing: k latents are active from the start."""
 
-    def select(self, x, W_enc, batch):
-        return top_k_pairs(x, W_enc, self.b_enc, self.k)
+    def select(self, centred, W_enc, batch):
+        return top_k_pairs(centred, W_enc, self.b_enc, self.k)
 
     def after_step(self, batch, latents, l0):
         """Needs nothing: L0 is k."""
@@ -446,31 +459,32 @@ class BatchTopK(TopK):
     def __init__(self, *sizes):
         super().__init__(*sizes)
         self.register_buffer("threshold", torch.tensor(0.0))
-        self.register_buffer("last", torch.tensor(0.0), persistent=False)  # least value kept
+        self.register_buffer("last_least_kept", torch.tensor(0.0), persistent=False)
 
-    def select(self, x, W_enc, batch):
+    def select(self, centred, W_enc, batch):
         """Returns the Pairs of the k * n_tokens largest; in evaluation those above the
         threshold."""
-        pre_acts = torch.addmm(self.b_enc, x, W_enc)
+        pre_acts = torch.addmm(self.b_enc, centred, W_enc)
         if batch.mask is not None:
             pre_acts.masked_fill_(~batch.mask.reshape(-1, 1), MASKED_PRE_ACT)
-        least = 0.9 * self.last if self.training else self.threshold
-        flat = (pre_acts > least).flatten().nonzero().flatten()
+        lower_bound = 0.9 * self.last_least_kept if self.training else self.threshold
+        flat = (pre_acts > lower_bound).flatten().nonzero().flatten()
 
-        if self.training:  # above that lie few, nearly always enough
+        if self.training:  # .9 of the last step's bound leaves few candidates; if too few, take all
             keep = int(self.k * n_tokens(batch))
             if len(flat) < keep:
-                flat = torch.arange(pre_acts.numel(), device=x.device)
+                flat = torch.arange(pre_acts.numel(), device=pre_acts.device)
             values = pre_acts.flatten()[flat]
-            least = values.topk(keep, sorted=False).values.amin().clamp_min(1e-12)
-            flat = flat[values >= least]
+            least_kept = values.topk(keep, sorted=False).values.amin().clamp_min(1e-12)
+            flat = flat[values >= least_kept]
         return Pairs.from_flat(flat, pre_acts)
 
     def after_step(self, batch, latents, l0):
         """The threshold follows the least value kept."""
         if len(latents.pre_acts):
-            self.last.copy_(latents.pre_acts.detach().amin())
-            self.threshold.lerp_(self.last, self.pace(batch) if self.threshold > 0 else 1.0)
+            self.last_least_kept.copy_(latents.pre_acts.detach().amin())
+            weight = self.running_mean_weight(batch) if self.threshold > 0 else 1.0
+            self.threshold.lerp_(self.last_least_kept, weight)
 
     def exported(self):
         return {"threshold": self.threshold.expand(self.d_sae)}, ()
@@ -509,19 +523,19 @@ class JumpReLU(SAE):
     def lowest_pre_act(self):
         return self.log_threshold.exp() - self.bandwidth / 2
 
-    def gate(self, latents):
+    def step_function(self, latents):
         """Returns 1[pre > theta] [n_pairs]; its gradient to theta is a rectangle of the
         bandwidth."""
-        above = latents.pre_acts.detach() - latents.at(self.log_threshold.exp())
-        near = above.abs() < self.bandwidth / 2
-        return (above > 0) + (above - above.detach()) * near / self.bandwidth
+        margin = latents.pre_acts.detach() - latents.at(self.log_threshold.exp())
+        near = margin.abs() < self.bandwidth / 2
+        return (margin > 0) + (margin - margin.detach()) * near / self.bandwidth
 
     def activate(self, latents):
-        gate, theta = self.gate(latents), latents.at(self.log_threshold.exp()).detach()
+        gate, theta = self.step_function(latents), latents.at(self.log_threshold.exp()).detach()
         return F.relu(latents.pre_acts) * gate.detach() + theta * (gate - gate.detach())
 
     def losses(self, batch, latents):
-        l0 = self.gate(latents).sum() / n_tokens(batch)
+        l0 = self.step_function(latents).sum() / n_tokens(batch)
         return super().losses(batch, latents) | {"l0_target": (l0 / self.k - 1).square()}
 
     def exported(self):
@@ -564,17 +578,18 @@ class Temporal(BatchTopK):
     WINDOW at t, y_s = x_s + P_{t-s}, a = softmax((x_t W_q) . (y_s W_k) / sqrt(HEAD_WIDTH)); then
     BatchTopK.
 
-    Gates start at 0: the second stage begins with the function of the first. The third binds the
-    first CONSISTENT_FRACTION of the latents, H: consistency = mean of 1 - cos(zH_t, zH_{t-1}),
-    contrastive = InfoNCE of cos(zH_t, zH_s), s up to CONTRAST_SPAN before t.
-    """
+    Gates start at 0: the second stage begins with the function of the first. The third adds two
+    losses on the first CONSISTENT_FRACTION of the latents, called H: consistency = mean of 1 -
+    cos(zH_t, zH_{t-1}), contrastive = InfoNCE of cos(zH_t, zH_s), s up to CONTRAST_SPAN before
+    t."""
     components = ("attention", "positions")
     architecture = "temporal_attention"
-    attends = binds = False  # whether attention is on, whether the losses bind latents
+    attends = False  # whether attention is on
+    binds = False  # whether the losses over time are on
 
     @classmethod
     def curriculum(cls):
-        """Autoencoder, then attention, then the losses that bind latents over time."""
+        """Returns three stages: the autoencoder, with attention, with the losses over time."""
         bound = {"consistency": CONSISTENCY_WEIGHT, "contrastive": CONTRAST_WEIGHT}
         return (Stage("autoencoder", 10, PLAIN),
                 Stage("attention", 5, PLAIN, anneals={"attends": True}),
@@ -620,10 +635,10 @@ class Temporal(BatchTopK):
         inside = self.windows(zero_padding(batch, torch.ones_like(batch.x[..., :1])))
         return (scores + MASKED_PRE_ACT * (1 - inside.transpose(2, 3))).softmax(-1), inputs
 
-    def encoder(self, batch):
+    def encoder_inputs(self, batch):
         """Returns [x; context of each head] and an encoder that reads the context through gates."""
         if not self.attends or "attention" in ABLATE:
-            return super().encoder(batch)
+            return super().encoder_inputs(batch)
         (weights, inputs), rows = self.attention(batch), self.W_enc.t()
         context = (weights @ inputs).flatten(2)  # [batch, seq, HEADS * d_in]
         W_enc = torch.cat([rows, *(rows * g.tanh()[:, None] for g in self.gate)], 1).t()
@@ -659,38 +674,41 @@ class Temporal(BatchTopK):
 
 
 def consistency(batch, z):
-    """Returns, of codes z [batch, seq, n] of unit or zero length, the consistency loss: the mean of
+    """Returns the consistency loss of codes z [batch, seq, n] of unit or zero length, the mean of
     1 - cos(z_t, z_{t-1}) where both are non-zero; and the gap: how far that cosine lies above the
     one between different documents at the same position."""
-    live, other = z.detach().any(-1), (batch.doc_ids != batch.doc_ids.roll(1))[:, None]
-    both, across = live[:, 1:] & live[:, :-1], live & live.roll(1, 0) & other
-    near, far = (z[:, 1:] * z[:, :-1]).sum(-1), (z * z.roll(1, 0)).detach().sum(-1)
+    coded = z.detach().any(-1)  # [batch, seq]
+    other = (batch.doc_ids != batch.doc_ids.roll(1))[:, None]
+    adjacent, across = coded[:, 1:] & coded[:, :-1], coded & coded.roll(1, 0) & other
+    adjacent_dot = (z[:, 1:] * z[:, :-1]).sum(-1)
+    across_dot = (z * z.roll(1, 0)).detach().sum(-1)
 
-    cosine = (near * both).sum() / both.sum().clamp_min(1)
-    gap = cosine.detach() - (far * across).sum() / across.sum().clamp_min(1)
+    cosine = (adjacent_dot * adjacent).sum() / adjacent.sum().clamp_min(1)
+    gap = cosine.detach() - (across_dot * across).sum() / across.sum().clamp_min(1)
     return {"consistency": 1 - cosine, "consistency_gap": gap}
 
 
 def contrastive(batch, z, span, far=None):
-    """Returns the symmetric InfoNCE loss over z_t . z_s, z [batch, seq, d], s random among the
-    `span` positions before t. Negatives: other documents, and the same window more than `far` away
-    (None: never)."""
+    """Returns the symmetric InfoNCE loss between z_t and z_s, z [batch, seq, d], with s drawn
+    uniformly from the `span` positions before t. Negatives are tokens of other documents and, where
+    `far` is given, tokens of the same window more than `far` positions apart."""
     n, seq, width = z.shape
     t = torch.arange(1, seq, device=z.device)
-    places = t - 1 - (torch.rand(n, seq - 1, device=z.device) * t.clamp_max(span)).long()
-    then = z.gather(1, places[..., None].expand(-1, -1, width)).flatten(0, 1)
-    now, docs = z[:, 1:].flatten(0, 1), batch.doc_ids.repeat_interleave(seq - 1)
-    at = torch.arange(n, device=z.device).repeat_interleave(seq - 1) * 10 ** 6 + t.repeat(n)
+    earlier = t - 1 - (torch.rand(n, seq - 1, device=z.device) * t.clamp_max(span)).long()
+    z_earlier = z.gather(1, earlier[..., None].expand(-1, -1, width)).flatten(0, 1)
+    z_now, docs = z[:, 1:].flatten(0, 1), batch.doc_ids.repeat_interleave(seq - 1)
+    window = torch.arange(n, device=z.device).repeat_interleave(seq - 1)
+    place = window * 10 ** 6 + t.repeat(n)  # windows are never near each other
     if batch.mask is not None:
-        keep = (batch.mask[:, 1:] & batch.mask.gather(1, places)).flatten()
-        now, then, docs, at = (a[keep] for a in (now, then, docs, at))
+        keep = (batch.mask[:, 1:] & batch.mask.gather(1, earlier)).flatten()
+        z_now, z_earlier, docs, place = (a[keep] for a in (z_now, z_earlier, docs, place))
 
-    same = (docs[:, None] == docs).fill_diagonal_(False)  # neither positive nor negative
+    excluded = (docs[:, None] == docs).fill_diagonal_(False)  # neither positive nor negative
     if far is not None:
-        apart = (at[:, None] - at).abs()
-        same &= (apart <= far) | (apart >= 1e5)
-    logits = (now @ then.t()).masked_fill(same, MASKED_PRE_ACT)
-    target = torch.arange(len(now), device=z.device)
+        distance = (place[:, None] - place).abs()
+        excluded &= (distance <= far) | (distance >= 1e5)
+    logits = (z_now @ z_earlier.t()).masked_fill(excluded, MASKED_PRE_ACT)
+    target = torch.arange(len(z_now), device=z.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
@@ -704,13 +722,14 @@ class TSAE(Matryoshka):
 
     @classmethod
     def curriculum(cls):
-        """One stage; the reconstruction, a mean over two prefixes, counts twice: as their sum."""
+        """Returns one stage. The reconstruction is the mean of two prefixes where the paper has
+        their sum, so it has weight 2."""
         alpha = 1.0 if TSAE_READING == "paper" else 0.1
         return (Stage("autoencoder", 20, PLAIN | {"reconstruction": 2.0, "contrastive": alpha}),)
 
     def losses(self, batch, latents):
-        """Returns Matryoshka's losses, InfoNCE on the first prefix, and its consistency to
-        follow."""
+        """Returns Matryoshka's losses, InfoNCE on the first prefix, and the consistency terms,
+        which are only logged."""
         z = latents.dense()[..., :round(self.group_fractions[0] * self.d_sae)]
         unit = F.normalize(z, dim=-1)
         code, span = (unit, 1) if TSAE_READING == "paper" else (z, z.shape[1])
@@ -738,7 +757,7 @@ class TemporalContext(Temporal):
         return BatchTopK.losses(self, batch, latents)
 
 
-class Adapt(torch.autograd.Function):
+class AdaptationScan(torch.autograd.Function):
     """z_t = ReLU(pre_t - theta h_{t-1}), h_t = lam h_{t-1} + (1 - lam) ReLU(pre_t), h_{-1} = 0:
     pre [batch, seq, d]; lam, theta [d]."""
 
@@ -774,13 +793,13 @@ class TemporalAdaptation(SAE):
     "variance_scaling": v = 1; "trace": (beta x / Var^T + theta) W_enc, by input channel."""
     components = ("trace", "sharing", "variance_scaling")
     architecture = "temporal_adaptation"
-    done = 0.0  # the stage's progress
+    progress = 0.0  # of the stage, in [0, 1)
 
     @classmethod
     def curriculum(cls):
-        """One stage; the scheduled temperature follows its progress."""
+        """Returns one stage; a scheduled temperature follows its progress."""
         weights = PLAIN | {"sparsity": 1.0, "regularisation": REGULARISATION}
-        return (Stage("autoencoder", 20, weights, anneals={"done": lambda done: done}),)
+        return (Stage("autoencoder", 20, weights, anneals={"progress": lambda progress: progress}),)
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -800,7 +819,9 @@ class TemporalAdaptation(SAE):
 
     def temperature(self):
         """Returns T, a scalar; scheduled: T exp(-T_decay progress)."""
-        return self.T * torch.exp(-self.T_decay * self.done) if "T_decay" in self.starts else self.T
+        if "T_decay" not in self.starts:
+            return self.T
+        return self.T * torch.exp(-self.T_decay * self.progress)
 
     def scaled_variance(self):
         """Returns v [width]: the running variance over its geometric mean over live latents,
@@ -815,10 +836,10 @@ class TemporalAdaptation(SAE):
         """Returns lam [d_sae], or [width]: what a trace keeps from one position to the next."""
         return torch.exp(-F.softplus(self.beta) * self.scaled_variance() ** self.temperature())
 
-    def encoder(self, batch):
+    def encoder_inputs(self, batch):
         """Returns x; without a trace (beta x / Var^T + theta)."""
         if self.traces:
-            return super().encoder(batch)
+            return super().encoder_inputs(batch)
         scale = self.scaled_variance() ** -self.temperature()
         return self.beta * scale * batch.x + self.theta_raw.tanh(), self.b_dec, self.W_enc
 
@@ -845,7 +866,7 @@ class TemporalAdaptation(SAE):
         """Returns z [batch, seq, d_sae] of pre-activations of the same shape."""
         lam, theta = self.decay().expand(self.d_sae), self.theta_raw.tanh().expand(self.d_sae)
         if DRIVE == "u":
-            return Adapt.apply(pre_acts, lam, theta)
+            return AdaptationScan.apply(pre_acts, lam, theta)
         h, z = torch.zeros_like(pre_acts[:, 0]), []
         for pre in pre_acts.unbind(1):
             z.append(F.relu(pre - theta * h))
@@ -853,13 +874,14 @@ class TemporalAdaptation(SAE):
         return torch.stack(z, 1)
 
     def losses(self, batch, latents):
-        moved = sum((getattr(self, name) - at).square().mean() for name, at in self.starts.items())
-        return super().losses(batch, latents) | {"regularisation": moved}
+        regularisation = sum((getattr(self, name) - start).square().mean()
+                             for name, start in self.starts.items())
+        return super().losses(batch, latents) | {"regularisation": regularisation}
 
     def after_step(self, batch, latents, l0):
         """Also the running variance follows that of the batch."""
         super().after_step(batch, latents, l0)
-        self.variance.lerp_(latents.extra, self.pace(batch))
+        self.variance.lerp_(latents.extra, self.running_mean_weight(batch))
 
     def exported(self):
         return {"variance": self.variance}, ()
@@ -871,21 +893,23 @@ class TemporalAdaptation(SAE):
 
 class Compositional(TopK):
     """f = TopK_k(ReLU((x - b_dec) W_enc + b_enc)); of a token's active features u_i = f_i e_i;
-    U' = U + tanh(g) MHA(U), g = 0 at first; c = ReLU(W_c sum_i U'_i + b_c); z = TopK_k([f; c]),
-    COMPOSITION_SLOTS of it for the largest c, or those fall silent beside features that read the
-    same; L = |x - z W_dec - b_dec|^2 + 1/32 auxk. c begins with a tenth of what its rows read.
+    U' = U + tanh(g) MHA(U), g = 0 at first; c = ReLU(W_c sum_i U'_i + b_c); z = TopK_k([f; c]);
+    L = |x - z W_dec - b_dec|^2 + 1/32 auxk. COMPOSITION_SLOTS of the k places are reserved for the
+    largest c, or features that respond to the same inputs would crowd them out. W_c starts at .1
+    times the compositions' directions.
 
     In the first half k falls from 4 TARGET_L0, and attention combines a token's 2, 3, then 4
     largest features, later all. ABLATE "attention": U' = U; "gate": U' = U + MHA(U); "slots": the
     k largest; "bottleneck": z = [f; c]. The idea's BATCH_TOKENS: 512, LEARNING_RATE: 3e-4."""
     components = ("attention", "gate", "curriculum", "slots", "bottleneck")
     architecture = "compositional"
-    widening = 1.0  # latents kept / TARGET_L0
+    widening = 1.0  # latents kept now / TARGET_L0
     combined = None  # features that attention combines; None: all
 
     @classmethod
     def curriculum(cls):
-        """k falls and more features combine, then all; one plain stage without "curriculum"."""
+        """Returns two stages: k falls while more and more features combine, then all combine;
+        without "curriculum" one plain stage."""
         if "curriculum" in ABLATE:
             return (Stage("all", 20, PLAIN),)
         annealed = {"widening": lambda done: 4 ** (1 - done),
@@ -908,16 +932,16 @@ class Compositional(TopK):
             if "gate" not in ABLATE:
                 self.gate = nn.Parameter(torch.zeros(()))
 
-    def encoder(self, batch):
+    def encoder_inputs(self, batch):
         """Returns, for compositions, what they read of x: auxk revives them by that."""
         return batch.x, self.b_dec, torch.cat([self.W_enc, self.W_enc @ self.E @ self.W_c], 1)
 
-    def width(self):
-        """Returns the number of latents kept a token, now."""
+    def n_kept(self):
+        """Returns how many latents per token are kept now."""
         return min(round(self.k * self.widening), self.d_f, self.d_sae - self.d_f)
 
-    def select(self, x, W_enc, batch):
-        return top_k_pairs(x, W_enc[:, :self.d_f], self.b_enc[:self.d_f], self.width())
+    def select(self, centred, W_enc, batch):
+        return top_k_pairs(centred, W_enc[:, :self.d_f], self.b_enc[:self.d_f], self.n_kept())
 
     def heads(self, ids, f):
         """Returns of each head how a token's active features attend to each other [n, k, k], and
@@ -942,15 +966,15 @@ class Compositional(TopK):
             if self.combined and self.combined < f.shape[1]:
                 f, places = f.topk(self.combined)
                 ids = ids.gather(1, places)
-            on = (f > 0).to(f)[:, None]
-            mixed = torch.cat([on @ weights @ v for weights, v in self.heads(ids, f)], -1)
+            is_active = (f > 0).to(f)[:, None]
+            mixed = torch.cat([is_active @ weights @ v for weights, v in self.heads(ids, f)], -1)
             mixed = mixed[:, 0] @ self.W_o
             total = total + (1.0 if "gate" in ABLATE else self.gate.tanh()) * mixed
         return F.relu(total @ self.W_c + self.b_enc[self.d_f:])
 
     def features(self, batch):
         """Returns the features of each token: ids [n, k] and amounts [n, k]."""
-        latents, k = super().encode(batch), self.width()
+        latents, k = super().encode(batch), self.n_kept()
         return latents.pairs.ids.view(-1, k), latents.values.view(-1, k)
 
     def encode(self, batch):
@@ -958,7 +982,7 @@ class Compositional(TopK):
         ids, f = self.features(batch)
         c = self.compose(ids, f).view(*batch.x.shape[:2], -1)
         c = zero_padding(batch, c).flatten(0, 1)
-        k, n = self.width(), c.shape[1]
+        k, n = self.n_kept(), c.shape[1]
         if not {"slots", "bottleneck"} & set(ABLATE):
             n = max(1, round(k * COMPOSITION_SLOTS))
 
@@ -984,17 +1008,19 @@ class Hierarchical(TopK):
     z_2 = TopK_k(ReLU(h_1 W_enc + b_enc)), h_hat = ReLU(z_2 W_dec + c), W_dec >= 0,
     x_hat2 = h_hat W_dec1 + b: level 2, the latents.
 
-    The parent of i is argmax_p W_dec[p, i], G_p its children. cosine = mean over children of
+    The parent of level-1 feature i is the latent p of level 2 with the largest W_dec[p, i]; G_p are
+    the children of p. cosine = mean over children of
     max(0, .5 - cos(d_i, mean of its siblings)); group = E_t sum_p sqrt|G_p| |h_1[G_p]|_2. The
-    first stage trains level 1, the second level 2 on the frozen first, the third both. Level 2
-    starts at Ward clusters; ABLATE "start": at random; "nonnegative": W_dec of any sign."""
+    first stage trains level 1, the second level 2 on the frozen first, the third both. Level 2 is
+    initialised from Ward clusters of level 1's directions; ABLATE "start": at random;
+    "nonnegative": W_dec of any sign."""
     components = ("start", "nonnegative")
     architecture = "hierarchical"
-    level = 1  # the highest level that there is
+    level = 1  # the highest level trained so far: 1 or 2
 
     @classmethod
     def curriculum(cls):
-        """Level 1; level 2 on the frozen first; both at a lower rate."""
+        """Returns three stages: level 1; level 2 on the frozen first; both, at a lower rate."""
         upper = PLAIN | ({"sparsity": 1.0} if LEVEL_SPARSITY == "l1" else {})
         grouping = {"level_1": 1.0, "sparsity_1": 1.0, "cosine": COSINE_WEIGHT,
                     "group": GROUP_WEIGHT}
@@ -1040,7 +1066,7 @@ class Hierarchical(TopK):
         """Returns the parent of each of level 1's features: [d_1]."""
         return self.W_dec.detach().max(0).indices
 
-    def encoder(self, batch):
+    def encoder_inputs(self, batch):
         return self.levels(batch).dense(), 0.0, self.W_enc
 
     def encode(self, batch):
@@ -1063,11 +1089,11 @@ class Hierarchical(TopK):
         return self.W_dec @ self.lower.W_dec
 
     def losses(self, batch, latents):
-        """Returns the losses of the levels that learn."""
+        """Returns the losses of the levels that learn; sparsity_1 has its steered weight in it."""
         if not self.lower.W_enc.requires_grad:  # level 1 is frozen
             return super().losses(batch, latents)
         h, error = latents.extra, squared_error(batch, self.lower.decode(latents.extra))
-        terms = {"sparsity_1": self.lower.sparsity_weight.clone() * l1(batch, h)}
+        terms = {"sparsity_1": self.lower.sparsity_weight * l1(batch, h)}
         if self.level == 1:
             return terms | {"reconstruction": error}
         return super().losses(batch, latents) | terms | {"level_1": error} | self.grouping(batch, h)
@@ -1121,7 +1147,8 @@ class TrainingSchedule:
     shrink."""
 
     def __init__(self, stages, steps_per_epoch):
-        self.stages, self.step = stages, 0
+        self.stages, self.step = stages, 0  # steps done
+        # planned never changes; steps shrink to fit the deadline
         self.planned = self.steps = [round(stage.epochs * steps_per_epoch) for stage in stages]
         if 0 in self.planned:
             raise RunnerError(f"stage {stages[self.planned.index(0)].name!r} gets no step: raise "
@@ -1137,7 +1164,7 @@ class TrainingSchedule:
 
     def start(self, what, seconds, deadline):
         """Starts the clock: a step of each stage takes so many `seconds` at first."""
-        self.seconds, self.deadline, self.paced = seconds, deadline, False
+        self.seconds, self.deadline, self.first_interval_over = seconds, deadline, False
         if not self.step:
             self.steps = RANKS.agree(fit_to_deadline(self.planned, 0, seconds, deadline))
         left = steps_left(self.steps, self.step)
@@ -1145,8 +1172,8 @@ class TrainingSchedule:
         carrying = f"carrying on at step {self.step}, " if self.step else ""
         print(f"{what}: {carrying}about {minutes:.1f} min for {sum(left):,} steps", flush=True)
 
-        self.progress, self.saved = Progress(sum(self.steps), self.step), time.time()
-        self.since = self.saved, self.step
+        self.progress, self.saved_at = Progress(sum(self.steps), self.step), time.time()
+        self.timed_from = self.saved_at, self.step
 
     def steps_of(self, i):
         """Yields (step, the stage's progress in [0, 1)) for each step of stage i still to do."""
@@ -1159,24 +1186,24 @@ class TrainingSchedule:
         self.step += 1
         self.progress.update(f"{stage.name}: step {self.step}/{sum(self.steps)}", losses)
 
-    def at(self, every):
+    def is_multiple_of(self, every):
         """Returns whether so many steps have passed again, or all."""
         return self.step % every == 0 or self.step == sum(self.steps)
 
-    def due(self, seconds):
+    def checkpoint_due(self, seconds):
         """Returns whether as much time has passed since this was last so, or all steps are done."""
-        if time.time() - self.saved <= seconds and self.step < sum(self.steps):
+        if time.time() - self.saved_at <= seconds and self.step < sum(self.steps):
             return False
-        self.saved = time.time()
+        self.saved_at = time.time()
         return True
 
     def correct_forecast(self, i):
         """Corrects the seconds of a step by the pace in stage i, then the steps to the deadline."""
-        (began, first), now = self.since, time.time()
-        if self.paced:  # the first steps are slow
+        (began, first), now = self.timed_from, time.time()
+        if self.first_interval_over:  # the first steps are slow
             pace = (now - began) / (self.step - first) / self.seconds[i]
             self.seconds = [s * pace ** 0.3 for s in self.seconds]
-        self.paced, self.since = True, (now, self.step)
+        self.first_interval_over, self.timed_from = True, (now, self.step)
         fitted = fit_to_deadline(self.steps, self.step, self.seconds, self.deadline)
         self.steps = RANKS.agree(fitted)
 
@@ -1249,7 +1276,7 @@ def scheduled(value, done):
 def anneal(sae, stage, done):
     """Sets the attributes of the SAE that the stage anneals."""
     for attribute, value in stage.anneals.items():
-        getattr(sae, attribute)  # or there is none of that name
+        getattr(sae, attribute)  # raises AttributeError where the SAE has none of that name
         setattr(sae, attribute, scheduled(value, done))
 
 
@@ -1259,7 +1286,7 @@ def learning_rate(done, d_sae):
     return base * min(1.0, (done + 1e-3) / WARMUP_FRACTION, (1 - done) / DECAY_FRACTION)
 
 
-class Adam(torch.optim.Adam):
+class ContiguousAdam(torch.optim.Adam):
     """Fused Adam. It would copy parameters that lie transposed in memory, so they are turned for
     the step."""
 
@@ -1310,7 +1337,7 @@ def step_on_unit_sphere(sae, optimizer):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for W in decoders:
-        W.div_(W.norm(dim=1, keepdim=True))
+        W.div_(W.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def only_positions(batch):
@@ -1326,7 +1353,7 @@ def only_positions(batch):
 def validation_loss(sae, store):
     """Returns the reconstruction loss on the first 64 held-out windows; leaves evaluation mode
     on."""
-    batch = store.batch(store.heldout(64)[0])
+    batch = store.batch(store.heldout_chunks(64)[0])
     return squared_error(batch, sae.eval().decode(sae.encode(batch))).item()
 
 
@@ -1335,7 +1362,7 @@ def seconds_per_step(sae, store, stages, size):
     seconds, batch = [], store.batch(RANKS.share(np.arange(size)))
     for stage in stages:
         trial = copy.deepcopy(sae).train()
-        optimizer = Adam(trial, 1e-4)
+        optimizer = ContiguousAdam(trial, 1e-4)
         for _ in range(2):
             began = time.perf_counter()
             train_step(trial, optimizer, batch, stage, 0.0)
@@ -1368,16 +1395,17 @@ def train(sae, store, stages, seed, size, deadline, state_path):
 
     schedule, log = TrainingSchedule(stages, steps_per_epoch), TrainingLog()
     first = batch_at(0, lambda ids: ids)
-    next_batch = prefetched(batch_at, store.maps[0].device.type != DEVICE)
+    next_batch = prefetched(batch_at, slow=store.shard_tensors[0].device.type != DEVICE)
     sae.dead_after.fill_(int(DEAD_AFTER_FRACTION * sum(schedule.planned) * n_tokens(first)))
     sae.initialise(first)
-    seconds, optimizer = seconds_per_step(sae, store, stages, size), Adam(sae, 1e-4)
+    seconds, optimizer = seconds_per_step(sae, store, stages, size), ContiguousAdam(sae, 1e-4)
     parts = {"sae": sae, "optimizer": optimizer, "schedule": schedule, "log": log}
     load_state(state_path, parts)
     schedule.start(f"seed {seed}", seconds, deadline)
 
     for i, stage in enumerate(stages):
-        anneal(sae, stage, (schedule.steps[i] - 1) / schedule.steps[i])  # as left, where it is over
+        # a resumed run skips finished stages but needs the attributes they ended with
+        anneal(sae, stage, (schedule.steps[i] - 1) / schedule.steps[i])
         for name, p in sae.named_parameters():
             p.requires_grad_(name.startswith(stage.trains))
 
@@ -1386,16 +1414,16 @@ def train(sae, store, stages, seed, size, deadline, state_path):
             rate = stage.lr * learning_rate(step / sum(schedule.steps), sae.d_sae)
             optimizer.param_groups[0]["lr"] = rate
             losses = train_step(sae.train(), optimizer, next_batch(step), stage, done)
-            if not done:
+            if not done:  # a stage has begun
                 RANKS.same(sae)
             schedule.advance(stage, losses)
 
-            if schedule.at(LOG_EVERY):
+            if schedule.is_multiple_of(LOG_EVERY):
                 log.record(schedule.step, stage, losses, sae)
                 schedule.correct_forecast(i)
-            if schedule.at(steps_per_epoch):
+            if schedule.is_multiple_of(steps_per_epoch):
                 log.append(val_step=schedule.step, val_loss=validation_loss(sae, store))
-            if schedule.due(CHECKPOINT_SECONDS):
+            if schedule.checkpoint_due(CHECKPOINT_SECONDS):
                 save_state(state_path, parts)
 
     if sae.dead_mask().all():
@@ -1517,7 +1545,7 @@ def reinitialised_model(model):
 
 
 def small_config(config):
-    """Returns a copy of a configuration with two layers and 256 tokens."""
+    """Returns a copy of a configuration with two layers and a vocabulary of 256."""
     config = type(config).from_dict(config.to_dict())
     text = config.get_text_config()
     text.num_hidden_layers, text.vocab_size = 2, 256
@@ -1528,15 +1556,17 @@ def small_config(config):
 
 
 def stand_in(config):
-    """Returns a random model of the same family and hidden size: two layers, 256 tokens. Raises
-    RunnerError where it is no causal model."""
+    """Returns a random model of the same family and hidden size: two layers, a vocabulary of 256.
+    Raises RunnerError where it is no causal model."""
     config, tokens = small_config(config), torch.arange(1, 9, device=DEVICE).repeat(2, 1)
     tokens[1, -1] = 0  # a later token must not change earlier activations
     model = None
     with suppress(ValueError):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.to(DEVICE).eval()
-    if not model or not torch.allclose(*residual_after(model, 0, tokens)[:, :-1], atol=1e-5):
+    if model:
+        plain, changed = residual_after(model, 0, tokens)[:, :-1]
+    if not model or not torch.allclose(plain, changed, atol=1e-5):
         raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type}) is no causal model. "
                           "Take a decoder: Pythia, GPT-2, Llama, Gemma, Qwen, OPT, Mistral.")
     return model
@@ -1578,12 +1608,14 @@ def residual_after(model, layer, tokens):
 def logits_from(model, layer, hidden, tokens):
     """Returns the logits [batch, seq, vocab] from `hidden`, the residual stream after block `layer`
     [batch, seq, d_in]: the blocks up to that one are skipped."""
-    skipped, usual = find_blocks(model)[:layer + 1], block_output(model, layer, tokens[:1, :1])
+    skipped = find_blocks(model)[:layer + 1]
+    real_output = block_output(model, layer, tokens[:1, :1])
     output = hidden.to(model.dtype)
-    if isinstance(usual, tuple):
-        output = output, *usual[1:]
+    if isinstance(real_output, tuple):
+        output = output, *real_output[1:]
 
-    before = [vars(block).get("forward") for block in skipped]  # of a model on several devices
+    # accelerate sets block.forward on models spread over devices: it is put back afterwards
+    before = [vars(block).get("forward") for block in skipped]
     for block in skipped:
         block.forward = lambda *args, **kwargs: output
     try:
@@ -1611,7 +1643,8 @@ class Store:
         with missing_shards(self.shards, row_bytes) as missing:
             for shard in missing:
                 self.collect_shard(get_model(), layer, shard)
-        self.maps = open_shards(self.shards, (CONTEXT_LENGTH, self.d_in), self.dtype, DEVICE)
+        row_shape = CONTEXT_LENGTH, self.d_in
+        self.shard_tensors = open_shards(self.shards, row_shape, self.dtype, DEVICE)
         self.normalise()
 
     def collect_shard(self, model, layer, shard):
@@ -1624,7 +1657,7 @@ class Store:
 
     def normalise(self):
         """Sets mean [d_in] and scale from the first 2^18 training tokens: mean squared norm 1."""
-        self.mean, self.scale = torch.zeros(self.d_in, device=DEVICE), 1.0
+        self.mean, self.scale = torch.zeros(self.d_in, device=DEVICE), 1.0  # for now: raw
         sample = np.arange(min(self.windows.n_train, 2 ** 18 // CONTEXT_LENGTH))
         sums, squares, n = self.moments(np.array_split(sample, len(sample) // 64 + 1))
         mean = sums.sum(0) / n.sum()
@@ -1632,8 +1665,8 @@ class Store:
         self.scale = (squares.sum() / n.sum() - mean.square().sum()).sqrt().item()
 
     def moments(self, chunks):
-        """Returns by position the sum of x [seq, d_in], of |x|^2 [seq], and the tokens [seq], over
-        windows in chunks."""
+        """Returns sums over windows (chunks of ids) at each position: of x [seq, d_in], of |x|^2
+        [seq], and the number of tokens [seq]."""
         sums = []
         for ids in chunks:
             x, keep = self.batch(ids).x.double(), self.valid(ids)
@@ -1652,7 +1685,7 @@ class Store:
     def raw(self, ids):
         """Returns activations as the model made them, with BOS: [len(ids), CONTEXT_LENGTH,
         d_in]."""
-        rows = [self.maps[i // SHARD_WINDOWS][i % SHARD_WINDOWS] for i in map(int, ids)]
+        rows = [self.shard_tensors[i // SHARD_WINDOWS][i % SHARD_WINDOWS] for i in map(int, ids)]
         return torch.stack(rows).to(DEVICE, torch.float32)
 
     def batch(self, ids):
@@ -1661,9 +1694,10 @@ class Store:
         return self.batch_of(self.raw(ids), self.tokens(ids), doc_ids, mask)
 
     def batch_of(self, raw, tokens, doc_ids, mask):
-        """Returns the Batch of raw activations [batch, 1 + seq, d_in] and tokens with BOS; mask
-        [batch, seq]."""
-        return Batch((raw[:, 1:] - self.mean) / self.scale, tokens[:, 1:],
+        """Returns the Batch of raw activations [batch, 1 + seq, d_in] and tokens with BOS, or None;
+        mask [batch, seq]."""
+        return Batch((raw[:, 1:] - self.mean) / self.scale,
+                     None if tokens is None else tokens[:, 1:],
                      torch.as_tensor(doc_ids, device=DEVICE),
                      torch.arange(1, raw.shape[1], device=DEVICE), None if mask.all() else mask)
 
@@ -1675,7 +1709,7 @@ class Store:
         """Returns x [..., d_in] as the model made it."""
         return x * self.scale + self.mean
 
-    def heldout(self, size):
+    def heldout_chunks(self, size):
         """Returns the ids of the held-out windows in chunks of at most `size`."""
         return np.array_split(ids := self.windows.heldout(), range(size, len(ids), size))
 
@@ -1706,7 +1740,9 @@ def memory_plan(config, store):
 
 
 # region Evaluation: shared
-# Evaluations are functions of a Run that return a Result; all tokens are of held-out documents.
+# Evaluations are functions of a Run that return a Result. Results are on held-out documents; what
+# is fitted or chosen for them may be so on training ones. "ids" are numbers of windows, "rows"
+# count the held-out windows from 0, and a "place" is row * seq + position - 1.
 class LiveRule(NamedTuple):
     """A live latent fires that often, in so many files, and on at most half of the tokens."""
     firings: int
@@ -1726,14 +1762,14 @@ class Run:
     tiny: bool = False  # the preflight's: smallest sizes everywhere
 
     @functools.cached_property
-    def heldout(self):
+    def encoded(self):
         """The Encoded held-out windows."""
         return encode_windows(self.sae, self.store, self.store.windows.heldout())
 
     @functools.cached_property
     def live(self):
-        """The LiveLatents: the same for every metric."""
-        return live_latents(self.heldout.codes, self.store.windows, self.live_rule)
+        """The LiveLatents that core's shares, temporal, detection and the page are of."""
+        return live_latents(self.encoded.codes, self.store.windows, self.live_rule)
 
     @functools.cached_property
     def detections(self):
@@ -1743,7 +1779,7 @@ class Run:
 
 class Result(NamedTuple):
     """An evaluation's findings."""
-    metrics: dict  # name -> a finite number
+    metrics: dict  # name -> a finite number; one that is undefined is left out
     curves: dict  # name -> list
     per_sequence: dict  # name -> list of floats, one per sample window
 
@@ -1780,7 +1816,8 @@ def encode_windows(sae, store, windows):
 
 
 def explained_variance(encoded, variance):
-    """Returns 1 - E|x - x_hat|^2 / sum_d Var(x_d) (docs/metrics.md)."""
+    """Returns 1 - E|x - x_hat|^2 / sum_d Var(x_d), both over all held-out tokens; the variance is
+    about their mean."""
     return 1 - np.nanmean(encoded.error) / variance
 
 
@@ -1791,7 +1828,7 @@ def explained_by(sae, store, variance):
 
 def variance_by_position(store):
     """Returns the variance of held-out x about its overall mean: by position [seq], and overall."""
-    sums, squares, n = store.moments(store.heldout(64))
+    sums, squares, n = store.moments(store.heldout_chunks(64))
     mean = sums.sum(0) / n.sum()
     total = squares - 2 * (sums @ mean) + n * mean.square().sum()
     return (total / n.clamp_min(1)).tolist(), (total.sum() / n.sum()).item()
@@ -1834,7 +1871,7 @@ class Activity(NamedTuple):
 
 
 class LiveLatents(NamedTuple):
-    """The latents that metrics are of."""
+    """The latents that pass the LiveRule."""
     mask: np.ndarray  # [d_sae] True at live latents
     rate: np.ndarray  # [d_sae] firing rate of every latent
 
@@ -1861,19 +1898,25 @@ def live_latents(codes, windows, rule):
 
 
 def percentiles_95(codes, latents=None):
-    """Returns the 95th percentile of the values where each of `latents`, or each, fires, 1 where it
-    never does; codes sparse by column [token, d_sae]."""
+    """Returns the 95th percentile of each latent's non-zero values, 1 where it never fires:
+    [latent]; codes sparse by column [token, d_sae]; latents: which ones (None: all)."""
     latents = np.arange(codes.shape[1]) if latents is None else latents
     return np.array([np.quantile(values, 0.95) if len(values) else 1.0
                      for _, values in firings(codes, latents)], dtype=np.float32)
 
 
 def rate_matched(rate, chosen):
-    """Returns the units nearest to the chosen ones in rate [n], without these and without
-    repeats."""
-    others = np.setdiff1d(np.argsort(rate, kind="stable"), chosen, assume_unique=True)
-    nearest = np.searchsorted(rate[others], rate[chosen]).clip(max=len(others) - 1)
-    return np.unique(others[nearest])
+    """Returns for each of the chosen units, in their order, another one: the nearest in rate [n]
+    that is neither chosen nor taken yet, as far as there are any."""
+    free = np.ones(len(rate), dtype=bool)
+    free[chosen] = False
+    matches = []
+    for unit in chosen[:free.sum()]:
+        others = np.flatnonzero(free)
+        nearest = others[np.abs(rate[others] - rate[unit]).argmin()]
+        free[nearest] = False
+        matches.append(nearest)
+    return np.array(matches, dtype=int)
 
 
 def token_classes(windows):
@@ -1922,24 +1965,26 @@ def next_token_losses(run, splice):
     cross-entropy, and the KL divergence from the model's own distribution."""
     ids, parts = run.store.windows.sample(), []
     whole = spliced(run, ids, lambda batch: run.store.unscaled(batch.x))
-    for (_, own, _), (_, logp, loss) in zip(whole, spliced(run, ids, splice)):
-        kl = (own.exp() * (own - logp)).sum(-1).cpu().numpy()
+    for (_, model_logp, _), (_, logp, loss) in zip(whole, spliced(run, ids, splice)):
+        kl = (model_logp.exp() * (model_logp - logp)).sum(-1).cpu().numpy()
         parts.append((loss, np.where(np.isnan(loss), np.nan, kl)))
     return np.concatenate(parts, 1)
 
 
 @contextmanager
-def editing(run, edit, mask=None):
+def editing(run, edit, tokens=None, mask=None):
     """While open, edit(batch) is added to the residual stream after block run.layer, but not at the
-    first position, whether tokens come together or one by one with a cache. Yields the model."""
+    first position, whether tokens come together or one by one with a cache: then tokens and mask
+    [batch, seq] are None. Yields the model."""
     past = []  # hidden states so far, [batch, seq, d_in]
 
     def change(module, inputs, output):
         hidden = output[0] if isinstance(output, tuple) else output
         past[:] = [torch.cat([*past, hidden.float()], 1)]  # a copy: `hidden` is changed in place
-        keep = torch.ones_like(past[0][..., 0]) > 0 if mask is None else mask
+        everywhere = torch.ones(past[0].shape[:2], dtype=torch.bool, device=past[0].device)
+        keep = everywhere if mask is None else mask
         if keep.shape[1] > 1:
-            batch = run.store.batch_of(past[0], keep.long(), np.arange(len(keep)), keep[:, 1:])
+            batch = run.store.batch_of(past[0], tokens, np.arange(len(keep)), keep[:, 1:])
             delta = edit(batch)[:, -hidden.shape[1]:] * run.store.scale
             hidden[:, -delta.shape[1]:] += delta
 
@@ -1951,7 +1996,7 @@ def edited_logits(run, edit, tokens, mask):
     """Returns the logits [batch, seq, vocab] of tokens [batch, seq] that count where the mask is
     True, with edit(batch) added to the residual stream."""
     tokens, mask = (torch.from_numpy(part).to(DEVICE) for part in (tokens, mask))
-    with editing(run, edit, mask) as model:
+    with editing(run, edit, tokens, mask) as model:
         size = model.get_input_embeddings().num_embeddings  # the preflight's is small
         return model(tokens % size, attention_mask=mask.long(), use_cache=False).logits
 
@@ -1973,7 +2018,7 @@ def peer_batch(store):
 def eval_core(run):
     """Reconstruction, sparsity and next-token loss, beside controls that no SAE changes."""
     sae, store, base = run.sae, run.store, controls(run)
-    encoded, variance = run.heldout, base.variance
+    encoded, variance = run.encoded, base.variance
     losses, kl = next_token_losses(run, lambda b: store.unscaled(sae.decode(sae.encode(b))))
     permuted = copy.deepcopy(sae)
     permuted.W_dec.data = sae.W_dec.data.roll(sae.d_sae // 2, 0)
@@ -1984,9 +2029,9 @@ def eval_core(run):
     by_position = 1 - np.nanmean(encoded.error, 0) / base.variance_by_position
     curves = {"explained_variance_by_position": by_position,
               "loss_increase_by_position": np.nanmean(losses, 0) - base.ce_by_position}
-    first = store.windows.sample() - store.windows.n_train
-    per_sequence = {"fvu": np.nanmean(encoded.error[first], 1) / variance,
-                    "l0": np.nanmean(encoded.l0[first], 1),
+    sample_rows = store.windows.sample() - store.windows.n_train
+    per_sequence = {"fvu": np.nanmean(encoded.error[sample_rows], 1) / variance,
+                    "l0": np.nanmean(encoded.l0[sample_rows], 1),
                     "loss_increase_nats": np.nanmean(losses, 1) - base.ce_by_sequence}
     return Result(metrics, curves, per_sequence)
 
@@ -2006,16 +2051,16 @@ def sparsity_metrics(run):
     """Returns mean L0 and the shares of latents that are dead, live, dense (fire on more than a
     tenth of the tokens) and, of the live ones, that fire on a single token."""
     rate, live = run.live.rate, run.live.mask
-    return {"l0": np.nanmean(run.heldout.l0), "dead_fraction": (rate == 0).mean(),
+    return {"l0": np.nanmean(run.encoded.l0), "dead_fraction": (rate == 0).mean(),
             "live_fraction": live.mean(), "dense_fraction": (rate > 0.1).mean(),
             "single_token_fraction": single_token_fraction(
-                run.store.windows, firings(run.heldout.codes, run.live.ids))}
+                run.store.windows, firings(run.encoded.codes, run.live.ids))}
 
 
 def next_token_metrics(losses, kl, control):
     """Returns the model's loss with x_hat in place of x, its increase in nats, KL, and the share
     recovered of the loss between a worst case and the model's own: ce_recovered with unigrams as
-    the worst case, _vs_mean and _vs_zero with the stream ablated."""
+    the worst case, _vs_mean and _vs_zero with the stream ablated. All are means over tokens."""
     ce_sae, metrics = np.nanmean(losses), {}
     for name, worst in (("", "ce_unigram"), ("_vs_mean", "ce_mean"), ("_vs_zero", "ce_zero")):
         whole = control[worst] - control["ce_model"]
@@ -2042,8 +2087,9 @@ class Controls(NamedTuple):
 
 
 def controls(run):
-    """Returns the Controls, kept beside the activations until the code for them changes."""
-    key = code_key(compute_controls, Store, Run, run.sae.d_sae)
+    """Returns the Controls, cached in the store's folder under a key of the code that makes
+    them."""
+    key = code_key(compute_controls, Store, Run, run.live_rule, run.sae.d_sae)
     path = run.store.folder / f"controls-{key}.json"
     return Controls(**cached_json(path, lambda: compute_controls(run)._asdict()))
 
@@ -2125,7 +2171,8 @@ def random_model_detection(run):
 
 
 # region Evaluation: temporal
-# On held-out windows without padding.
+# Stability and smoothness are of the held-out windows without padding, all else of all held-out
+# tokens.
 class LatentStatistics(NamedTuple):
     """Statistics of the live latents on full windows."""
     stability: np.ndarray  # [latent, window] excess autocorrelation over STABILITY_LAGS
@@ -2138,13 +2185,23 @@ class LatentStatistics(NamedTuple):
     smoothness: np.ndarray  # [window] mean over active latents, z in units of q95
     smoothness_raw: np.ndarray  # [window] the same without units
 
+    @property
+    def weight(self):
+        """The share of each latent in the energy: [latent]."""
+        return self.energy / self.energy.sum()
+
+    @property
+    def mean_stability(self):
+        """The mean over windows: [latent]."""
+        return self.stability.mean(1)
+
 
 @torch.no_grad()
 def eval_temporal(run):
-    """Stability, smoothness, coherence and polysemanticity, beside their nulls."""
+    """Stability and polysemanticity beside their nulls, smoothness, coherence, parameters."""
     windows, live, rng = run.store.windows, run.live.ids, np.random.default_rng(0)
     torch.manual_seed(0)
-    full, seq, codes = windows.full(), CONTEXT_LENGTH - 1, run.heldout.codes
+    full, seq, codes = windows.full(), CONTEXT_LENGTH - 1, run.encoded.codes  # full: rows
     fired, q95 = [at for at, _ in firings(codes, live)], percentiles_95(codes, live)
     in_full = (full[:, None] * seq + np.arange(seq)).ravel()
     full_codes = codes.tocsr()[in_full]
@@ -2166,9 +2223,10 @@ def eval_temporal(run):
 
 
 def stability_metrics(statistics, seq):
-    """Returns the stability metrics, weighted by energy but for `stability_unweighted`, and by
-    window those that are tested between runs: {name: [window]}."""
-    weight, mean = statistics.energy / statistics.energy.sum(), statistics.stability.mean(1)
+    """Returns the stability metrics, means over live latents weighted by energy but for
+    `stability_unweighted` and `stable_fraction`; and by window those that are tested between runs:
+    {name: [window]}."""
+    weight, mean = statistics.weight, statistics.mean_stability
     by_window = {"stability": weight @ statistics.stability}
     if seq > FAR_LAGS[1]:
         by_window["stability_far"] = weight @ statistics.stability_far
@@ -2195,7 +2253,7 @@ def polysemanticity_metrics(run, fired, rate, rng):
 
 def halves_of_the_window(run):
     """Returns the explained variance on the first and on the second half of the positions."""
-    error = np.nanmean(run.heldout.error, 0)
+    error = np.nanmean(run.encoded.error, 0)
     variance, half = np.array(variance_by_position(run.store)[0]), (CONTEXT_LENGTH - 1) // 2
     return {"explained_variance_early": 1 - error[:half].sum() / variance[:half].sum(),
             "explained_variance_late": 1 - error[half:].sum() / variance[half:].sum()}
@@ -2204,7 +2262,7 @@ def halves_of_the_window(run):
 def temporal_curves(run, statistics, codes, full):
     """Returns what the figures of the temporal evaluation draw."""
     windows, seq = run.store.windows, CONTEXT_LENGTH - 1
-    weight, mean = statistics.energy / statistics.energy.sum(), statistics.stability.mean(1)
+    weight, mean = statistics.weight, statistics.mean_stability
     texts = load_tokenizer().batch_decode(windows.tokens[full[0] + windows.n_train, 1:, None])
     curves = {
         "autocorrelation": weight @ statistics.autocorrelation,
@@ -2252,50 +2310,57 @@ def autocorrelations(active, surrogate):
     return near.t(), far.t(), null.t(), token.mean(0), r.t()
 
 
-class PositionPairs(NamedTuple):
-    """Parts that autocorrelations of activity share."""
+class AutocorrelationTerms(NamedTuple):
+    """Terms that the autocorrelation of activity and its null share."""
     active: torch.Tensor  # [d, window, seq]
-    band: torch.Tensor  # [seq, seq] weights of pairs of positions so far apart, 1 in all
-    permuted: torch.Tensor  # [d, window] mean product of two positions, in random order
-    variance: torch.Tensor  # [d, 1]
+    lag_weights: torch.Tensor  # [seq, seq] uniform over pairs of positions so far apart, sum 1
+    shuffled_product: torch.Tensor  # [d, window] mean product of two positions, in random order
+    variance: torch.Tensor  # [d, 1] rate (1 - rate)
 
 
-def position_pairs(active, rate, lags):
-    """Returns the PositionPairs of activity [window, seq, d], mean rate [d], lags (low, high)."""
+def autocorrelation_terms(active, rate, lags):
+    """Returns the AutocorrelationTerms of activity [window, seq, d], mean rate [d], lags (low,
+    high)."""
     a, seq = active.permute(2, 0, 1).float(), active.shape[1]
     band = torch.ones(seq, seq, device=active.device).triu(lags[0]).tril(lags[1])
-    permuted = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))
+    shuffled = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))
     variance = (rate * (1 - rate)).clamp_min(1e-9)[:, None]
-    return PositionPairs(a, band / band.sum().clamp_min(1), permuted, variance)
+    return AutocorrelationTerms(a, band / band.sum().clamp_min(1), shuffled, variance)
 
 
 def excess_autocorrelation(active, rate, lags):
-    """Returns the autocorrelation of each latent's activity above that of permuted positions, mean
-    over lags: [window, d] (docs/metrics.md, stability). active [window, seq, d] is 0 or 1, or a
-    probability of firing; rate [d] its mean."""
-    a, band, permuted, variance = position_pairs(active, rate, lags)
-    return ((((a @ band) * a).sum(2) - permuted) / variance).t()
+    """Returns for each window and latent the mean of a_s a_t over all pairs of positions that are
+    lags[0] to lags[1] apart, both included, minus its mean over all pairs of different positions
+    of that window (its expectation in random order), over rate (1 - rate): [window, d].
+
+    active [window, seq, d]: 0 or 1, or a probability of firing; rate [d] its mean."""
+    terms = autocorrelation_terms(active, rate, lags)
+    product = ((terms.active @ terms.lag_weights) * terms.active).sum(2)
+    return ((product - terms.shuffled_product) / terms.variance).t()
 
 
 def autocorrelation_null(active, rate, lags, draws):
     """Returns the mean excess under random permutations of the positions, shared by 64 windows
-    each, [draws, d]; and the autocorrelation by lag [lag, d]."""
-    a, band, permuted, variance = position_pairs(active, rate, lags)
+    each, [draws, d]; and (E[a_t a_t+l] - rate^2) / (rate (1 - rate)) by lag l from 1, [lag, d]."""
+    terms = autocorrelation_terms(active, rate, lags)
     n, seq, d = active.shape
-    null, both = a.new_zeros(d, draws), a.new_zeros(d, seq, seq)
-    for part in a.split(64, 1):
+    null, coactivations = active.new_zeros(d, draws), active.new_zeros(d, seq, seq)
+    for part in terms.active.split(64, 1):
         sums = part.transpose(1, 2) @ part  # [d, seq, seq]
         order = torch.rand(draws, seq, device=active.device).argsort(1)
-        shuffled_bands = band[order[:, :, None], order[:, None]].flatten(1)
-        null += sums.flatten(1) @ shuffled_bands.t()
-        both += sums
-    null = (null / n - permuted.mean(1, keepdim=True)) / variance
-    r = torch.stack([both.diagonal(l, 1, 2).mean(1) / n for l in range(1, min(33, seq))])
-    return null.t(), (r - rate ** 2) / variance[:, 0]
+        shuffled = terms.lag_weights[order[:, :, None], order[:, None]].flatten(1)
+        null += sums.flatten(1) @ shuffled.t()
+        coactivations += sums
+    null = (null / n - terms.shuffled_product.mean(1, keepdim=True)) / terms.variance
+    r = torch.stack([coactivations.diagonal(lag, 1, 2).mean(1) / n
+                     for lag in range(1, min(FAR_LAGS[1] + 1, seq))])
+    return null.t(), (r - rate ** 2) / terms.variance[:, 0]
 
 
 def smoothness(z, x, scale):
-    """Returns max_t |z_t+1 - z_t| / scale / |x_t+1 - x_t|, summed over latents: [window]."""
+    """Returns max over t of |z(t+1) - z(t)| / scale / |x(t+1) - x(t)|, summed over latents:
+    [window]. latent_statistics divides by the number of latents that fire in the window. Lower is
+    smoother."""
     change = x.diff(dim=1).norm(dim=-1, keepdim=True).clamp_min(1e-9)
     return torch.cat([((a.diff(dim=1).abs() / c).amax(1) / scale).sum(1)
                       for a, c in zip(z.split(64), change.split(64))])
@@ -2348,9 +2413,10 @@ def top_latents_over_passage(z, tokens, stable, live, n=16):
 
 
 def polysemanticity(fired, kinds, places, rng, draws=50, n=64):
-    """Returns the mean over units of the smaller of the entropies of token and of class at n
-    firings, each over that at random `places` (docs/metrics.md). fired: token indices of each unit;
-    kinds: [token] arrays of token and class."""
+    """Returns the mean over units of the smaller of two ratios: the entropy of the token, and of
+    the class, at n random firings, each over its mean at n random `places`. Units with fewer
+    firings are left out; 1 where none remains. fired: the token indices of each unit; kinds:
+    [token] arrays of token and class."""
     null = [np.mean([miller_madow_entropy(kind[rng.choice(places, n)]) for _ in range(draws)])
             for kind in kinds]
     samples = [rng.choice(unit, n, replace=False) for unit in fired if len(unit) >= n]
@@ -2368,38 +2434,41 @@ def channel_firings(x, keep, rate):
 
 
 def coherence(fired, classes, files, rate, rng, n_firings=50, group=100):
-    """Returns how often a latent is recognised among `group` of similar rate by the classes it
-    fires on, from positions 1-32 to 64 and later of other files, over the same from 1-32 to 1-32;
-    both above chance (docs/metrics.md). None where fewer than ten latents fire often enough.
+    """Returns late hits / early hits, both above chance; None where fewer than ten latents fire
+    often enough. Each latent has a histogram of the token classes at 50 of its firings at positions
+    1-32 of even files. A hit: among `group` latents of similar rate its histogram at positions 64
+    and later (late), or 1-32 (early), of odd files is nearest to its own (Jensen-Shannon). Chance
+    is one hit per group; latents beyond the last whole group are left out.
 
     fired: token indices [n] of each latent; classes: of each token; files: of each held-out
     window."""
-    roles, seq = [], len(classes) // len(files)
+    histograms, seq = [], len(classes) // len(files)
     for at in (fired[i] for i in np.argsort(rate, kind="stable")):
         window, position = np.divmod(at, seq)
-        early, other = position < 32, files[window] % 2 == 1
-        blocks = [at[early & ~other], at[early & other], at[(position >= 63) & other]]
-        if min(map(len, blocks)) >= n_firings:
-            drawn = [rng.choice(block, n_firings, replace=False) for block in blocks]
-            roles.append([np.bincount(classes[places], minlength=classes.max() + 1)
-                          for places in drawn])
+        early, odd = position < 32, files[window] % 2 == 1
+        firing_sets = [at[early & ~odd], at[early & odd], at[(position >= 63) & odd]]
+        if min(map(len, firing_sets)) >= n_firings:
+            drawn = [rng.choice(firing, n_firings, replace=False) for firing in firing_sets]
+            histograms.append([np.bincount(classes[places], minlength=classes.max() + 1)
+                               for places in drawn])
 
-    n, hits = min(group, len(roles)), np.zeros(2)
+    n, hits = min(group, len(histograms)), np.zeros(2)
     if n < 10:
         return None
-    for low in range(0, len(roles) - n + 1, n):
-        first, *blocks = np.array(roles[low:low + n]).swapaxes(0, 1)
-        nearest = [cdist(block, first, "jensenshannon").argmin(1) for block in blocks]
+    for low in range(0, len(histograms) - n + 1, n):
+        first, *others = np.array(histograms[low:low + n]).swapaxes(0, 1)
+        nearest = [cdist(other, first, "jensenshannon").argmin(1) for other in others]
         hits += [(found == np.arange(n)).sum() for found in nearest]
-    same, later = hits - len(roles) // n  # above chance
-    return later / same if same >= 1 else None
+    early_hits, late_hits = hits - len(histograms) // n
+    return late_hits / early_hits if early_hits >= 1 else None
 
 
 # --- parameters of interest ---
 def parameter_metrics(run):
     """Returns what training did to the parameters of interest, and the alarm of a collapse."""
     metrics = parameter_convergence(run.log) | consistency_gap(run.log)
-    metrics |= parameter_sensitivities(run.sae, lambda: validation_loss(run.sae, run.store))
+    sae = copy.deepcopy(run.sae)
+    metrics |= parameter_sensitivities(sae, lambda: validation_loss(sae, run.store))
     if getattr(run.sae, "traces", False):
         metrics |= decay_slope(run.sae.scaled_variance().detach(), run.sae.decay().detach())
     return metrics
@@ -2472,22 +2541,22 @@ class ProbeTask(NamedTuple):
 
 def eval_probes(run):
     """Balanced accuracy of linear probes on a token's latents, beside those on tokens;
-    `probe_context` is the mean over all labels but the token's type."""
-    windows, codes = run.store.windows, run.heldout.codes.tocsr()
+    `probe_context` is the mean over all tasks but token_type, domain and document included."""
+    windows, codes = run.store.windows, run.encoded.codes.tocsr()
     base, seq = probe_baselines(run.store), windows.tokens.shape[1] - 1
-    metrics, right, docs = {}, {}, windows.doc_ids[windows.n_train:]
+    metrics, correct, docs = {}, {}, windows.doc_ids[windows.n_train:]
     for name, task in probe_tasks(windows, PROBE_EVERY).items():
         scaled = MaxAbsScaler().fit_transform(codes[task.places])
         predicted = cross_fitted_probe(scaled, task.labels, task.fold)
         metrics[f"probe_{name}"] = balanced_accuracy_score(task.labels, predicted)
         metrics[f"probe_{name}_token"], metrics[f"probe_{name}_bag"] = base[name]
-        right[f"probe_{name}"] = windows.by_document(
+        correct[f"probe_{name}"] = windows.by_document(
             predicted == task.labels, docs[task.places // seq])
 
-    if context := [name for name in right if name != "probe_token_type"]:
+    if context := [name for name in correct if name != "probe_token_type"]:
         metrics["probe_context"] = np.mean([metrics[name] for name in context])
-        right["probe_context"] = np.nanmean([right[name] for name in context], 0)
-    return Result(metrics, {}, right)
+        correct["probe_context"] = np.nanmean([correct[name] for name in context], 0)
+    return Result(metrics, {}, correct)
 
 
 def cross_fitted_probe(features, labels, fold):
@@ -2500,9 +2569,10 @@ def cross_fitted_probe(features, labels, fold):
 
 
 def probe_tasks(windows, every, n_documents=20):
-    """Returns {name: ProbeTask}. LABELS, where the tokens have them, and the domain, of every
-    `every`-th token, folds apart by file; and the document, of all tokens of the first
-    `n_documents` with most windows, folds apart by window. A task of one class in a fold is left
+    """Returns {name: ProbeTask}. One task for each of LABELS and one for the domain, on every
+    `every`-th token, with folds split by file; where more than half of these tokens have labels,
+    only they are used. And one for the document, on all tokens of up to `n_documents` documents of
+    those with most windows, with folds split by window. A task with one class in a fold is left
     out."""
     seq, docs = windows.tokens.shape[1] - 1, windows.doc_ids[windows.n_train:]
     all_places, labels = windows.heldout_tokens(), {}
@@ -2579,11 +2649,11 @@ def probing_store(run, dataset):
     """Returns the Store of a data set's texts, one a window, scaled as in training."""
     windows, key = probing_windows(
         dataset, load_tokenizer(), PROBING_SIZE, CONTEXT_LENGTH, cache_folder() / "tokens")
-    own = run.store
-    folder = own.folder.parent / fingerprint(key, own.folder.name)
-    store = Store(folder, windows, own.d_in, own.dtype)
+    run_store = run.store
+    folder = run_store.folder.parent / fingerprint(key, run_store.folder.name)
+    store = Store(folder, windows, run_store.d_in, run_store.dtype)
     store.collect(run.get_model, run.layer)
-    store.mean, store.scale = own.mean, own.scale
+    store.mean, store.scale = run_store.mean, run_store.scale
     return store
 
 
@@ -2623,7 +2693,8 @@ def probing_baselines(store, features, d_sae):
 def sparse_accuracies(features, windows, numbers):
     """Returns the test accuracy of one domain against the rest, mean over domains, by logistic
     regression on the k of `features` [window, d] whose class means differ most, for each k of
-    `numbers`, and on all: [len(numbers) + 1]. Training windows train (SAEBench)."""
+    `numbers`, and on all: [len(numbers) + 1]. The k are chosen and the regression is fitted on
+    training windows; tests are balanced (SAEBench)."""
     labels = windows.domain_of(np.arange(len(windows.tokens)))
     labels = np.unique(labels, return_inverse=True)[1]
     training, rng = np.arange(len(labels)) < windows.n_train, np.random.default_rng(42)
@@ -2691,8 +2762,8 @@ def eval_unlearning(run):
 
 
 class Unlearner:
-    """Latents selected and matchers fitted on a plan's dev windows; thresholds from matchers fitted
-    on every other file, for the rest."""
+    """Latents selected and matchers fitted on a plan's dev windows. Thresholds are cross-fitted:
+    each half of the files is scored by a matcher fitted on the other half."""
 
     def __init__(self, run, plan):
         self.sae, store, ids = run.sae, run.store, plan.dev
@@ -2700,9 +2771,9 @@ class Unlearner:
         forget = keep & torch.from_numpy(plan.dev_group == "forget").to(DEVICE)[:, None]
         self.q95 = torch.from_numpy(percentiles_95(codes)).to(DEVICE)
         most = 1.0 if run.tiny else RETAIN_FREQUENCY
-        counted = codes.tocsr()[keep.flatten().cpu().numpy()]
-        ranked, self.clamped = ranked_latents(counted, forget[keep].cpu().numpy(), most)
-        self.rest, self.direction = mean_difference(store.x(ids), keep, forget)
+        token_codes = codes.tocsr()[keep.flatten().cpu().numpy()]
+        ranked, self.clamped = ranked_latents(token_codes, forget[keep].cpu().numpy(), most)
+        self.retain_mean, self.direction = mean_difference(store.x(ids), keep, forget)
 
         self.matcher = Matcher(ranked[:MATCHED], self.q95)
         self.matcher.fit(codes, keep, forget, plan.halves(store.windows))
@@ -2716,11 +2787,11 @@ class Unlearner:
 
         def change(batch):
             if strategy == "projection":
-                along = (batch.x - self.rest) @ self.direction
+                along = (batch.x - self.retain_mean) @ self.direction
                 return -strength * along[..., None] * self.direction
             whole = self.sae.encode(batch).dense()
             z, target = whole[..., latents], -strength * self.q95[latents]
-            on = (z > 0) & self.matcher.opens(strategy, whole)[..., None]
+            on = (z > 0) & self.matcher.clamps_here(strategy, whole)[..., None]
             delta = torch.where(on, target - z, 0.0) @ self.sae.directions()[latents]
             if strategy == "random_directions":
                 delta = F.normalize(torch.randn_like(delta), dim=-1) * delta.norm(dim=-1)[..., None]
@@ -2756,16 +2827,16 @@ def mean_difference(x, keep, forget):
 
 # --- the matcher ---
 class Matcher:
-    """Tells by windows of MATCHER_WINDOW codes of the given latents where text to forget stands: a
-    matcher of patterns, and for comparison one that sees a single position and one that sees
-    positions in random order. GATE_TOKENS matches in a row open the gate.
+    """Predicts from the last MATCHER_WINDOW positions of chosen latents whether a position belongs
+    to FORGET: a matcher of patterns, and for comparison one that sees a single position and one
+    that sees positions in random order. GATE_TOKENS matches in a row open the gate.
 
     q95 [d_sae]: the units of latents z."""
 
     def __init__(self, latents, q95):
         self.latents, self.q95 = latents, q95
 
-    def codes(self, z):
+    def log_codes(self, z):
         """Returns log(1 + z / q95) of the matched latents of dense z [n, seq, d_sae]: [n, seq,
         f]."""
         return self.scaled(z[..., self.latents])
@@ -2794,17 +2865,19 @@ class Matcher:
         def fitted(name, rows):
             return fit_matcher(self.windows(codes, name)[rows], forget[rows])
 
-        self.matchers = {side: fitted("pattern", apart & (half == side)) for side in (False, True)}
-        match = torch.where(half, self.match(codes, False), self.match(codes, True)) * keep
+        by_first, by_second = (self.match(codes, matcher=fitted("pattern", apart & (half == side)))
+                               for side in (False, True))
+        match = torch.where(half, by_first, by_second) * keep
         self.matchers = {name: fitted(name, apart)
                          for name in ("pattern", "one_position", "shuffled")}
         self.thresholds = self.thresholds_of(match, keep, forget)
 
     def thresholds_of(self, match, keep, forget):
         """Returns {strategy: threshold} of the evidence on tokens and windows that are to stay."""
-        whole = gate_evidence(match)[~forget[:, 0], -1]
-        evidence = {"pattern": match[keep & ~forget], "hybrid": whole}
-        return {name + f"_{rate:g}" * (i > 0): values.quantile(1 - rate).item()
+        retained_windows = gate_evidence(match)[~forget[:, 0], -1]
+        evidence = {"pattern": match[keep & ~forget], "hybrid": retained_windows}
+        # the first rate's thresholds have the bare names
+        return {name if i == 0 else f"{name}_{rate:g}": values.quantile(1 - rate).item()
                 for i, rate in enumerate(FALSE_POSITIVES) for name, values in evidence.items()}
 
     def windows(self, codes, name):
@@ -2815,29 +2888,30 @@ class Matcher:
             return x
         return x.gather(-1, torch.rand_like(x[..., :1, :]).argsort(-1).expand_as(x))
 
-    def match(self, codes, name="pattern"):
-        """Returns the probability that text to forget stands at each position: [n, seq]."""
-        return torch.cat([self.matchers[name](self.windows(part, name))
-                          for part in codes.split(32)])
+    def match(self, codes, name="pattern", matcher=None):
+        """Returns the probability that text to forget stands at each position, [n, seq], by one of
+        the fitted matchers or by the given one."""
+        matcher = matcher or self.matchers[name]
+        return torch.cat([matcher(self.windows(part, name)) for part in codes.split(32)])
 
-    def evidence(self, z):
+    def match_and_gate(self, z):
         """Returns match and gate at each position of dense z, each [n, seq]."""
-        match = self.match(self.codes(z))
+        match = self.match(self.log_codes(z))
         return match, gate_evidence(match)
 
-    def opens(self, strategy, z):
+    def clamps_here(self, strategy, z):
         """Returns [n, seq] whether the strategy's evidence is above its threshold; True for a
         strategy without one."""
         if strategy not in self.thresholds:
             return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-        match, gate = self.evidence(z)
+        match, gate = self.match_and_gate(z)
         evidence = gate if strategy.startswith("hybrid") else match
         return evidence > self.thresholds[strategy]
 
     def passage(self, z, on, tokens, tokenizer):
         """Returns, of the window whose gate is the median at its end: its text, match, gate and
         threshold, and where "standard", which is `on` [n, seq], and "hybrid" clamp."""
-        match, gate = self.evidence(z)
+        match, gate = self.match_and_gate(z)
         i, threshold = gate[:, -1].argsort()[len(gate) // 2].item(), self.thresholds["hybrid"]
         return {"tokens": tokenizer.batch_decode(tokens[i, :, None]), "match": match[i],
                 "gate": gate[i], "threshold": torch.full_like(gate[i], threshold),
@@ -2860,6 +2934,7 @@ def fit_matcher(x, forget):
     forgotten, fitted on x [n, f, w] and forget [n] bool. MATCHER "logistic": logistic regression;
     "attention": one learned query over the window."""
     if MATCHER == "logistic":
+        # a ridge that does not fade as windows are added
         model = LogisticRegression(C=75 / len(x), max_iter=300, class_weight="balanced")
         model.fit(x.flatten(1).cpu().numpy(), forget.cpu().numpy())
         weights, bias = (x.new_tensor(a[0]) for a in (model.coef_, model.intercept_))
@@ -2888,9 +2963,9 @@ def gate_evidence(match):
 
 
 def matcher_scores(tasks, thresholds):
-    """Returns of tasks {name: (truth [n], score [n])}: AUROC, and above each threshold false
-    positives and balanced accuracy; and {name: [101] true positives at evenly spaced rates of false
-    ones}."""
+    """Returns of tasks {name: (truth [n], score [n])} on the test windows: AUROC, and above each
+    threshold false positives and balanced accuracy; and {name: [101] true positives at evenly
+    spaced rates of false ones}."""
     metrics = {f"auroc_{name}": roc_auc_score(*task) for name, task in tasks.items()}
     rocs = {}
     for name, threshold in thresholds.items():
@@ -2922,7 +2997,7 @@ def bag_auroc(run, plan):
 
 # --- forgetting against preservation ---
 def cached_for_plan(run, plan, what, compute):
-    """Returns compute(), which depends on no SAE, as kept beside the activations."""
+    """Returns compute(), which depends on no SAE, as cached in the store's folder."""
     rows = plan.dev, plan.dev_group, plan.test, plan.group, plan.clozes.options
     code = code_key(bag_auroc, clamping_frontier, right_answers, mean_difference)
     key = fingerprint(what, code, *(part.tolist() for part in rows))
@@ -2938,20 +3013,20 @@ class Frontier(NamedTuple):
 
 
 def clamping_frontier(run, plan, unlearner, strategies):
-    """Returns the Frontier: the test windows under strategies and controls, at the strengths that
-    cost every fifth dev window of FORGET FORGET_NATS, strategies also at a quarter of it to four
-    times."""
+    """Returns the Frontier: the test windows under strategies and controls, at the strength at
+    which the loss on every fifth dev window of FORGET rises by FORGET_NATS; strategies also at 1/4,
+    1/2, 2 and 4 times it."""
     search = plan.dev[plan.dev_group == "forget"][::5]
     edits = {"unclamped": unlearner.edit("projection", 0.0)}  # which leaves all as it is
-    own = cached_for_plan(run, plan, "own", lambda: {
+    unclamped = cached_for_plan(run, plan, "own", lambda: {
         **edited_scores(run, plan, edits["unclamped"], plan.test),
         "search": np.mean(edited_scores(run, plan, edits["unclamped"], search)["losses"])})
-    own_losses, own_right = np.array(own["losses"]), np.array(own["right"])
+    own_losses, own_right = np.array(unclamped["losses"]), np.array(unclamped["right"])
 
-    def measured(name, factors):  # strength, and scores at each factor times it
+    def measured(name, factors):  # the strength that costs FORGET_NATS, scores at its multiples
         def lost(strength):
             scores = edited_scores(run, plan, unlearner.edit(name, strength), search)
-            return np.mean(scores["losses"]) - own["search"]
+            return np.mean(scores["losses"]) - unclamped["search"]
 
         strength = strength_for(lost)
         tried = [unlearner.edit(name, strength * factor) for factor in factors]
@@ -2962,7 +3037,7 @@ def clamping_frontier(run, plan, unlearner, strategies):
         factors = (1, 0.25, 0.5, 2, 4) if name in strategies else (1,)
         compute = functools.partial(measured, name, factors)
         strength, scores = (cached_for_plan(run, plan, (name, FORGET_NATS), compute)
-                            if name == "projection" else compute())  # that has no latents
+                            if name == "projection" else compute())  # needs no SAE: cached
         edits[name], rows[name] = unlearner.edit(name, strength), []
         for factor, score in zip(factors, scores):
             losses, right = np.array(score["losses"]) - own_losses, np.array(score["right"])
@@ -3000,7 +3075,7 @@ def cloze_answers(clozes, ids, logp):
     here = np.flatnonzero(np.isin(clozes.window, ids))
     row, at = np.searchsorted(ids, clozes.window[here]), clozes.position[here] - 1
     options = logp[row[:, None], at[:, None], clozes.options[here]]
-    return options.cpu().numpy().argmax(1) == 0
+    return options.cpu().numpy().argmax(1) == 0  # the first option is the right one
 
 
 def group_means(plan, losses, right, before=None):
@@ -3033,17 +3108,19 @@ def mcnemar(now, before):
 
 
 def padded_losses(run, plan, strategies, edits):
-    """Returns what strategies add to the loss of full windows of FORGET behind 0, 32 and 64 tokens
-    of the rest, as far as the model takes so many."""
+    """Returns what strategies add to the loss of full windows of FORGET, but for each one's first
+    token, behind 0, 32 and 64 tokens of retained text, as far as the model takes so many."""
     windows = run.store.windows
     (full, others), n = plan.full(windows), windows.tokens.shape[1] - 2
-    config = run.get_model().config
+    config = run.get_model().config.get_text_config()
     longest, metrics = getattr(config, "max_position_embeddings", None) or math.inf, {}
     for pad in (pad for pad in (0, 32, 64) if n + 2 + pad <= longest):
         tokens = prepend_context(windows, full, others, pad)
         everywhere = np.ones(tokens.shape, bool)
-        loss = {name: last_loss(edited_logits(run, edits[name], tokens, everywhere), tokens, n)
-                for name in ("unclamped", *strategies)}
+        loss = {}
+        for name in ("unclamped", *strategies):
+            logits = edited_logits(run, edits[name], tokens, everywhere)
+            loss[name] = mean_loss_of_last(logits, tokens, n)
         metrics |= {f"{name}_padded_{pad}": loss[name] - loss["unclamped"] for name in strategies}
     return metrics
 
@@ -3054,7 +3131,7 @@ def prepend_context(windows, ids, others, n):
         [windows.tokens[others, :n + 1], windows.tokens[ids, 1:]], 1).astype(np.int64)
 
 
-def last_loss(logits, tokens, n):
+def mean_loss_of_last(logits, tokens, n):
     """Returns the mean loss of the last n of tokens [batch, seq]; logits [batch, seq,
     vocabulary]."""
     following = torch.from_numpy(tokens[:, -n:]).to(logits.device)
@@ -3086,7 +3163,8 @@ def right_answers(run, dataset, edit):
     for tokens, mask, letters, answers in encoded_questions(dataset, load_tokenizer()):
         logits = edited_logits(run, edit, tokens, mask)  # [24, seq, vocabulary]
         last = logits[np.arange(len(tokens)), mask.sum(1) - 1]
-        chosen = last[:, np.array(letters) % logits.shape[-1]].argmax(1).cpu().numpy()
+        letters = np.array(letters) % logits.shape[-1]  # the preflight's vocabulary is small
+        chosen = last[:, letters].argmax(1).cpu().numpy()
         right.append((chosen == answers).all())
     return np.array(right)
 
@@ -3148,7 +3226,7 @@ def levels_of_codes(run, lower, upper, parents):
     return Levels(lower, upper, parents, np.flatnonzero(alive))
 
 
-def or_levels(activity, groups):
+def levels_from_groups(activity, groups):
     """Returns units in groups [unit] as Levels: a group fires where one of its units does."""
     return Levels(activity, activity.union(groups), groups, np.arange(len(groups)))
 
@@ -3160,20 +3238,20 @@ def eval_hierarchy(run):
     flat, share = flat_peer(run)
     encoded_lower = encode_windows(sae.lower, store, ids)
     encoded_flat = encode_windows(flat, store, ids)
-    levels = levels_of_codes(run, encoded_lower.codes, run.heldout.codes, sae.parents())
+    levels = levels_of_codes(run, encoded_lower.codes, run.encoded.codes, sae.parents())
     starts = {name: starting_levels(run, encoded_lower.codes, grouped)
               for name, grouped in (("untrained", False), ("start", True))}
 
     metrics, curves = grouping_results(run, levels, starts, encoded_flat.codes, flat.W_dec)
     families, rates = levels.families(), levels.upper.rates()
     parents = evenly_by_rate(families, rates, 2 if run.tiny else TRACED_PARENTS)
-    traces = [trace(run, p, families[p], rates, *windows_with(run.store.windows, levels.upper, p))
+    traces = [trace_parent(run, p, families[p], rates, windows_with(store.windows, levels.upper, p))
               for p in parents]
     curves["tree"] = family_tree(store.windows, load_tokenizer(), levels, families, parents,
                                  sae.W_dec, traces)
 
     causal, per_sequence = causal_scores(traces, store.windows)
-    variance = controls(run).variance
+    variance = variance_by_position(store)[1]
     metrics |= causal | {
         "level_1_l0": np.nanmean(encoded_lower.l0), "flat_trained": share,
         "level_1_explained_variance": explained_variance(encoded_lower, variance),
@@ -3183,12 +3261,12 @@ def eval_hierarchy(run):
 
 @torch.enable_grad()
 def flat_peer(run):
-    """Returns a TopK SAE as wide, as sparse and as long trained, kept beside the activations, and
-    the share of its steps that the time for evaluations allowed."""
+    """Returns a TopK SAE of the same width, L0 and number of steps, cached in the store's folder,
+    and the share of its steps that the time for evaluations allowed."""
     store, flat, steps = run.store, untrained(run), run.log["step"][-1]
     size = peer_batch(store)
     stage = Stage("flat", steps / (store.windows.n_train // size), PLAIN)
-    key = code_key(train, untrained, Store, steps, flat.d_sae)
+    key = code_key(train, untrained, Store, steps, size, flat.d_sae)
     deadline = time.time() + 60 * TIME_BUDGET_MINUTES * EVALUATION_RESERVE
     training = train(flat, store, [stage], 0, size, deadline, store.folder / f"flat-{key}.pt")
     return flat.eval(), sum(training.done) / sum(training.planned)
@@ -3226,8 +3304,8 @@ def binary_entropy(count, n):
 class EdgeInformation(NamedTuple):
     """How much parents say about their children, by edge."""
     share: np.ndarray  # [edge] bias-corrected mutual information / the child's entropy
-    p: np.ndarray  # [edge] share of circular shifts that reach it
-    draws: np.ndarray  # [draw] mean over edges, for files drawn with replacement
+    p: np.ndarray  # [edge] share of circular shifts with at least this mutual information
+    draws: np.ndarray  # [draw] mean share over edges, files resampled with replacement
 
     @property
     def mean(self):
@@ -3235,7 +3313,7 @@ class EdgeInformation(NamedTuple):
         return self.share.mean() if len(self.share) else 0.0
 
 
-def edge_information(levels, edges, files, draws=200, least_shift=17):
+def edge_information(levels, edges, files, draws=200, least_shift=FAR_LAGS[0]):
     """Returns the EdgeInformation of pairs (parent, child) [edge, 2]: I(parent; child) of binary
     activity, less its mean over circular shifts of the parent by at least `least_shift` tokens,
     over H(child). files [n]: of each token."""
@@ -3247,13 +3325,15 @@ def edge_information(levels, edges, files, draws=200, least_shift=17):
         raise RunnerError(f"{n} held-out tokens are too few for circular shifts of {least_shift}.")
     shifts = rng.integers(least_shift, n - least_shift, draws)
     drawn = np.bincount(file_of) @ weights  # [draw] tokens
-    on, total = np.zeros(2 * n, dtype=bool), np.zeros(draws)
+    parent_fires = np.zeros(2 * n, dtype=bool)  # doubled, so that shifts need no modulo
+    total = np.zeros(draws)
 
     for parent, child in edges:
         at, times = levels.upper.places[parent], levels.lower.places[child]
-        on[at], on[at + n] = True, True
-        both, shifted = times[on[times]], on[times[None] + shifts[:, None]].sum(1)
-        on[at], on[at + n] = False, False
+        parent_fires[at], parent_fires[at + n] = True, True
+        both = times[parent_fires[times]]
+        shifted = parent_fires[times[None] + shifts[:, None]].sum(1)
+        parent_fires[at], parent_fires[at + n] = False, False
 
         observed = binary_information(len(both), len(at), len(times), n)
         null = binary_information(shifted, len(at), len(times), n)
@@ -3280,20 +3360,21 @@ def rate_matched_parents(rates, edges, rng):
     return np.array(pairs)
 
 
-def information_metrics(edges, rivals):
+def information_metrics(information, rivals):
     """Returns the mean of EdgeInformation and of {name: EdgeInformation} of rivals; of each the
     difference with its 95 % interval over files, and q after Benjamini-Hochberg over the rivals;
     the share of the edges that are significant after it."""
-    significant = (false_discovery_control(edges.p) < 0.05).mean() if len(edges.p) else 0.0
-    metrics = {"mutual_information": edges.mean, "edges_significant": significant}
+    q = false_discovery_control(information.p) if len(information.p) else np.ones(1)
+    metrics = {"mutual_information": information.mean, "edges_significant": (q < 0.05).mean()}
     tails = []
     for name, rival in rivals.items():
-        gap, over = edges.draws - rival.draws, f"mutual_information_over_{name}"
-        low, high = np.percentile(gap, (2.5, 97.5))
-        metrics |= {f"mutual_information_{name}": rival.mean, over: edges.mean - rival.mean,
-                    f"{over}_low": low, f"{over}_high": high}
-        tails.append(min(1.0, 2 * (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (1 + len(gap))))
-    for name, q in zip(rivals, false_discovery_control(tails)):
+        difference, over = information.draws - rival.draws, f"mutual_information_over_{name}"
+        low, high = np.percentile(difference, (2.5, 97.5))
+        metrics |= {f"mutual_information_{name}": rival.mean, f"{over}_low": low,
+                    over: information.mean - rival.mean, f"{over}_high": high}
+        extreme = min((difference <= 0).sum(), (difference >= 0).sum())
+        tails.append(min(1.0, 2 * (1 + extreme) / (1 + len(difference))))
+    for name, q in zip(rivals, false_discovery_control(tails) if tails else ()):
         metrics[f"mutual_information_over_{name}_q"] = q
     return metrics
 
@@ -3358,38 +3439,39 @@ def grouping_results(run, levels, starts, flat_codes, flat_directions):
     files, units = heldout_files(windows), levels.children
     groups = np.unique(levels.parents[units], return_inverse=True)[1]
     directions = run.sae.lower.W_dec.cpu().numpy()
-    own = Units([levels.lower.places[i] for i in units], directions[units])
+    level_1 = Units([levels.lower.places[i] for i in units], directions[units])
     flat = Activity.of(flat_codes, windows.heldout_tokens())
     live = np.flatnonzero(flat.live(files, run.live_rule))
     flat, flat_directions = flat.only(live), flat_directions.cpu().numpy()[live]
 
+    flat_units = Units(flat.places, flat_directions)
     n_groups, kinds = groups.max() + 1, label_kinds(windows)
-    as_many = max(1, round(len(live) * n_groups / len(units)))  # as many units in each
-    tables = {"": (groups, own)}
+    n_flat_groups = max(1, round(len(live) * n_groups / len(units)))  # of the same mean size
+    groupings = {"": (groups, level_1)}
     for name, cluster in (("ward", ward_groups), ("kmeans", kmeans_groups)):
-        tables[f"_{name}"] = cluster(flat_directions, as_many), Units(flat.places, flat_directions)
-        tables[f"_{name}_level_1"] = cluster(directions[units], n_groups), own
+        groupings[f"_{name}"] = cluster(flat_directions, n_flat_groups), flat_units
+        groupings[f"_{name}_level_1"] = cluster(directions[units], n_groups), level_1
     metrics = {"groups": n_groups, "group_size": len(units) / n_groups,
                "singletons": (np.bincount(groups) == 1).mean(),
                "duplicates": duplicate_fraction(families, directions)}
-    for name, (table, of_units) in tables.items():
-        scores = clustering_metrics(table, of_units, kinds)
+    for name, (grouping, of_units) in groupings.items():
+        scores = clustering_metrics(grouping, of_units, kinds)
         metrics |= {f"{key}{name}": value for key, value in scores.items()}
 
-    ward = or_levels(flat, tables["_ward"][0])
+    ward = levels_from_groups(flat, groupings["_ward"][0])
     metrics |= information_against_rivals(levels, ward, starts, files)
     return metrics, information_curves(levels, families, files)
 
 
 def information_against_rivals(levels, ward, starts, files):
     """Returns information_metrics of Levels beside other parents of similar rate, Ward clusters of
-    a flat SAE and level 2 as it starts."""
+    a flat SAE, where a group fires if any of its latents does, the child among them, and level 2 as
+    it starts. A rival without a family is left out."""
     edges, rng = levels.edges(), np.random.default_rng(0)
     others = rate_matched_parents(levels.upper.rates(), edges, rng)
-    rivals = {"non_edges": edge_information(levels, others, files),
-              "ward": edge_information(ward, ward.edges(), files)}
-    rivals |= {name: edge_information(start, start.edges(), files)
-               for name, start in starts.items()}
+    rivals = {"non_edges": edge_information(levels, others, files)}
+    rivals |= {name: edge_information(rival, rival.edges(), files)
+               for name, rival in ({"ward": ward} | starts).items() if rival.families()}
     return information_metrics(edge_information(levels, edges, files), rivals)
 
 
@@ -3438,32 +3520,35 @@ def windows_with(windows, activity, unit, n=4):
     return windows.n_train + chosen, windows.n_train + absent
 
 
-def trace(run, parent, children, rates, ids, absent):
-    """Returns the ablation_summary of a parent: on windows `ids` it, its children singly, and the
-    active parent nearest to it in rate [d_sae] and size are ablated; it, and one of similar rate,
-    is put into windows `absent`."""
-    sae, size = run.sae, run.sae.directions().norm(dim=1)
+def trace_parent(run, parent, children, rates, windows):
+    """Returns the AblationSummary of a parent; windows: a pair of ids. On the first windows three
+    things are ablated: the parent, each child alone, and a control: another latent of level 2 that
+    is active at the same token, of similar rate [d_sae] and size. In the others the parent, and
+    another latent of similar rate, are switched on instead."""
+    sae, size, (present, absent) = run.sae, run.sae.directions().norm(dim=1), windows
 
     def edited(z, latent, value, where):  # change of x_hat2 where a latent is set to value
         chosen = where[..., None] & (torch.arange(sae.d_sae, device=DEVICE) == latent)
         new = Latents.from_dense(torch.where(chosen, value, z))
         return sae.decode(new) - sae.decode(Latents.from_dense(z))
 
-    batch = run.store.batch(ids)
+    batch = run.store.batch(present)
     z, h = sae.encode(batch).dense(), sae.levels(batch).dense()
-    on, rival, similar = matched_controls(z * size, parent, rates)
-    deltas = [edited(z, latent, 0.0, on) for latent in (parent, rival[..., None])]
-    deltas += [-(h[..., i] * on)[..., None] * sae.lower.W_dec[i] for i in children]
-    changes, value = logit_changes(run, ids, deltas, on), z[..., parent][on].mean()
+    active, control, patched_control = matched_controls(z * size, parent, rates)
+    deltas = [edited(z, latent, 0.0, active) for latent in (parent, control[..., None])]
+    deltas += [-(h[..., i] * active)[..., None] * sae.lower.W_dec[i] for i in children]
+    changes = logit_changes(run, present, deltas, active)
+    value = z[..., parent][active].mean()
 
     batch = run.store.batch(absent)
     z = sae.encode(batch).dense()
-    where = run.store.valid(absent) & (batch.positions % 8 == 1) & (z[..., parent] == 0)
-    deltas = [edited(z, i, value * size[parent] / size[i], where) for i in (parent, similar)]
-    rises = logit_changes(run, absent, deltas, where)
-    fired = [(sae.levels(batch._replace(x=batch.x + delta)).dense()[where][:, children] > 0)
+    patched = run.store.valid(absent) & (batch.positions % 8 == 1) & (z[..., parent] == 0)
+    deltas = [edited(z, i, value * size[parent] / size[i], patched)
+              for i in (parent, patched_control)]
+    rises = logit_changes(run, absent, deltas, patched)
+    fired = [(sae.levels(batch._replace(x=batch.x + delta)).dense()[patched][:, children] > 0)
              .float().mean().item() for delta in deltas]
-    files = run.store.windows.doc_ids[ids][on.nonzero()[:, 0].cpu().numpy()]
+    files = run.store.windows.doc_ids[present][active.nonzero()[:, 0].cpu().numpy()]
     return ablation_summary(files, changes.cpu().numpy(), rises.cpu().numpy(), fired)
 
 
@@ -3475,39 +3560,42 @@ def matched_controls(size, parent, rates):
     near = (rate - rate[parent]).abs()
     near[parent] = math.inf
     apart = (size - size[..., parent, None]).abs() + near
-    apart, rival = apart.nan_to_num(math.inf, math.inf).min(2)
-    return size[..., parent].isfinite() & apart.isfinite(), rival, near.argmin()
+    apart, control = apart.nan_to_num(math.inf, math.inf).min(2)
+    return size[..., parent].isfinite() & apart.isfinite(), control, near.argmin()
 
 
 def logit_changes(run, ids, deltas, at):
     """Returns what adding each of deltas [windows, seq, d_in] to x changes in the logits at the
     tokens `at` [windows, seq]: [deltas, n, vocab]."""
     tokens = run.store.windows.tokens[ids]
-    own, *edited = (edited_logits(run, lambda _: delta, tokens, tokens >= 0)[:, 1:][at].float()
-                    for delta in (torch.zeros_like(deltas[0]), *deltas))
-    return torch.stack(edited) - own
+    unedited, *edited = (
+        edited_logits(run, lambda _: delta, tokens, tokens >= 0)[:, 1:][at].float()
+        for delta in (torch.zeros_like(deltas[0]), *deltas))
+    return torch.stack(edited) - unedited
 
 
 class AblationSummary(NamedTuple):
     """Effects of one parent on the logits, at n tokens."""
     files: np.ndarray  # [n] document of each token
-    own: np.ndarray  # [n] cosine of the parent's effect with its children's summed effects
-    rival: np.ndarray  # [n] the same of its matched control
-    patched_rise: float  # put in: rise of the logits that the children raise most
-    rival_rise: float
-    patched_children: float  # put in: share of the children that then fire
-    rival_children: float
+    parent_cosine: np.ndarray  # [n] of the parent's effect with its children's summed effects
+    control_cosine: np.ndarray  # [n] of the control's effect with the same sum
+    parent_rise: float  # switched on: rise of the ten logits that the children raise most
+    control_rise: float
+    parent_children: float  # switched on: share of the children that then fire
+    control_children: float
 
 
 def ablation_summary(files, changes, rises, fired):
     """Returns the AblationSummary of changes of the logits [2 + children, n, vocab] where the
     parent, its control and each child is ablated, rises [2, m, vocab] where parent and control are
-    put in, fired [2]: the share of children that then fire."""
-    own, other, *single = changes
+    switched on, fired [2]: the share of children that then fire."""
+    parent, control, *single = changes
     summed = np.sum(single, 0)
     top = np.argsort((summed - summed.mean(1, keepdims=True)).mean(0), kind="stable")[:10]
     up = (rises - rises.mean(2, keepdims=True))[:, :, top].mean((1, 2))
-    return AblationSummary(files, row_cosines(own, summed), row_cosines(other, summed), *up, *fired)
+    return AblationSummary(
+        files, row_cosines(parent, summed), row_cosines(control, summed), parent_rise=up[0],
+        control_rise=up[1], parent_children=fired[0], control_children=fired[1])
 
 
 def row_cosines(a, b):
@@ -3517,29 +3605,30 @@ def row_cosines(a, b):
 
 
 def causal_scores(traces, windows):
-    """Returns of AblationSummaries, one a parent: mean cosine of a parent's effect with its
-    children's summed effects, and of its control's; their ratio, the causal specificity; p of the
-    difference, by sign flips of files; what patching does to the logits of the children's top
-    tokens, and to the children; and the cosines by document [sample]."""
+    """Returns of AblationSummaries, one per parent, pooled over their tokens: the mean cosine of a
+    parent's effect with its children's summed effects, and of its control's with the same sum;
+    their ratio, the causal specificity (the control's is at least .001 there); p of the difference,
+    by sign flips of files; what switching on does to the logits of the children's top tokens, and
+    to the children; and the cosines by document [sample]."""
     if not traces:
         return {}, {}
-    files, own, rival = (np.concatenate([getattr(part, name) for part in traces])
-                         for name in ("files", "own", "rival"))
-    means = np.array([[values[files == file].mean() for values in (own, rival)]
+    files, parent, control = (np.concatenate([getattr(part, name) for part in traces])
+                              for name in ("files", "parent_cosine", "control_cosine"))
+    means = np.array([[values[files == file].mean() for values in (parent, control)]
                       for file in np.unique(files)])
     gap, rng = means[:, 0] - means[:, 1], np.random.default_rng(0)
     flips = rng.choice((-1.0, 1.0), (10_000, len(gap))) @ gap
-    metrics = {"causal_cosine": own.mean(), "causal_cosine_rival": rival.mean(),
-               "causal_specificity": own.mean() / max(rival.mean(), 1e-3),
+    metrics = {"causal_cosine": parent.mean(), "causal_cosine_rival": control.mean(),
+               "causal_specificity": parent.mean() / max(control.mean(), 1e-3),
                "causal_p": (1 + (flips >= gap.sum() - 1e-12).sum()) / (1 + len(flips))}
 
     for name in ("rise", "children"):
         a, b = (np.array([getattr(part, f"{who}_{name}") for part in traces])
-                for who in ("patched", "rival"))
+                for who in ("parent", "control"))
         metrics |= {f"patched_{name}": a.mean(), f"patched_{name}_rival": b.mean(),
                     f"patched_{name}_share": (a > b).mean()}
     return metrics, {f"causal_cosine{end}": windows.by_document(values, files)
-                     for end, values in (("", own), ("_rival", rival))}
+                     for end, values in (("", parent), ("_rival", control))}
 # endregion
 
 
@@ -3552,7 +3641,8 @@ def eval_composition(run):
     row, at = np.divmod(places, CONTEXT_LENGTH - 1)
     batch = run.store.batch(windows.n_train + row)
     x, tokens = (a[torch.arange(len(at)), at][:, None] for a in (batch.x, batch.tokens))
-    batch = batch._replace(x=x, mask=None)  # one token a row
+    positions = batch.positions[:1]
+    batch = batch._replace(x=x, tokens=tokens, positions=positions, mask=None)  # one token per row
 
     (ids, f), attention = sae.features(batch), None
     codes = sae.encode(batch).dense()[:, 0, sae.d_f:].cpu().numpy()
@@ -3572,7 +3662,8 @@ def eval_composition(run):
         seen = (attention[pairs.token, pairs.slot, pairs.other_slot]
                 + attention[pairs.token, pairs.other_slot, pairs.slot])
         metrics |= interaction_metrics(pairs, seen)
-    null = [np.bincount(row, minlength=len(reuse.counts)) for row in reuse.random_counts]
+    most = reuse.random_counts.max() + 1
+    null = [np.bincount(row, minlength=most) for row in reuse.random_counts]
     text = load_tokenizer().batch_decode(tokens)
     return Result(metrics, {
         "patterns": composition_patterns(codes, singles, pairs, text),
@@ -3660,19 +3751,19 @@ class Reuse(NamedTuple):
     """In how many compositions features take part."""
     metrics: dict
     counts: np.ndarray  # [feature] of features with enough instances
-    random_counts: np.ndarray  # [draw, feature] the same in random bipartite graphs
+    random_counts: np.ndarray  # [draw, feature] the same in random graphs
 
 
 def feature_reuse(singles, d_c, rng, draws=50, least=5):
-    """Returns the Reuse of SingleEffects: a feature takes part in a composition where its ablation
-    acts above the 95th percentile of what it does when effects are shuffled among the features of a
-    token. Pairs of feature and composition with fewer than `least` instances are left out; random
-    graphs have as many edges."""
+    """Returns the Reuse of SingleEffects: a feature takes part in a composition if the summed
+    effect of dropping it exceeds the 95th percentile of sums with effects shuffled among the
+    token's features. Pairs of feature and composition with fewer than `least` instances are left
+    out; random graphs draw as many edges from the pairs that are not."""
     group, effect = singles.token * d_c + singles.composition, singles.effect
     edges, index, counts = np.unique(np.stack([singles.feature, singles.composition]), axis=1,
                                      return_inverse=True, return_counts=True)
     index, known = index.ravel(), counts >= least
-    total, null = np.bincount(index, effect), []
+    summed_effect, null = np.bincount(index, effect), []
     by_group = np.argsort(group, kind="stable")
     for _ in range(draws):
         order = np.lexsort((rng.random(len(group)), group))
@@ -3680,18 +3771,20 @@ def feature_reuse(singles, d_c, rng, draws=50, least=5):
         shuffled[by_group] = effect[order]
         null.append(np.bincount(index, shuffled, len(counts)))
 
-    acts = known & (total > np.quantile(null, 0.95, axis=0) + 1e-9 * np.abs(total).max())
+    is_edge = known & (summed_effect > np.quantile(null, 0.95, axis=0)
+                       + 1e-9 * np.abs(summed_effect).max())
     features, edge_feature = np.unique(edges[0, known], return_inverse=True)
-    if not acts.any():
+    if not is_edge.any():
         return Reuse({"reuse_edges": 0.0}, np.zeros(1, int), np.zeros((1, 1), int))
-    took = np.bincount(edge_feature, acts[known], len(features)).astype(int)
-    random = np.array([np.bincount(rng.choice(edge_feature, took.sum(), replace=False),
-                                   minlength=len(features)) for _ in range(draws)])
-    ginis = [gini(row) for row in random]
+    n_compositions = np.bincount(edge_feature, is_edge[known], len(features)).astype(int)
+    drawn = [rng.choice(edge_feature, n_compositions.sum(), replace=False) for _ in range(draws)]
+    random_counts = np.array([np.bincount(row, minlength=len(features)) for row in drawn])
+    ginis = [gini(row) for row in random_counts]
     return Reuse({
-        "reuse_mean": took.mean(), "reuse_gini": gini(took), "reuse_gini_null": np.mean(ginis),
-        "reuse_gini_null_95": np.quantile(ginis, 0.95), "reused_fraction": (took > 1).mean(),
-        "reuse_edges": acts.sum() / known.sum()}, took, random)
+        "reuse_mean": n_compositions.mean(), "reuse_gini": gini(n_compositions),
+        "reuse_gini_null": np.mean(ginis), "reuse_gini_null_95": np.quantile(ginis, 0.95),
+        "reused_fraction": (n_compositions > 1).mean(),
+        "reuse_edges": is_edge.sum() / known.sum()}, n_compositions, random_counts)
 
 
 def composition_patterns(codes, singles, pairs, text, most=16):
@@ -3757,7 +3850,7 @@ def synthetic_store(task, rho, tokens):
     """Returns synthetic activations of a task as made, and as a Store."""
     truth, folder = make_synthetic(task, rho, CONTEXT_LENGTH, tokens, FORGET), cache_folder()
     store = Store(folder / "synthetic", truth.windows, DIMENSIONS, torch.float32)
-    store.maps = torch.from_numpy(truth.x).to(DEVICE).split(SHARD_WINDOWS)
+    store.shard_tensors = torch.from_numpy(truth.x).to(DEVICE).split(SHARD_WINDOWS)
     store.normalise()
     return truth, store
 
@@ -3779,12 +3872,13 @@ def recovered(run, truth, store):
 
 def recovery_scores(truth, dev, test, dictionary):
     """Returns how well latents dev and test [token, d_sae] >= 0 of truth's DEV and TEST, and a
-    dictionary [d_sae, 96], match the truth: mean cosine with the true directions under the best
-    assignment (Hungarian), and mean AUROC on TEST of the latent that is best on DEV, of primitives
-    and of pairs (pair_aurocs). One latent that is one of a pair's two primitives has .75 there."""
+    dictionary [d_sae, DIMENSIONS], match the truth: mean cosine with the true directions under the
+    best assignment (Hungarian), and mean AUROC on TEST of the latent that is best on DEV, of
+    primitives and of pairs (pair_aurocs). A latent that copies one of a pair's primitives has .75
+    there."""
     cosine = truth.directions @ normalize(dictionary).T
     rows, columns = linear_sum_assignment(-cosine)
-    matched = np.zeros(len(cosine))  # 0 for what no row is left for
+    matched = np.zeros(len(cosine))  # 0 for true directions left unassigned
     matched[rows] = cosine[rows, columns]
 
     on_dev, on_test = (truth.amounts[part] > 0 for part in truth.parts()[1:])
@@ -3801,7 +3895,8 @@ def recovery_scores(truth, dev, test, dictionary):
 def pair_aurocs(truth, dev, test, on_dev, on_test, best):
     """Returns the AUROC on TEST, pairs against tokens with exactly one of the two primitives, of
     the latent that is best on DEV, for pairs "seen" together in training and for those "unseen";
-    and of the smaller of the two latents that are best for its primitives ("minimum")."""
+    and of the smaller of the two latents that are best for its primitives ("minimum"). DEV holds
+    the unseen pairs too; pairs with fewer than 3 joint tokens in either are left out."""
     rows = []
     for i, j in truth.wired.pairs:
         one_dev, one_test = (on[:, i] | on[:, j] for on in (on_dev, on_test))
@@ -3883,8 +3978,9 @@ def signed_parts(values):
 # which it fires most strongly in other files. People answer the same questions on the page.
 @torch.no_grad()
 def eval_detection(run):
-    """The share of detection tasks that latents' own profiles solve; the same where all excerpts
-    hold the token on which it fired; and a null, by profiles of random places."""
+    """The share of detection tasks, pooled over latents, that the latents' own profiles solve; the
+    same where all excerpts hold the token on which it fired; and a null, by profiles of random
+    places. Chance is .2."""
     right, metrics = np.concatenate([part.right for part in run.detections]), {}
     for name, values in zip(("detection", "detection_same_token", "detection_null"), right.T):
         if not np.isnan(values).all():
@@ -3894,11 +3990,11 @@ def eval_detection(run):
 
 class Detection(NamedTuple):
     """Detection tasks of one latent."""
-    held: np.ndarray  # files kept for the tasks, out of all else that the page shows
+    task_files: np.ndarray  # used for the tasks alone: the page shows nothing else of them
     question: list | None  # starts of the excerpts of the first task: the right one first
     order: np.ndarray  # [options] in which the page shows them
-    right: np.ndarray  # [tasks, 3] solved by its own profile; the same among excerpts with the same
-    #                    token; by a random profile: in [0, 1], NaN where there is no such task
+    right: np.ndarray  # [task, 3] solved by its own profile; the same with all options holding the
+    #                    same token; by a random profile. In [0, 1], NaN if there was no such task
 
     @property
     def tasks(self):
@@ -3923,7 +4019,7 @@ def detections(run):
     windows, latents = run.store.windows, page_latents(run)
     excerpts, contexts = Passages(windows, DETECTION_TOKENS), token_contexts(windows)
     return [detection_of(excerpts, contexts, at, values, np.random.default_rng([0, int(latent)]))
-            for latent, (at, values) in zip(latents, firings(run.heldout.codes, latents))]
+            for latent, (at, values) in zip(latents, firings(run.encoded.codes, latents))]
 
 
 def token_contexts(windows):
@@ -3940,22 +4036,23 @@ def detection_of(excerpts, contexts, at, values, rng):
     active = np.zeros(contexts.shape[1], dtype=np.float32)
     active[at] = values
     files = rng.permutation(np.unique(excerpts.file(at)))
-    held = files[:min(DETECTION_TASKS, len(files) // 4)]
-    tasks = [detection_task(excerpts, at, active, file, rng) for file in held]
+    task_files = files[:min(DETECTION_TASKS, len(files) // 4)]
+    tasks = [detection_task(excerpts, at, active, file, rng) for file in task_files]
 
-    known = excerpts.places[~np.isin(excerpts.file(excerpts.places), held)]
+    known = excerpts.places[~np.isin(excerpts.file(excerpts.places), task_files)]
     quiet = rng.permutation(known[active[known] == 0])[:4 * PROFILE_FIRINGS]
     drawn = rng.permutation(known)[:5 * PROFILE_FIRINGS]
-    fired = at[~np.isin(excerpts.file(at), held)]
+    fired = at[~np.isin(excerpts.file(at), task_files)]
     strongest = fired[np.argsort(-active[fired], kind="stable")][:PROFILE_FIRINGS]
-    own = profile(contexts, strongest, quiet)
-    chance = profile(contexts, drawn[::5], np.delete(drawn, np.s_[::5]))
+    own_profile = profile(contexts, strongest, quiet)
+    random_profile = profile(contexts, drawn[::5], np.delete(drawn, np.s_[::5]))
 
     right = [[guess(excerpts, contexts, weights, options) if options else np.nan
-              for weights, options in ((own, anywhere), (own, same_token), (chance, anywhere))]
+              for weights, options in ((own_profile, anywhere), (own_profile, same_token),
+                                       (random_profile, anywhere))]
              for anywhere, same_token in tasks]
     question = next((options for options, _ in tasks if options), None)
-    return Detection(held, question, rng.permutation(DETECTION_OPTIONS),
+    return Detection(task_files, question, rng.permutation(DETECTION_OPTIONS),
                      np.array(right).reshape(-1, 3))
 
 
@@ -3964,10 +4061,10 @@ def detection_task(excerpts, at, active, file, rng):
     of others from other files where it does not; and the same with others that hold the token on
     which it fired; None where there are not as many. active: its value at each place."""
     place = rng.choice(at[excerpts.file(at) == file])
-    lead = excerpts.size // 2, excerpts.size
-    begin = int(excerpts.start(place, rng.integers(*lead)))
+    lead_range = excerpts.size // 2, excerpts.size
+    begin = int(excerpts.start(place, rng.integers(*lead_range)))
     same = excerpts.places[excerpts.flat[excerpts.places] == excerpts.flat[place]]
-    pools = excerpts.starts, excerpts.start(same, rng.integers(*lead, len(same)))
+    pools = excerpts.starts, excerpts.start(same, rng.integers(*lead_range, len(same)))
 
     fired, tasks = np.concatenate([[0], np.cumsum(active > 0)]), []
     for starts in pools:
@@ -4067,7 +4164,8 @@ def training_result(log, train_seconds):
 def page_of_latents(run):
     """Returns what features.html shows of page_latents."""
     sae, store, latents = run.sae, run.store, page_latents(run)
-    codes, batch, model = run.heldout.codes, store.batch(store.heldout(64)[0]), run.get_model()
+    codes, model = run.encoded.codes, run.get_model()
+    batch = store.batch(store.heldout_chunks(64)[0])
     rows = F.pad(sae.directions()[latents], (0, 0, 0, 1))[:, None]  # the last is 0
     tokens = store.tokens([0])[:, :1].expand(len(rows), 1)
     logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
@@ -4164,8 +4262,8 @@ class SeedResult(NamedTuple):
 
 
 def recorded_config(seeds, store, layer):
-    """Returns the UPPER_CASE constants, the data's figures, versions, a key of the code that decides
-    the numbers, and whether all steps were done."""
+    """Returns the UPPER_CASE constants, the data's figures, versions, a key of the code that
+    decides the numbers, and whether all steps were done."""
     windows, first = store.windows, seeds[0]
     plain = {name: value for name, value in globals().items() if name.isupper() and name != "SOURCE"
              and isinstance(value, str | int | float | tuple | None)}
@@ -4324,26 +4422,27 @@ def check_losses(sae, batch, stage):
         return sae.train().losses(given, sae.encode(given))
 
     WATCHDOG.renew()
-    state, totals = copy.deepcopy(sae.state_dict()), []
-    for x in (batch.x, batch.x + ~batch.mask[..., None], 2 * batch.x.flip(0), batch.x):
+    state, totals = copy.deepcopy(sae.state_dict()), {}
+    inputs = {"first": batch.x, "padded": batch.x + ~batch.mask[..., None],
+              "other": 2 * batch.x.flip(0), "again": batch.x}  # other: makes state left behind seen
+    for label, x in inputs.items():
         losses = losses_of(given := x.clone())
         if given._version or not torch.equal(x, given):
             losses_of(x.clone().requires_grad_())  # torch refuses, and names the line
             raise RunnerError(f"{SAE_VARIANT} changes batch.x in place, which others read too: "
                               "make a new tensor of it.")
         check_scalars(losses)
-        totals.append([loss.detach().double() for loss in losses.values()])
+        totals[label] = [loss.detach().double() for loss in losses.values()]
     if missing := sorted(set(stage.weights) - set(losses)):
         raise RunnerError(f"stage {stage.name!r} weighs {missing}, but `losses` of {SAE_VARIANT} "
                           f"has {sorted(losses)}.")
     check_parameters(sae, losses.values())
 
-    first, padded, _, again = totals
-    for other, why in ((again, "what earlier batches left, or random numbers that are not torch's. "
-                               "Keep state in buffers (self.register_buffer): a resumed run has "
-                               "nothing else"),
-                       (padded, "x at padding: use batch.mask, `zero_padding` or `drop_padding`")):
-        wrong = [key for key, a, b in zip(losses, first, other)
+    reasons = {"again": "what earlier batches left, or random numbers that are not torch's. Keep "
+                        "state in buffers (self.register_buffer): a resumed run has nothing else",
+               "padded": "x at padding: use batch.mask, `zero_padding` or `drop_padding`"}
+    for label, why in reasons.items():
+        wrong = [key for key, a, b in zip(losses, totals["first"], totals[label])
                  if not torch.allclose(a, b, 1e-3, 1e-6, True)]
         if wrong:
             raise RunnerError(f"{SAE_VARIANT}: the losses {wrong} depend on {why}.")
@@ -4450,10 +4549,11 @@ def preflight(config, cache):
 # region Main
 def make_sae(d_in, d_sae, seed, target_l0=None):
     """Returns an untrained SAE of the variant."""
-    if TARGET_L0 > d_sae:
-        raise RunnerError(f"TARGET_L0 = {TARGET_L0} of {d_sae} latents: raise EXPANSION.")
+    target_l0 = target_l0 or TARGET_L0
+    if target_l0 > d_sae:
+        raise RunnerError(f"TARGET_L0 = {target_l0} of {d_sae} latents: raise EXPANSION.")
     torch.manual_seed(seed)
-    return SAE_VARIANTS[SAE_VARIANT](d_in, d_sae, target_l0 or TARGET_L0).to(DEVICE)
+    return SAE_VARIANTS[SAE_VARIANT](d_in, d_sae, target_l0).to(DEVICE)
 
 
 def run_seed(seed, store, layer, get_model, state, deadline, timing):

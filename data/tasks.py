@@ -432,13 +432,14 @@ class UnlearningPlan(NamedTuple):
 
     def full(self, windows, most=32):
         """Returns the ids of up to `most` test windows of "forget" without padding, and as many of
-        "retain", repeated where there are fewer; raises RunnerError where none of "forget" is full.
-        """
-        forget, retain = (self.test[self.group == name] for name in ("forget", "retain"))
-        forget = forget[windows.lengths[forget] == windows.tokens.shape[1]][:most]
-        if not len(forget):
-            raise RunnerError("no held-out document of FORGET fills CONTEXT_LENGTH.")
-        return forget, np.resize(retain, len(forget))
+        "retain", repeated where there are fewer. Raises RunnerError where either has none."""
+        is_full = windows.lengths[self.test] == windows.tokens.shape[1]
+        forget, retain = (self.test[is_full & (self.group == name)]
+                          for name in ("forget", "retain"))
+        for name, ids in (("FORGET", forget), ("another domain", retain)):
+            if not len(ids):
+                raise RunnerError(f"no held-out document of {name} fills CONTEXT_LENGTH.")
+        return forget[:most], np.resize(retain, len(forget[:most]))
 
     def halves(self, windows):
         """Returns [dev windows], True for every other file of "forget", and of what is not."""

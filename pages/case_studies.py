@@ -37,10 +37,9 @@ def family_tree(windows, tokenizer, levels, families, parents, weights, traces):
     causal cosines, and its children, each with rate, passages and its weight.
 
     levels: activity of both levels on the held-out tokens; families: parent -> its children;
-    weights [parent, child]: the parents' decoder; traces: for each of `parents` the cosines of
-    what ablating it (`own`), or a matched control (`rival`), does to the logits with what ablating
-    its children does in sum.
-    """
+    weights [parent, child]: the parents' decoder; traces: for each of `parents` the cosines of what
+    ablating it (`parent_cosine`), or a matched control (`control_cosine`), does to the logits with
+    what ablating its children does in sum."""
     strings = tokenizer.batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
 
     def unit(activity, i):
@@ -54,8 +53,8 @@ def family_tree(windows, tokenizer, levels, families, parents, weights, traces):
         children = [unit(levels.lower, child) | {"weight": float(weights[parent, child])}
                     for child in families[parent]]
         tree.append(unit(levels.upper, parent) | {
-            "cosine": float(np.mean(trace.own)), "cosine_rival": float(np.mean(trace.rival)),
-            "children": children})
+            "cosine": float(np.mean(trace.parent_cosine)),
+            "cosine_rival": float(np.mean(trace.control_cosine)), "children": children})
     return tree
 
 

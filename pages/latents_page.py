@@ -112,7 +112,7 @@ def latent_entry(text, question_text, latent, firing, detection):
     entry = {"latent": int(latent), "rate": three_digits(len(places) / len(text.places)),
              "files": len(np.unique(text.file(places))), "max": three_digits(values.max()),
              "mean": three_digits(values.mean()),
-             "passages": latent_passages(text, places, active, detection.held, rng),
+             "passages": latent_passages(text, places, active, detection.task_files, rng),
              "histogram": np.histogram(values, 30, (0, values.max()))[0].tolist(),
              "by_position": mean_by_position(text, active)}
 
@@ -258,10 +258,10 @@ def latents_page(windows, tokenizer, latents, z, logits, related, n_live, detect
     each latent's decoder row adds to the model's logits; related: for each latent {title: rows of
     (label, number)}, a label that is a whole number being a latent; n_live: latents from which
     these were drawn; question_size: tokens of an option of the question; detections: a record for
-    each latent with `held` (documents of its detection tasks), `question` (where the five options
-    of the first task begin, the right one first, or None), `order` (in which they are shown),
-    `tasks` (their number) and `solved` (how many of them the latent's own profile solves, the same
-    among options with the same token, and how many a random profile solves)."""
+    each latent with `task_files` (documents of its detection tasks), `question` (where the five
+    options of the first task begin, the right one first, or None), `order` (in which they are
+    shown), `tasks` (their number) and `solved` (how many of them the latent's own profile solves,
+    the same among options with the same token, and how many a random profile solves)."""
     text, question_text = Passages(windows, EXCERPT), Passages(windows, question_size)
     common = common_tokens(windows)
     common = common[common < logits.shape[1]]
