@@ -61,8 +61,9 @@ def family_tree(windows, tokenizer, levels, families, parents, weights, traces):
 def passage_lines(passages):
     """Returns passages as a Markdown list, the token in bold and its value in brackets."""
     def code(text):
-        """Returns text as Markdown code in one line."""
-        return "`" + text.replace("`", "'").replace("\n", "\\n") + "`"
+        """Returns text as Markdown code in one line; no code for no text."""
+        text = text.replace("`", "'").replace("\n", "\\n")
+        return f"`{text}`" if text else ""
 
     return [f"- {code(passage['before'])}**{code(passage['token'])}**{code(passage['after'])} "
             f"({passage['value']:.2f})" for passage in passages]
