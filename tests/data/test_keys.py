@@ -16,8 +16,7 @@ class Letters:
     is_fast, name_or_path, bos_token_id, eos_token_id = False, "letters", 0, 0
 
     def __call__(self, text, **_):
-        ids = [[ord(letter) for letter in one] for one in ([text] if isinstance(text, str) else text)]
-        return {"input_ids": ids[0] if isinstance(text, str) else ids}
+        return {"input_ids": [ord(letter) for letter in text]}
 
 
 @pytest.fixture
