@@ -1,23 +1,42 @@
-"""What the test files share: the module under test and stores that hold activations of a test's choice."""
+"""What the test files share: the module under test, its settings, and stores that hold activations of a test's choice."""
 import os
-import sys
-from pathlib import Path
-
-import numpy as np
-import pytest
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")    # the tests compare bits: on the CPU
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "embedded")]
+os.environ.setdefault("GOMP_SPINCOUNT", "0")         # as experiment.py has it, before torch is imported
+import numpy as np
+import pytest
 import torch
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+from data.windows import Windows
+
+torch.set_num_threads(1)            # tensors are tiny: a second thread would only wait
+LONGEST_FIRST = "whole_runs"
+
+
+def pytest_configure(config):
+    """Files go to pytest-xdist's processes in the order below, not by their number of tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Whole runs come first: a long file that begins last would leave the other process without work."""
+    items.sort(key=lambda item: LONGEST_FIRST not in item.path.parts)
 
 
 @pytest.fixture(scope="session")
 def E():
     import experiment
     return experiment
+
+
+@pytest.fixture
+def settings(E, monkeypatch):
+    """settings(WINDOW=3, ...) sets constants of experiment.py, which must be there, for one test."""
+    def change(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(E, name, value)
+    return change
 
 
 @pytest.fixture
@@ -34,7 +53,7 @@ def make_store(E, tmp_path, monkeypatch):
         lengths = np.full(n, context) if lengths is None else np.asarray(lengths)
         doc_ids = np.arange(n) if doc_ids is None else np.asarray(doc_ids)
         names = [f"document {i}" for i in range(doc_ids.max() + 1)]
-        windows = E.corpus.Windows(np.asarray(tokens, np.int32), lengths, doc_ids, n_train, names, names)
+        windows = Windows(np.asarray(tokens, np.int32), lengths, doc_ids, n_train, names, names)
         store, rest = E.Store(tmp_path / name, windows, d_in, torch.float32), [x.float()]
 
         def next_rows(model, layer, tokens):

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from copies import PROJECT, TAIL, copy_template, edit, environment, results, run, run_in_turn, substitute, write_text_data
+from copies import copy_template, edit, PROJECT, results, substitute, write_text_data
+from processes import environment, Process, run, run_in_turn, TAIL
 
 SECONDS, IMPORTS = 20, 15     # of CPU time, in which a mistake must show; and of the imports, twice what a quiet machine takes
 TABLE = PROJECT / "bench" / "results" / "mutations.md"
@@ -30,8 +31,18 @@ class Mutation(NamedTuple):
     also: tuple = ()              # what else must be in final_info.json of a run that succeeds
 
 
+# Where experiment.py is edited: each of these texts stands in it once
 REGISTRY = "SAE_VARIANTS = {"
-PROBES = "    metrics, right = corpus.probe_scores("
+TABLE_OF_EVALUATIONS = "EVALUATIONS = {"
+TOPK = "class TopK(SAE):"
+NUMPY, MATH = "import numpy as np\n", "import math\n"
+PROBES = "def eval_probes(run):\n"
+HEADLINES = '("stability", "smoothness")'
+PADDED_WINDOWS = "(0, 0, self.before, after)"
+MASKED = "~batch.mask.flatten()[pairs.rows]"
+MAIN, CALL_OF_MAIN = "def main():\n", "    run_script(main"
+ANCHORS = (REGISTRY, TABLE_OF_EVALUATIONS, TOPK, NUMPY, MATH, PROBES, HEADLINES, PADDED_WINDOWS, MASKED, MAIN, CALL_OF_MAIN)
+
 HEAD = '''class Mine({base}):
     """A variant with a mistake."""
 '''
@@ -51,9 +62,16 @@ def edited(old, new, *shown, line=None, variant="topk", **more):
 
 def probing(lines, *shown, line=None, **more):
     """These lines at the start of an evaluation."""
-    return edited(PROBES, "".join(f"    {part}\n" for part in lines.splitlines()) + PROBES, *shown, line=line, **more)
+    return edited(PROBES, PROBES + "".join(f"    {part}\n" for part in lines.splitlines()), *shown, line=line, **more)
 
 
+def probed(value, *shown, **more):
+    """An evaluation that returns this in place of what it did: metrics, curves, right."""
+    return edited(PROBES, f"{PROBES}    metrics, curves, right = unedited_probes(run)\n    return {value}\n\n\n"
+                  "def unedited_probes(run):\n", *shown, **more)
+
+
+OWN_EVALUATION = 'def eval_mine(run):\n    return Result({"mine": 1.0}, {}, {})\n\n\n'
 LOSSES = "    def losses(self, batch, latents):\n"
 USUAL = "        return super().losses(batch, latents)\n"
 
@@ -75,17 +93,15 @@ MUTATIONS = {
         return latents.decode(self.W_decoder) + self.b_dec
 ''', "AttributeError", "W_decoder", line="W_decoder"),
     "a renamed class with uses left": edited(
-        "class TopK(SAE):", "class TopKSAE(SAE):", "NameError", "'TopK'", "line", line="class BatchTopK(TopK):", alone=True),
-    "an import that is gone": edited("import functools\n", "", "NameError", "'functools'", line="functools.", alone=True),
+        TOPK, "class TopKSAE(SAE):", "NameError", "'TopK'", "line", line="class BatchTopK(TopK):", alone=True),
+    "an import that is gone": edited(MATH, "", "NameError", "'math'", line="math.", alone=True),
     "a package that is not installed": edited(
-        "import numpy as np\n", "import einops_of_mine\nimport numpy as np\n", "ModuleNotFoundError", "einops_of_mine",
+        NUMPY, "import einops_of_mine\n" + NUMPY, "ModuleNotFoundError", "einops_of_mine",
         line="import einops_of_mine", alone=True),
     "a bracket that stays open": edited(
-        "    def lowest_pre_act(self):\n        return 0.0\n", "    def lowest_pre_act(self):\n        return max(0.0, (1\n",
-        "SyntaxError", line="return max(0.0, (1", alone=True),
+        REGISTRY, "BROKEN = max(0.0, (1\n\n" + REGISTRY, "SyntaxError", line="BROKEN = max(0.0, (1", alone=True),
     "a block without its indent": edited(
-        "    def lowest_pre_act(self):\n        return 0.0\n", "    def lowest_pre_act(self):\n    return 0.0\n",
-        "IndentationError", line="return 0.0", alone=True),
+        REGISTRY, "if SAE_VARIANT:\nBROKEN = 0.0\n\n" + REGISTRY, "IndentationError", line="BROKEN = 0.0", alone=True),
     "a variant that is not registered": edited(
         REGISTRY, HEAD.format(base="TopK") + "\n\n" + REGISTRY, "SAE_VARIANT = 'mine'", "one of", "batch_topk",
         constants={"SAE_VARIANT": "mine"}),
@@ -299,12 +315,9 @@ MUTATIONS = {
         return batch.x - seen, self.b_dec, self.W_enc
 ''', "later positions"),
     "a window that looks ahead": edited(
-        "            return F.pad(a, (0, 0, self.before, after)).unfold(1, self.window, 1)",
-        "            return F.pad(a, (0, 0, after, self.before)).unfold(1, self.window, 1)", "later positions",
-        variant="temporal_context"),
+        PADDED_WINDOWS, "(0, 0, after, self.before)", "later positions", variant="temporal_context"),
     "latents not masked at padding": edited(
-        "            pre_acts = pre_acts.masked_fill(~batch.mask.flatten()[pairs.rows], NEVER)\n", "            pass\n",
-        "padding"),
+        MASKED, "torch.zeros_like(pairs.rows, dtype=torch.bool)", "padding"),
     "a selection over tokens in place of latents": mine('''
     def select(self, x, W_enc, batch):
         pre_acts = torch.addmm(self.b_enc, x, W_enc)
@@ -338,29 +351,20 @@ MUTATIONS = {
         'return Result({"mine": float(np.zeros(0).mean())}, {}, {})', "'mine'", "eval_probes", "nan"),
     "a metric of three numbers": probing('return Result({"mine": torch.ones(3)}, {}, {})', "'mine'", "eval_probes", "(3,)"),
     "a metric that is None": probing('return Result({"mine": None}, {}, {})', "'mine'", "eval_probes", "NoneType"),
-    "metrics as tensors and numpy scalars": edited(
-        "    return Result(metrics, {}, right)",
-        "    metrics |= {'a': torch.tensor(2.0), 'b': np.float32(3)}\n    return Result(metrics, {}, right)",
-        also=("a", "b")),
-    "curves as arrays with NaN": edited(
-        "    return Result(metrics, {}, right)",
-        "    return Result(metrics, {'mine': np.array([1.0, np.nan])}, right)"),
-    "a metric under two values": edited(
-        "    return Result(metrics, {}, right)",
-        "    return Result(metrics | {'mine': 1.0, 'mine': 2.0}, {}, right)", also=("mine",)),
-    "metrics alone in place of a result": edited(
-        "    return Result(metrics, {}, right)", "    return metrics", "eval_probes", "dict", "Result"),
+    "metrics as tensors and numpy scalars": probed(
+        "Result(metrics | {'a': torch.tensor(2.0), 'b': np.float32(3)}, curves, right)", also=("a", "b")),
+    "curves as arrays with NaN": probed("Result(metrics, {'mine': np.array([1.0, np.nan])}, right)"),
+    "a metric under two values": probed("Result(metrics | {'mine': 1.0, 'mine': 2.0}, curves, right)", also=("mine",)),
+    "metrics alone in place of a result": probed("metrics", "eval_probes", "dict", "Result"),
     "an evaluation that changes weights": probing(
         "run.sae.W_dec.data *= 1.1", "eval_probes", "W_dec", "deepcopy"),
     "an evaluation that leaves training on": probing("run.sae.train()", "eval_probes", "training mode"),
     "an evaluation without a headline": edited(
-        "EVALUATIONS = {", 'def eval_mine(run):\n    return Result({"mine": 1.0}, {}, {})\n\n\nEVALUATIONS = {"mine": eval_mine, ',
-        "EVALUATIONS['mine'] is a function", "headline", constants={"EVALS": ("core", "mine")}),
+        TABLE_OF_EVALUATIONS, f'{OWN_EVALUATION}EVALUATIONS = {{"mine": eval_mine, ', "EVALUATIONS['mine'] is a function", "headline", constants={"EVALS": ("core", "mine")}),
     "a headline that is misspelt": edited(
-        '("stability", "smoothness")', '("stabillity", "smoothness")', "stabillity", "'temporal'", constants={"EVALS": ("core", "temporal")}),
+        HEADLINES, '("stabillity", "smoothness")', "stabillity", "'temporal'", constants={"EVALS": ("core", "temporal")}),
     "an evaluation that is one more": edited(
-        "EVALUATIONS = {", 'def eval_mine(run):\n    return Result({"mine": 1.0}, {}, {})\n\n\nEVALUATIONS = {\n    '
-        '"mine": (eval_mine, "encode", ("mine",)), ', constants={"EVALS": ("core", "mine")}, same=False, also=("mine",)),
+        TABLE_OF_EVALUATIONS, f'{OWN_EVALUATION}EVALUATIONS = {{\n    "mine": (eval_mine, "encode", ("mine",)), ', constants={"EVALS": ("core", "mine")}, same=False, also=("mine",)),
     "an encoder that is the decoder's transpose": mine('''
     @property
     def W_enc(self):
@@ -420,20 +424,19 @@ MUTATIONS = {
     "a very long error": in_losses('raise ValueError("word " * 5000)', "ValueError", line="raise ValueError"),
     "a failed assertion": in_losses("assert len(batch.x) == 0", "AssertionError", line="assert len(batch.x) == 0"),
     "a full run's main left out": edited(
-        "    corpus.run(main, __file__, SAE, SAE_VARIANTS, SAE_VARIANT)", "    print('done')", "without results", "corpus.run",
-        alone=True),
-    "a main that returns early": edited(
-        "    with corpus.publishing(out_dir, HERE) as partial:\n",
-        "    return\n    with corpus.publishing(out_dir, HERE) as partial:\n", "without results"),
+        CALL_OF_MAIN, "    print(main", "without results", "run_script(main", alone=True),
+    "a main that returns early": edited(MAIN, MAIN + "    return\n", "without results"),
     "errors caught and printed": edited(
-        "    corpus.run(main, __file__, SAE, SAE_VARIANTS, SAE_VARIANT)",
-        "    try:\n        main(1)\n    except Exception as error:\n        print(error)", "without results", alone=True),
+        CALL_OF_MAIN, "    try:\n        main(1)\n    except Exception as error:\n        print(error)\n    print(main", "without results", alone=True),
     "warnings and lines on stderr": in_losses(
         'import warnings\nwarnings.warn("a warning")\nprint("a line", file=sys.stderr)'),
-    "a loss that breaks late": edited(
-        "    losses, total = sae.losses(batch, latents), 0.0\n", '''    losses, total = sae.losses(batch, latents), 0.0
-    if done > 0.8:
-        losses = {name: loss * float("nan") for name, loss in losses.items()}
+    "a loss that breaks late": mine('''
+    curriculum = (Stage("autoencoder", 20, PLAIN, anneals={"done": lambda done: done}),)
+    done = 0.0
+
+    def losses(self, batch, latents):
+        found = super().losses(batch, latents)
+        return {name: loss * float("nan") if self.done > 0.8 else loss for name, loss in found.items()}
 ''', "training, seed 0", "reconstruction = nan"),
     "a learning rate far too high": edited("LEARNING_RATE = None", "LEARNING_RATE = 1e30", "reconstruction = "),
 }
@@ -501,7 +504,7 @@ class Lab:
         first = [] if all(MUTATIONS[name].shown for name in names) else [unedited]
         together = first + [folders[name] for name in names if not MUTATIONS[name].alone]
         finished = run_in_turn(together, self.cache, 3_600) if together else {}
-        finished |= {folders[name]: run(folders[name], self.cache) for name in names if MUTATIONS[name].alone}
+        finished |= {folders[name]: run(folders[name], self.cache, kind=Process) for name in names if MUTATIONS[name].alone}
         return {name: (folders[name], finished[folders[name]]) for name in names}, unedited
 
 

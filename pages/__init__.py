@@ -1,0 +1,1 @@
+"""What a person looks at: the data of the latents page, its template, ratings."""

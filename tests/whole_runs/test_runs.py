@@ -1,0 +1,185 @@
+"""Whole runs of every variant, and what they leave."""
+import json
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from copies import IN_SAELENS, PROJECT, results, ROOMS, VARIANTS
+from lab import succeeded
+
+
+def numbers(value):
+    """Every number in nested results, with the path to it."""
+    if isinstance(value, (dict, list)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from ((f"{key}.{path}", number) for path, number in numbers(part))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield "", value
+
+
+@pytest.fixture(scope="module")
+def runs(lab):
+    """variant -> (folder, Finished): "standard" on the embedded corpus and "topk" with two seeds, each in a process of its
+    own, as a harness starts them; the others in turn in one."""
+    one_by_one = {"standard": dict(DATASET="embedded"), "topk": dict(SEEDS=(3, 5))}
+    found = {name: lab.run(name, SAE_VARIANT=name, **constants) for name, constants in one_by_one.items()}
+    return found | lab.runs(**{name: dict(SAE_VARIANT=name) for name in VARIANTS if name not in found})
+
+
+def test_every_variant_is_tested_here(E):
+    assert set(VARIANTS) == set(E.SAE_VARIANTS)
+    assert sum(len(means) for *_, means in E.EVALUATIONS.values()) <= 16
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_whole_run(runs, variant):
+    folder, finished = runs[variant]
+    succeeded(finished)
+    assert "://" not in finished.stdout
+    made, seeds = folder / "run_1", 2 if variant == "topk" else 1
+    wanted = {"final_info.json", "all_results.npy", "experiment.py", "sae_weights.safetensors", "cfg.json",
+              "timing.json", "summary.md"}
+    assert wanted <= {path.name for path in made.iterdir()}
+    assert (made / "experiment.py").read_bytes() == (folder / "experiment.py").read_bytes()
+    assert (made / "sae_weights.safetensors").stat().st_mode & 0o777 == 0o644     # others may read them too
+    kept = {"experiment.py", *ROOMS, "run_1", "stdout.log", "stderr.log", "outcome.json", "__pycache__"}
+    assert {path.name for path in folder.iterdir()} <= kept
+
+    info, headlines = results(folder), 0
+    for entry in info.values():
+        assert isinstance(entry, dict) and isinstance(entry["means"], dict) and entry["means"]
+        headlines += len(entry["means"])
+        assert all(type(value) is float and math.isfinite(value) for value in entry["means"].values())
+        assert all(type(value) is float and math.isfinite(value) for value in entry["metrics"].values())
+        assert len(entry["final_info_dict"]) == len(entry["means"])
+        assert ("stderrs" in entry) == (seeds > 1)
+        for name, values in entry["final_info_dict"].items():
+            assert len(values) == seeds and entry["means"][f"{name}_mean"] == pytest.approx(np.mean(values), rel=1e-12)
+            assert entry["metrics"][name] == entry["means"][f"{name}_mean"]
+            if seeds > 1:
+                error = np.std(values, ddof=1) / math.sqrt(seeds)
+                assert entry["stderrs"][f"{name}_stderr"] == pytest.approx(error, rel=1e-9)
+        assert len(entry["curves"]) == len(entry["per_sequence"]) == seeds
+        for table in entry["per_sequence"]:
+            assert table and {len(values) for values in table.values()} == {24}
+    assert 0 < headlines <= 16
+    assert all(math.isfinite(number) for _, number in numbers(info))
+    everything = np.load(made / "all_results.npy", allow_pickle=True).item()
+    assert len(everything) == seeds
+    for seed, result in zip(((3, 5) if seeds > 1 else (0,)), everything.values()):
+        assert f"seed_{seed}" in everything and result["core"]["metrics"]["l0"] > 0
+    config = info["core"]["config"]
+    assert config["SAE_VARIANT"] == variant and config["TARGET_L0"] == 8
+    assert config["SEEDS"] == ([3, 5] if seeds > 1 else [0])
+    assert config["steps_done"] == config["steps_planned"] and sum(config["steps_done"]) > 50
+    assert config["budget_hit"] is False
+    assert config["d_in"] == 192 and config["d_sae"] == 384 and config["layer"] == 2
+    summary = (made / "summary.md").read_text().strip()
+    assert summary in finished.stdout and "\n" not in summary and summary.startswith(f"{variant}, 384 latents with TARGET_L0 8")
+    for entry in info.values():
+        for name, value in entry["means"].items():
+            assert f"{name.removesuffix('_mean')} {value:.4g}" in summary
+    timing = json.loads((made / "timing.json").read_text())
+    assert all(value >= 0 for _, value in numbers(timing)) and list(numbers(timing))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_did_something(runs, variant):
+    """In a few steps every variant learns to beat the untrained dictionary, and loses less than the mean does."""
+    folder, _ = runs[variant]
+    entry = results(folder)["core"]
+    metrics, training = entry["metrics"], entry["curves"][0]["training"]
+    assert metrics["explained_variance"] > metrics["untrained_explained_variance"] + 0.1
+    assert metrics["ce_model"] < metrics["ce_sae"] < metrics["ce_mean"]
+    assert metrics["permuted_decoder_explained_variance"] < metrics["explained_variance"] - 0.1
+    assert training["val_loss"][-1] < training["val_loss"][0]
+    assert len(training["step"]) == len(training["losses"]["reconstruction"]) == len(training["l0"])
+    if variant in ("topk", "batch_topk", "matryoshka"):
+        assert metrics["l0"] == pytest.approx(8, rel=0.01 if variant == "topk" else 0.3)     # thresholds settle later
+
+
+def reconstruct(weights, cfg, x):
+    """Latents and reconstruction of raw activations x [n, d_in] by SAELens's inference formulas."""
+    x_in = x - weights["b_dec"]
+    if cfg["architecture"] == "gated":
+        gate = x_in @ weights["W_enc"] + weights["b_gate"] > 0
+        z = gate * torch.relu(x_in @ (weights["W_enc"] * weights["r_mag"].exp()) + weights["b_mag"])
+    else:
+        pre = x_in @ weights["W_enc"] + weights["b_enc"]
+        if cfg["architecture"] == "topk":
+            top = pre.topk(cfg["k"], dim=1)
+            z = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+        elif cfg["architecture"] == "jumprelu":
+            z = pre.relu() * (pre > weights["threshold"])
+        else:
+            assert cfg["architecture"] == "standard"
+            z = pre.relu()
+    return z, z @ weights["W_dec"] + weights["b_dec"]
+
+
+@pytest.mark.parametrize("variant", IN_SAELENS)
+def test_exported_weights_give_the_reported_figures(E, lab, runs, variant):
+    """From the files alone, on the language model's own activations, in float64."""
+    folder, _ = runs[variant]
+    entry, cfg = results(folder)["core"], json.loads((folder / "run_1" / "cfg.json").read_text())
+    config = entry["config"]
+    files = [np.load(path) for path in (lab.cache / "tokens").glob("*.npz")]
+    windows = next(f for f in files if E.fingerprint(zlib.crc32(f["tokens"].tobytes())) == config["data_hash"])
+    heldout = slice(int(windows["n_train"]), None)
+    tokens, lengths, documents = (windows[name][heldout] for name in ("tokens", "lengths", "doc_ids"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(PROJECT / "embedded" / "model", dtype=torch.float32)
+    with torch.no_grad():
+        states = model(torch.from_numpy(tokens).long(), output_hidden_states=True).hidden_states
+    assert cfg["metadata"]["hook_name"] == f"blocks.{config['layer']}.hook_resid_post"
+    position = np.arange(tokens.shape[1])
+    counts = torch.from_numpy((position > 0) & (position < lengths[:, None]))
+    x = states[config["layer"] + 1][counts].double()
+    variance = (x - x.mean(0)).square().sum(1).mean().item()
+    first = np.sort(np.unique(documents, return_index=True)[1])
+    for i, seed_folder in enumerate([folder / "run_1"] + [folder / "run_1" / "seed_5"] * (len(config["SEEDS"]) - 1)):
+        weights = {name: value.double() for name, value in load_file(seed_folder / "sae_weights.safetensors").items()}
+        assert weights["W_enc"].shape == (cfg["d_in"], cfg["d_sae"]) == weights["W_dec"].T.shape
+        z, x_hat = reconstruct(weights, cfg, x)
+        error, l0 = torch.full(counts.shape, torch.nan).double(), torch.full(counts.shape, torch.nan).double()
+        error[counts], l0[counts] = (x - x_hat).square().sum(1) / variance, (z != 0).sum(1).double()
+        sequences = entry["per_sequence"][i]
+        np.testing.assert_allclose(error[first].nanmean(1), sequences["fvu"], rtol=2e-3)
+        np.testing.assert_allclose(l0[first].nanmean(1), sequences["l0"], atol=0.04)
+        reported = entry["final_info_dict"]
+        assert 1 - error.nanmean().item() == pytest.approx(reported["explained_variance"][i], abs=5e-4)
+        assert l0.nanmean().item() == pytest.approx(reported["l0"][i], rel=2e-3)
+
+
+def test_exported_weights_of_the_attention_give_its_latents(E, lab, runs, monkeypatch):
+    """From the file alone, with the class: the model's own activations, through weights that take them."""
+    folder, _ = runs["temporal"]
+    weights = load_file(folder / "run_1" / "sae_weights.safetensors")
+    scale, mean = weights["input_scale"].item(), weights["input_mean"]
+    d_in, d_sae = weights["W_enc"].shape
+    monkeypatch.setattr(E, "WINDOW", len(weights["P"]))
+    config = results(folder)["core"]["config"]
+    sae = E.Temporal(d_in, d_sae, config["TARGET_L0"]).eval()
+    own = {name: weights[name] for name in dict(sae.named_parameters()) if name in weights}
+    own |= {"W_enc": weights["W_enc"] * scale, "W_dec": weights["W_dec"] / scale,
+            "b_dec": (weights["b_dec"] - mean) / scale, "threshold": weights["threshold"][0]}
+    assert set(own) == {*dict(sae.named_parameters()), "threshold"}
+    sae.load_state_dict(own, strict=False)
+    sae.attends = True
+    files = [np.load(path) for path in (lab.cache / "tokens").glob("*.npz")]
+    windows = next(f for f in files if E.fingerprint(zlib.crc32(f["tokens"].tobytes())) == config["data_hash"])
+    n, lengths = int(windows["n_train"]), torch.from_numpy(windows["lengths"])
+    tokens, mask = torch.from_numpy(windows["tokens"][n:]).long(), torch.arange(1, 32) < lengths[n:, None]
+    model = transformers.AutoModelForCausalLM.from_pretrained(PROJECT / "embedded" / "model", dtype=torch.float32)
+    with torch.no_grad():
+        x = model(tokens, output_hidden_states=True).hidden_states[config["layer"] + 1][:, 1:]
+        batch = E.Batch((x - mean) / scale, tokens[:, 1:], torch.arange(len(x)), torch.arange(1, 32), mask)
+        x_hat = sae.decode(sae.encode(batch)) * scale + mean
+    error = (x - x_hat)[mask].double().square().sum(1).mean()
+    variance = (x[mask].double() - x[mask].double().mean(0)).square().sum(1).mean()
+    reported = results(folder)["core"]["metrics"]["explained_variance"]
+    assert 1 - (error / variance).item() == pytest.approx(reported, abs=5e-4) and (weights["P"] != 0).any()
