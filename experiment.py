@@ -2999,7 +2999,7 @@ def bag_auroc(run, plan):
 def cached_for_plan(run, plan, what, compute):
     """Returns compute(), which depends on no SAE, as cached in the store's folder."""
     rows = plan.dev, plan.dev_group, plan.test, plan.group, plan.clozes.options
-    code = code_key(bag_auroc, clamping_frontier, right_answers, mean_difference)
+    code = code_key(bag_auroc, clamping_frontier, right_answers, Unlearner)
     key = fingerprint(what, code, *(part.tolist() for part in rows))
     return cached_json(run.store.folder / f"unlearning-{key}.json", compute)
 
