@@ -904,7 +904,8 @@ class Compositional(TopK):
 
     In the first half k falls from 4 TARGET_L0, and attention combines a token's 2, 3, then 4
     largest features, later all. ABLATE "attention": U' = U; "gate": U' = U + MHA(U); "slots": the
-    k largest; "bottleneck": z = [f; c]. It was proposed with BATCH_TOKENS 512, LEARNING_RATE 3e-4."""
+    k largest; "bottleneck": z = [f; c]. It was proposed with BATCH_TOKENS 512 and LEARNING_RATE
+    3e-4."""
     components = ("attention", "gate", "curriculum", "slots", "bottleneck")
     architecture = "compositional"
     widening = 1.0  # latents kept now / TARGET_L0
