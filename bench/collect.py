@@ -108,7 +108,6 @@ def ours(model, layer, windows, d_in):
 
 def contestants(args, model, tokenizer, windows):
     """{name: function that passes over all windows and returns the first activations it has, or None}."""
-    from sae_lens.load_model import HookedProxyLM
     d_in, layer, batch = model.config.hidden_size, args.layer, args.batch
     made = {}
 
@@ -122,6 +121,7 @@ def contestants(args, model, tokenizer, windows):
     made["full forward"] = full_forward
     if args.only == "ours":
         return made
+    from sae_lens.load_model import HookedProxyLM
     hook = f"gpt_neox.layers.{layer}"
     # its own copy of the model, since its proxy leaves a hook in the module that it wraps
     proxy = HookedProxyLM(load_model(args.model)[0], tokenizer, hook_names=[hook])

@@ -236,7 +236,8 @@ def main():
     args = parser.parse_args()
     peers.quiet()
     args.d_in, args.tokens, args.k = (32, 256, 4) if args.small else (2304, 4096, 64)
-    args.text = str(Path(args.text).resolve()) if Path(args.text).exists() else args.text
+    if args.text != "embedded" and Path(args.text).exists():
+        args.text = str(Path(args.text).resolve())
     args.widths, args.shape = ((128, 256), TINY) if args.small else ((18_432, 65_536), GEMMA)
     found = {"device": device_name(), "torch": torch.__version__}
     for name in args.parts:
