@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from small_saes import encode_and_update
+
 NAMES = ["standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka"]
 TOPK_FAMILY = ["topk", "batch_topk", "matryoshka"]
 PENALISED = ["standard", "jumprelu", "gated"]           # latents where pre-activations pass a threshold
@@ -38,14 +40,6 @@ def make_batch(E, seed=1, batch=4, seq=6, mask=None):
     x = torch.randn(batch, seq, D_IN, generator=g) / D_IN ** 0.5
     tokens = torch.randint(9, (batch, seq), generator=g)
     return E.Batch(x, tokens, torch.arange(batch), torch.arange(1, seq + 1), mask)
-
-
-def encode_and_update(sae, batch):
-    """The latents of a training batch, after which the state has changed as it does after a step."""
-    with torch.no_grad():
-        latents = sae.encode(batch)
-        sae.after_step(batch, latents, torch.tensor(float(sae.k)))
-    return latents
 
 
 def padded_and_stripped(E):
