@@ -66,7 +66,7 @@ PROTOCOL_RULES = {
     "LIVE_MIN_FIRINGS": (WHOLE, NOT_WHOLE, ("whole number from 1",)), "LIVE_MIN_FILES": (WHOLE, NOT_WHOLE, ("whole number from 1",)),
     "STABILITY_LAGS": TWO_WHOLE, "FAR_LAGS": TWO_WHOLE, "PROBING_SIZE": TWO_WHOLE, "SYNTHETIC_SAE": TWO_WHOLE,
     "SYNTHETIC_TASKS": ((("boolean",), ("grammar", "arithmetic")), ((), ("logic",), ("boolean", "boolean"), ["boolean"], "boolean", None),
-                        ("tuple", "'boolean', 'arithmetic', 'grammar'")),
+                        ("tuple", "'boolean'", "'arithmetic'", "'grammar'")),
 }
 
 
