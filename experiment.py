@@ -148,13 +148,13 @@ BUFFER = 4  # latest positions that the encoder sees
 BUFFER_POSITIONS = "learned"  # or "sinusoidal"
 
 # compositional
-COMPOSITIONS = 1 / 3  # share of latents that are compositions; EXPANSION = 384 / d_in: 256 + 128
+COMPOSITIONS = 1 / 3  # share of latents that are compositions: d_sae = 384 gives 256 + 128
 COMPOSITION_HEADS = 8  # of its attention
 COMPOSITION_HEAD_WIDTH = 16  # channels of a head
 COMPOSITION_SLOTS = 1 / 4  # share of TARGET_L0 that compositions take before features
 
 # hierarchical
-LEVEL_WIDTHS = None  # e.g. (144, 96), 3/4 and 1/2 of d_in; None: 3/2 and 1 times d_sae
+LEVEL_WIDTHS = None  # (level 1, level 2), e.g. (144, 96); None: (3/2 d_sae, d_sae)
 LEVEL_SPARSITY = "topk"  # of level 2; or "l1", its weight steered to TARGET_L0
 LEVEL1_L0_RATIO = 1.5  # active features of level 1 per token / TARGET_L0
 COSINE_WEIGHT = 0.1  # of the loss that makes siblings' directions alike
@@ -191,7 +191,7 @@ LIVE_MIN_FILES = 10  # held-out files in which a live latent fires
 STABILITY_LAGS = (5, 16)  # tokens apart, beyond WINDOW
 FAR_LAGS = (17, 32)  # beyond CONTRAST_SPAN too
 NULL_DRAWS = 50  # permutations
-PROBE_EVERY = 8  # held-out tokens: one is probed
+PROBE_EVERY = 8  # one held-out token in so many is probed
 PROBING = ("embedded",)  # data sets, e.g. (*PROBING_DATASETS,) of data/tasks.py
 PROBING_SIZE = (1000, 250)  # texts of a class to train, to test; SAEBench: (4000, 1000)
 PROBED_COUNTS = (1, 2, 5, 10, 20, 50)  # latents that a sparse probe reads
@@ -207,7 +207,7 @@ SYNTHETIC_RHOS = (1.0, 0.5, 0.0)  # strengths of compositions in the first task;
 SYNTHETIC_TOKENS = 65_536  # of training
 SYNTHETIC_SAE = (384, 8)  # width, L0
 COMPOSED_TOKENS = 512  # tokens on which features are ablated one by one
-DETECTED_LATENTS = 50  # live ones that the page shows and that detection is measured on
+DETECTED_LATENTS = 50  # live ones that features.html shows and that detection is measured on
 DETECTION_TASKS = 10  # of a latent at most, one a file
 DETECTION_OPTIONS = 5  # excerpts to choose from: chance is .2
 DETECTION_TOKENS = 16  # of such an excerpt
@@ -373,9 +373,10 @@ class SAE(nn.Module):
                 "auxk": self.auxk_loss(batch, x_hat)}
 
     def after_step(self, batch, latents, l0):
-        """Changes the SAE's state after an optimiser's step, and nothing else does: thresholds,
-        running means, clamps, steering. l0: mean active latents per token of the whole batch; of
-        several processes each sees its own part of the batch, buffers are averaged over them."""
+        """Changes, after each step of the optimiser, what the optimiser does not: thresholds,
+        running means, clamps, steering. l0: mean active latents per token of the whole batch. With
+        several processes `batch` and `latents` are this one's part; buffers are averaged in the
+        next step."""
         self.steer(l0)
 
     def exported(self):
@@ -786,11 +787,13 @@ class AdaptationScan(torch.autograd.Function):
 
 class TemporalAdaptation(SAE):
     """u_t = ReLU(pre_t), h_t = lam_i h_{t-1} + (1 - lam_i) u_t, z_t = ReLU(pre_t - theta h_{t-1});
-    lam_i = exp(-softplus(beta) v_i^T), v_i = clamp(var(u_i) / geometric mean, 1/16, 16), running;
+    lam_i = exp(-softplus(beta) v_i ** T), T: the temperature, v_i = clamp(running variance of u_i /
+    geometric mean of these over live latents, 1/16, 16);
     L = |x - x_hat|^2 + w |z|_1 + 1/32 auxk + REGULARISATION (beta, theta, T - their starts)^2.
 
     beta, theta = tanh(theta_raw) and T are global. ABLATE "sharing": beta and theta by latent;
-    "variance_scaling": v = 1; "trace": (beta x / Var^T + theta) W_enc, by input channel."""
+    "variance_scaling": v = 1; "trace": no h; a standard SAE whose encoder reads
+    beta x / v ** T + theta in place of x, v by input channel."""
     components = ("trace", "sharing", "variance_scaling")
     architecture = "temporal_adaptation"
     progress = 0.0  # of the stage, in [0, 1)
@@ -837,7 +840,7 @@ class TemporalAdaptation(SAE):
         return torch.exp(-F.softplus(self.beta) * self.scaled_variance() ** self.temperature())
 
     def encoder_inputs(self, batch):
-        """Returns x; without a trace (beta x / Var^T + theta)."""
+        """Returns x; without a trace beta x / v ** T + theta."""
         if self.traces:
             return super().encoder_inputs(batch)
         scale = self.scaled_variance() ** -self.temperature()
@@ -892,15 +895,17 @@ class TemporalAdaptation(SAE):
 
 
 class Compositional(TopK):
-    """f = TopK_k(ReLU((x - b_dec) W_enc + b_enc)); of a token's active features u_i = f_i e_i;
-    U' = U + tanh(g) MHA(U), g = 0 at first; c = ReLU(W_c sum_i U'_i + b_c); z = TopK_k([f; c]);
+    """f = TopK_k(ReLU((x - b_dec) W_enc + b_enc)); U: a row u_i = f_i E_i for each feature that is
+    active at the token; U' = U + tanh(g) MHA(U), g = 0 at first; c = ReLU(W_c sum_i U'_i + b_c);
+    z = TopK_k([f; c]);
     L = |x - z W_dec - b_dec|^2 + 1/32 auxk. COMPOSITION_SLOTS of the k places are reserved for the
-    largest c, or features that respond to the same inputs would crowd them out. W_c starts at .1
+    largest c: else features that respond to the same inputs would crowd them out. W_c starts at .1
     times the compositions' directions.
 
     In the first half k falls from 4 TARGET_L0, and attention combines a token's 2, 3, then 4
     largest features, later all. ABLATE "attention": U' = U; "gate": U' = U + MHA(U); "slots": the
-    k largest; "bottleneck": z = [f; c]. The idea's BATCH_TOKENS: 512, LEARNING_RATE: 3e-4."""
+    k largest; "bottleneck": z = [f; c]. It was proposed with BATCH_TOKENS 512 and LEARNING_RATE
+    3e-4."""
     components = ("attention", "gate", "curriculum", "slots", "bottleneck")
     architecture = "compositional"
     widening = 1.0  # latents kept now / TARGET_L0
@@ -933,7 +938,8 @@ class Compositional(TopK):
                 self.gate = nn.Parameter(torch.zeros(()))
 
     def encoder_inputs(self, batch):
-        """Returns, for compositions, what they read of x: auxk revives them by that."""
+        """Returns x, its centre and weights: W_enc for features; for compositions W_enc E W_c, a
+        linear stand-in for how they read x, by which auxk revives them."""
         return batch.x, self.b_dec, torch.cat([self.W_enc, self.W_enc @ self.E @ self.W_c], 1)
 
     def n_kept(self):
@@ -946,6 +952,7 @@ class Compositional(TopK):
     def heads(self, ids, f):
         """Returns of each head how a token's active features attend to each other [n, k, k], and
         their values [n, k, COMPOSITION_HEAD_WIDTH]; features ids [n, k] with amounts f [n, k]."""
+        # a row of its own for each feature: PairDecode then gives u_i W
         one_by_one = Pairs.from_ids(ids.view(-1, 1))
         silent = (MASKED_PRE_ACT * (f <= 0))[:, None]
         parts = (PairDecode.apply(f.flatten(), self.E @ W, one_by_one)
@@ -989,6 +996,7 @@ class Compositional(TopK):
         c, own = c.topk(n)
         values, ids = torch.cat([f, c], 1), torch.cat([ids, own + self.d_f], 1)
         if "bottleneck" not in ABLATE:
+            # active ones of the n reserved places come before every feature
             first = c if "slots" in ABLATE else torch.where(c > 0, torch.inf, 0.0)
             places = torch.cat([f, first], 1).topk(k).indices
             values, ids = values.gather(1, places), ids.gather(1, places)
@@ -1148,6 +1156,7 @@ class TrainingSchedule:
 
     def __init__(self, stages, steps_per_epoch):
         self.stages, self.step = stages, 0  # steps done
+        self.began, self.spent = time.time(), 0.0  # now; seconds of earlier processes
         # planned never changes; steps shrink to fit the deadline
         self.planned = self.steps = [round(stage.epochs * steps_per_epoch) for stage in stages]
         if 0 in self.planned:
@@ -1156,11 +1165,15 @@ class TrainingSchedule:
 
     def state_dict(self):
         """Returns what a checkpoint keeps."""
-        return {"step": self.step, "steps": self.steps}
+        return {"step": self.step, "steps": self.steps, "spent": self.seconds_spent()}
 
     def load_state_dict(self, state):
         """Takes over what `state_dict` gave."""
-        self.step, self.steps = state["step"], state["steps"]
+        self.step, self.steps, self.spent = state["step"], state["steps"], state["spent"]
+
+    def seconds_spent(self):
+        """Returns the seconds of this training, those of a killed process before it included."""
+        return self.spent + time.time() - self.began
 
     def start(self, what, seconds, deadline):
         """Starts the clock: a step of each stage takes so many `seconds` at first."""
@@ -1187,11 +1200,12 @@ class TrainingSchedule:
         self.progress.update(f"{stage.name}: step {self.step}/{sum(self.steps)}", losses)
 
     def is_multiple_of(self, every):
-        """Returns whether so many steps have passed again, or all."""
+        """Returns whether the steps done are a multiple of `every`, or all are done."""
         return self.step % every == 0 or self.step == sum(self.steps)
 
     def checkpoint_due(self, seconds):
-        """Returns whether as much time has passed since this was last so, or all steps are done."""
+        """Returns whether so many `seconds` have passed since the last checkpoint, or all steps are
+        done; if so, starts to count anew."""
         if time.time() - self.saved_at <= seconds and self.step < sum(self.steps):
             return False
         self.saved_at = time.time()
@@ -1202,7 +1216,7 @@ class TrainingSchedule:
         (began, first), now = self.timed_from, time.time()
         if self.first_interval_over:  # the first steps are slow
             pace = (now - began) / (self.step - first) / self.seconds[i]
-            self.seconds = [s * pace ** 0.3 for s in self.seconds]
+            self.seconds = [s * pace ** 0.3 for s in self.seconds]  # damped: a pace is noisy
         self.first_interval_over, self.timed_from = True, (now, self.step)
         fitted = fit_to_deadline(self.steps, self.step, self.seconds, self.deadline)
         self.steps = RANKS.agree(fitted)
@@ -1224,8 +1238,8 @@ class TrainingLog:
         self.rows = state
 
     def append(self, **row):
-        """Appends each value to the list of its name; of a table, each of its values to its list:
-        None where there is no value at this step."""
+        """Appends a row {name: value}: a plain value to the list of its name; a dict to a table,
+        whose lists, one per key, get None at the steps where the key has no value."""
         for name, value in row.items():
             if not isinstance(value, dict):
                 self.rows.setdefault(name, []).append(value)
@@ -1254,6 +1268,7 @@ class Training(NamedTuple):
     log: dict  # a TrainingLog's rows, with the stages' names and starts
     planned: list  # steps of each stage that the curriculum asks for
     done: list  # steps of each stage that were done
+    seconds: float  # that it took, in all processes that worked on it
 
 
 def curriculum_of(variant):
@@ -1358,7 +1373,8 @@ def validation_loss(sae, store):
 
 
 def seconds_per_step(sae, store, stages, size):
-    """Returns the seconds of one step of each stage: the second one, on a copy of the SAE."""
+    """Returns the seconds that a step of each stage takes: of two steps on a copy of the SAE the
+    latter is timed."""
     seconds, batch = [], store.batch(RANKS.share(np.arange(size)))
     for stage in stages:
         trial = copy.deepcopy(sae).train()
@@ -1437,7 +1453,7 @@ def finished_training(schedule, log):
     weighed = sorted({loss for stage in schedule.stages for loss in stage.weights})
     names = [stage.name for stage in schedule.stages]
     return Training(log.rows | {"stage_starts": starts, "stages": names, "weighed": weighed},
-                    schedule.planned, schedule.steps)
+                    schedule.planned, schedule.steps, schedule.seconds_spent())
 
 
 def save_state(path, parts):
@@ -1742,7 +1758,9 @@ def memory_plan(config, store):
 # region Evaluation: shared
 # Evaluations are functions of a Run that return a Result. Results are on held-out documents; what
 # is fitted or chosen for them may be so on training ones. "ids" are numbers of windows, "rows"
-# count the held-out windows from 0, and a "place" is row * seq + position - 1.
+# count the held-out windows from 0, and a "place" is row * seq + position - 1, with seq =
+# CONTEXT_LENGTH - 1. "The sample" is the first held-out window of each file; "the page" is
+# features.html.
 class LiveRule(NamedTuple):
     """A live latent fires that often, in so many files, and on at most half of the tokens."""
     firings: int
@@ -1768,7 +1786,7 @@ class Run:
 
     @functools.cached_property
     def live(self):
-        """The LiveLatents that core's shares, temporal, detection and the page are of."""
+        """The LiveLatents: those that core's fractions, temporal, detection and the page cover."""
         return live_latents(self.encoded.codes, self.store.windows, self.live_rule)
 
     @functools.cached_property
@@ -1781,7 +1799,7 @@ class Result(NamedTuple):
     """An evaluation's findings."""
     metrics: dict  # name -> a finite number; one that is undefined is left out
     curves: dict  # name -> list
-    per_sequence: dict  # name -> list of floats, one per sample window
+    per_sequence: dict  # name -> list of floats, one per held-out file, in the sample's order
 
 
 class Encoded(NamedTuple):
@@ -1837,7 +1855,7 @@ def variance_by_position(store):
 # --- units and when they fire ---
 class Activity(NamedTuple):
     """When units fire: on which of the n tokens that count, and how strongly."""
-    places: list  # unit -> tokens [firings], in order
+    places: list  # unit -> tokens [firings], in order, numbered 0 to n - 1 among those that count
     values: list  # unit -> [firings]
     n: int  # tokens
 
@@ -1974,8 +1992,9 @@ def next_token_losses(run, splice):
 @contextmanager
 def editing(run, edit, tokens=None, mask=None):
     """While open, edit(batch) is added to the residual stream after block run.layer, but not at the
-    first position, whether tokens come together or one by one with a cache: then tokens and mask
-    [batch, seq] are None. Yields the model."""
+    first position. Yields the model. Works for one pass over whole texts, then tokens and mask
+    [batch, seq] may be given; and for generation with a cache, where later tokens come one by one,
+    then both are None."""
     past = []  # hidden states so far, [batch, seq, d_in]
 
     def change(module, inputs, output):
@@ -2406,8 +2425,8 @@ def similarity_matrix(codes, seq):
 
 
 def top_latents_over_passage(z, tokens, stable, live, n=16):
-    """Returns the latents with the most stable energy in one window, over its tokens [seq] of text;
-    z [seq, d_sae], stable [latent] stability of the latents `live`."""
+    """Returns the latents with the largest energy times stability in one window, over its tokens
+    [seq] of text; z [seq, d_sae], stable [latent] stability of the latents `live`."""
     top = live[np.argsort(-np.square(z[:, live]).sum(0) * np.maximum(stable, 1e-6))[:n]]
     return {"tokens": tokens, "latents": top, "values": z[:, top].T.round(4)}
 
@@ -2434,11 +2453,13 @@ def channel_firings(x, keep, rate):
 
 
 def coherence(fired, classes, files, rate, rng, n_firings=50, group=100):
-    """Returns late hits / early hits, both above chance; None where fewer than ten latents fire
-    often enough. Each latent has a histogram of the token classes at 50 of its firings at positions
-    1-32 of even files. A hit: among `group` latents of similar rate its histogram at positions 64
-    and later (late), or 1-32 (early), of odd files is nearest to its own (Jensen-Shannon). Chance
-    is one hit per group; latents beyond the last whole group are left out.
+    """Returns late hits / early hits, each less the hits expected by chance; None where fewer than
+    ten latents fire often enough, or early hits do not exceed chance. Each latent has three
+    histograms of the token classes at 50 of its firings: a reference (positions 1-32 of even files)
+    and, of odd files, an early (1-32) and a late one (64 and later). A hit: of the references of
+    `group` latents of similar rate the nearest to a latent's early, or late, histogram
+    (Jensen-Shannon) is its own. Chance is one hit per group; latents beyond the last whole group
+    are left out.
 
     fired: token indices [n] of each latent; classes: of each token; files: of each held-out
     window."""
@@ -2865,15 +2886,18 @@ class Matcher:
         def fitted(name, rows):
             return fit_matcher(self.windows(codes, name)[rows], forget[rows])
 
-        by_first, by_second = (self.match(codes, matcher=fitted("pattern", apart & (half == side)))
-                               for side in (False, True))
-        match = torch.where(half, by_first, by_second) * keep
+        # matches by the matcher that was fitted on the windows where half is False, and True
+        by_false, by_true = (self.match(codes, matcher=fitted("pattern", apart & (half == side)))
+                             for side in (False, True))
+        match = torch.where(half, by_false, by_true) * keep
         self.matchers = {name: fitted(name, apart)
                          for name in ("pattern", "one_position", "shuffled")}
         self.thresholds = self.thresholds_of(match, keep, forget)
 
     def thresholds_of(self, match, keep, forget):
-        """Returns {strategy: threshold} of the evidence on tokens and windows that are to stay."""
+        """Returns {strategy: threshold}: what the match at a token ("pattern"), or the gate at the
+        end of a window ("hybrid"), exceeds at each rate of FALSE_POSITIVES where nothing is to be
+        forgotten."""
         retained_windows = gate_evidence(match)[~forget[:, 0], -1]
         evidence = {"pattern": match[keep & ~forget], "hybrid": retained_windows}
         # the first rate's thresholds have the bare names
@@ -2999,7 +3023,7 @@ def bag_auroc(run, plan):
 def cached_for_plan(run, plan, what, compute):
     """Returns compute(), which depends on no SAE, as cached in the store's folder."""
     rows = plan.dev, plan.dev_group, plan.test, plan.group, plan.clozes.options
-    code = code_key(bag_auroc, clamping_frontier, right_answers, mean_difference)
+    code = code_key(bag_auroc, clamping_frontier, right_answers, Unlearner)
     key = fingerprint(what, code, *(part.tolist() for part in rows))
     return cached_json(run.store.folder / f"unlearning-{key}.json", compute)
 
@@ -3521,10 +3545,11 @@ def windows_with(windows, activity, unit, n=4):
 
 
 def trace_parent(run, parent, children, rates, windows):
-    """Returns the AblationSummary of a parent; windows: a pair of ids. On the first windows three
-    things are ablated: the parent, each child alone, and a control: another latent of level 2 that
-    is active at the same token, of similar rate [d_sae] and size. In the others the parent, and
-    another latent of similar rate, are switched on instead."""
+    """Returns the AblationSummary of a parent; windows: ids where it fires most, and least. In the
+    first three things are ablated: the parent, each child alone, and a control, another latent of
+    level 2 that is active at the same token, of similar rate (rates [d_sae]) and size (its value
+    times the length of its direction). In the second the parent, and another latent of similar
+    rate, are switched on instead."""
     sae, size, (present, absent) = run.sae, run.sae.directions().norm(dim=1), windows
 
     def edited(z, latent, value, where):  # change of x_hat2 where a latent is set to value
@@ -4057,9 +4082,10 @@ def detection_of(excerpts, contexts, at, values, rng):
 
 
 def detection_task(excerpts, at, active, file, rng):
-    """Returns the starts of an excerpt of a file where the latent fires, at one of places `at`, and
-    of others from other files where it does not; and the same with others that hold the token on
-    which it fired; None where there are not as many. active: its value at each place."""
+    """Returns two tasks, each the starts of DETECTION_OPTIONS excerpts, or None where there are too
+    few: first an excerpt of `file` in which the latent fires, at one of places `at`, then excerpts
+    of other files in which it does not; in the second task these hold the token on which it fired.
+    active: its value at each place."""
     place = rng.choice(at[excerpts.file(at) == file])
     lead_range = excerpts.size // 2, excerpts.size
     begin = int(excerpts.start(place, rng.integers(*lead_range)))
@@ -4102,7 +4128,8 @@ def guess(excerpts, contexts, weights, options):
 class Evaluation(NamedTuple):
     """A line of EVALUATIONS."""
     function: Callable  # Run -> Result
-    headlines: tuple = ()  # metrics of which the means go into every agent's prompt: keep them few
+    headlines: tuple = ()  # metrics whose means final_info.json has under "means", which
+    #                        AI-Scientist puts into its agents' prompts: keep them few
     needs: str = "encode"  # the method that a variant must have
 
 
@@ -4211,8 +4238,9 @@ def exported_weights(sae, scaled):
 
 
 def export(sae, store, layer, folder):
-    """Writes SAELens's two files. The inputs' centring and scaling are folded into the weights;
-    where other parameters than SAELens knows may read inputs, both are written beside them."""
+    """Writes SAELens's two files. The inputs' centring and scaling are folded into W_enc, W_dec and
+    b_dec; an architecture that SAELens lacks has input_mean and input_scale written too, for its
+    other parameters that read inputs."""
     lower = getattr(sae, "lower", sae)  # what reads and writes x
     prefix = "" if lower is sae else "lower."
     weights = exported_weights(sae, {
@@ -4355,6 +4383,8 @@ def check_config():
     rules.several("SYNTHETIC_TASKS", TASKS)
     rules.several("SEEDS", range(2 ** 31))
     check_tables(rules)
+    if {"composition", "hierarchy"} & set(EVALS):  # they compare latents of one token
+        rules.whole("TARGET_L0", 2)
 
 
 def check_tables(rules):
@@ -4412,9 +4442,9 @@ def check_variant(sae, store, stages):
 
 
 def check_losses(sae, batch, stage):
-    """Returns the losses of a training batch. Raises RunnerError where they are no function of it,
-    of parameters and of buffers alone: of what earlier batches left elsewhere, or of x at padding;
-    where x is changed; or where one that the stage weighs is missing."""
+    """Returns the losses of a training batch. Raises RunnerError where they depend on anything but
+    its tokens, the parameters and the buffers: on what earlier batches left elsewhere, or on x at
+    padding; where they change x; or where one that the stage weighs is missing."""
     def losses_of(x):
         sae.load_state_dict(state)
         torch.manual_seed(0)
@@ -4538,7 +4568,7 @@ def preflight(config, cache):
         check_variant(copy.deepcopy(sae), store, stages)
 
         state, deadline = folder / "checkpoint.pt", time.time() + 60
-        log, planned, done = train(sae, store, stages, 0, 2, deadline, state)
+        log, planned, done, _ = train(sae, store, stages, 0, 2, deadline, state)
         run = Run(sae, store, lambda: model, 0, LiveRule(1, 1), log, tiny=True)
         results = evaluate(run, 1.0)
         check_headlines(results)
@@ -4559,19 +4589,17 @@ def make_sae(d_in, d_sae, seed, target_l0=None):
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
     """Returns the SeedResult of one seed (None where another process evaluates); the folder `state`
     keeps what is finished."""
-    training = f"training, seed {seed}"
-    with run_stage(training, timing):
+    with run_stage(f"training, seed {seed}", timing):
         sae = make_sae(store.d_in, round(EXPANSION * store.d_in), seed)
         stages, size = planned_stages(type(sae)), BATCH_TOKENS // CONTEXT_LENGTH
-        log, planned, done = train(sae, store, stages, seed, size, deadline,
-                                   state / f"seed_{seed}.pt")
+        log, planned, done, seconds = train(sae, store, stages, seed, size, deadline,
+                                            state / f"seed_{seed}.pt")
     if RANKS.rank:
         return None
     with run_stage(f"evaluation, seed {seed}", timing), RANKS.alone():
         rule = LiveRule(LIVE_MIN_FIRINGS, LIVE_MIN_FILES)
         run = Run(sae, store, get_model, layer, rule, log, seed)
-        results = cached_json(state / f"seed_{seed}.json",
-                              lambda: evaluate(run, timing[training]))
+        results = cached_json(state / f"seed_{seed}.json", lambda: evaluate(run, seconds))
     return SeedResult(sae, results, planned, done)
 
 
@@ -4613,9 +4641,10 @@ def main():
 
         code = fingerprint(sources_key(SOURCE), store.folder.name)
         with resumable_state(cache / "runs" / fingerprint(str(out_dir)), code) as state:
-            end = began + 60 * TIME_BUDGET_MINUTES * (1 - EVALUATION_RESERVE)
+            end = began + 60 * TIME_BUDGET_MINUTES
+            reserve = 60 * TIME_BUDGET_MINUTES * EVALUATION_RESERVE / len(SEEDS)
             for i, seed in enumerate(SEEDS):
-                deadline = time.time() + (end - time.time()) / (len(SEEDS) - i)
+                deadline = time.time() + (end - time.time()) / (len(SEEDS) - i) - reserve
                 seeds.append(run_seed(seed, store, layer, get_model, state, deadline, timing))
             if RANKS.rank:
                 return

@@ -880,8 +880,8 @@ def finish_frontier(axis, run, group):
     axis.set_yscale("symlog", linthresh=0.01)
     axis.set_ylim(-0.003, max(0.01, 1.5 * axis.dataLim.y1))
     axis.yaxis.set_major_formatter(FuncFormatter(short))
-    compared = [run.config[name] for name in ("FORGET_NATS", "FORGETTING") if name in run.config]
-    for nats in (*compared, *oracle(run)):
+    compared = run.config.get("FORGET_NATS")
+    for nats in (*(() if compared is None else (compared,)), *oracle(run)):
         axis.axvline(nats, color=NOTE["color"], linewidth=0.8, linestyle=":")
 
 

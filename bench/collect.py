@@ -89,11 +89,12 @@ def ours(model, layer, windows, d_in):
     """This project's side: functions that collect all windows, into a fresh activation cache and without it. The place to
     adjust."""
     E = peers.load_experiment()
+    from data.windows import Windows
 
     def collect():
         n, length = windows.shape
-        table = E.corpus.Windows(tokens=windows.numpy().astype(np.int32), lengths=np.full(n, length), doc_ids=np.arange(n), n_train=n,
-                          names=[str(i) for i in range(n)], domains=[""] * n)
+        table = Windows(tokens=windows.numpy().astype(np.int32), lengths=np.full(n, length), doc_ids=np.arange(n), n_train=n,
+                        names=[str(i) for i in range(n)], domains=[""] * n)
         E.CONTEXT_LENGTH = length
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             store = E.Store(Path(folder), table, d_in, torch.float32)

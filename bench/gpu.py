@@ -1,4 +1,4 @@
-"""What a GPU gives, in one command of at most 8 minutes: a table, and all numbers in bench/results/gpu.json.
+"""Measures the runner on a GPU, in one command of at most 8 minutes: prints a table, writes all numbers to bench/results/gpu.json.
 
     python bench/gpu.py                          all parts; needs the peers' environment (bench/setup_peers.sh) for "steps"
     python bench/gpu.py --parts exact steps      some of them
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 CUDA = peers.DEVICE == "cuda"
+ROOMS = ("embedded", "data", "runtime", "pages")       # folders that a copy of experiment.py needs beside it
 GEMMA = dict(hidden_size=2304, num_hidden_layers=26, intermediate_size=9216, num_attention_heads=8, num_key_value_heads=4,
              head_dim=256, vocab_size=256_000)
 TINY = dict(hidden_size=64, num_hidden_layers=4, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
@@ -130,6 +131,7 @@ def steps(args):
 def collect(args):
     import transformers
     E = peers.load_experiment()
+    from data.windows import Windows
     torch.manual_seed(0)
     with torch.device(peers.DEVICE):
         model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**args.shape), dtype=E.MODEL_DTYPE)
@@ -137,18 +139,18 @@ def collect(args):
     n, length, layer = (64, 16, 1) if args.small else (2048, 128, 12)
     E.CONTEXT_LENGTH, d_in = length, model.config.hidden_size
     tokens = np.random.default_rng(0).integers(1, 4000, (n, length)).astype(np.int32)
-    table = E.corpus.Windows(tokens=tokens, lengths=np.full(n, length), doc_ids=np.arange(n), n_train=n,
-                             names=[str(i) for i in range(n)], domains=[""] * n)
+    windows = Windows(tokens=tokens, lengths=np.full(n, length), doc_ids=np.arange(n), n_train=n,
+                      names=[str(i) for i in range(n)], domains=[""] * n)
     times = {"bare": [], "cache": []}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(3):
-            store = E.Store(Path(folder) / str(i), table, d_in, E.MODEL_DTYPE)
+            store = E.Store(Path(folder) / str(i), windows, d_in, E.MODEL_DTYPE)
             began = clock()
             for part in store.tokens(slice(None)).split(32):
                 E.block_output(model, layer, part)
             times["bare"].append(clock() - began)
             began = clock()
-            with contextlib.redirect_stdout(io.StringIO()), E.corpus.missing_shards(
+            with contextlib.redirect_stdout(io.StringIO()), E.missing_shards(
                     store.shards, length * d_in * store.dtype.itemsize) as missing:
                 for shard in missing:
                     store.collect_shard(model, layer, shard)
@@ -175,7 +177,7 @@ def run(args):
                 shutil.copy(root / "embedded" / "model" / name, folder / "model" / name)
         if CUDA:
             torch.cuda.empty_cache()
-        for name in ("embedded", "assets"):
+        for name in ROOMS:
             (folder / name).symlink_to(root / name, target_is_directory=True)
         source = (root / "experiment.py").read_text()
         edits = {"SAE_VARIANT": "topk", "MODEL_NAME": str(folder / "model"), "DATASET": args.text, "TARGET_L0": 64,

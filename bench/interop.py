@@ -36,7 +36,7 @@ import collect
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.append(str(peers.PROJECT / "tests"))
+sys.path[:0] = [str(peers.PROJECT), str(peers.PROJECT / "tests")]
 import copies
 
 WINDOWS = 32            # of which latents and reconstructions are compared
@@ -50,7 +50,7 @@ TOLERANCES = {"L0": 1e-3, "explained variance": 1e-4, "CE": 1e-4, "CE with the S
 
 # ---- Our side, in a process of its own ----
 def experiment_of(folder):
-    """The folder's experiment.py as a module."""
+    """Returns the folder's experiment.py as a module; data/, runtime/ and pages/ are the project's."""
     spec = importlib.util.spec_from_file_location("experiment", Path(folder) / "experiment.py")
     module = sys.modules["experiment"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -81,7 +81,7 @@ def train(folders):
             if to.name == "run_1.partial":          # not the preflight's
                 note(E, sae, store, folder / "noted.safetensors")
         E.export = export
-        E.corpus.run(E.main, E.__file__, E.SAE, E.SAE_VARIANTS, E.SAE_VARIANT)
+        E.run_script(E.main, E.__file__, E.SAE, E.SAE_VARIANTS, E.SAE_VARIANT)
 
 
 # ---- SAELens ----
@@ -197,7 +197,7 @@ def in_saebench(saes, tokens, model, tokenizer, folder):
     logging.getLogger("datasets.load").disabled = True      # of an option that SAEBench sets and datasets 5 ignores
     (folder / "heldout").mkdir()
     (folder / "heldout" / "train.jsonl").write_text("".join(
-        json.dumps({"input_ids": row}) + "\n" for row in tokens.tolist()))
+        json.dumps({"input_ids": ids}) + "\n" for ids in tokens.tolist()))
     size = max(n for n in range(1, 17) if len(tokens) % n == 0)
     os.chdir(folder)        # where "heldout" is a data set, and looks like a name on the hub
     results = core.multiple_evals(
@@ -263,7 +263,7 @@ def measured_in(temporary, variants):
     """The table, and what is wrong; all files are below the folder `temporary`."""
     import transformers
     transformers.logging.disable_progress_bar()
-    text, began, known = copies.write_text_data(temporary / "text.jsonl"), time.time(), peers.load_experiment().corpus.SAELENS
+    text, began, known = copies.write_text_data(temporary / "text.jsonl"), time.time(), peers.load_experiment().SAELENS
     folders = {variant: copies.copy_template(temporary / variant, SAE_VARIANT=variant, DATASET=str(text), **SETTINGS)
                for variant in variants}
     print(f"training {', '.join(variants)}", flush=True)

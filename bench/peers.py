@@ -243,7 +243,6 @@ class Sparsify(Contestant):
 def load_experiment():
     sys.path.insert(0, str(PROJECT))
     import experiment
-    experiment.BENCH_BF16_UNITS = experiment.BF16_UNITS         # what it has found; the contestants switch the other
     return experiment
 
 
@@ -252,10 +251,11 @@ class Ours(Contestant):
 
     def __init__(self, variant, d_in, d_sae, k, seq=128, lr=1e-3, bf16=None):
         self.E = E = load_experiment()
-        self.variant, self.seq, self.d_in = variant, seq, d_in
-        self.bf16 = E.BENCH_BF16_UNITS if bf16 is None else bf16
+        from runtime import sparse_ops
+        self.sparse_ops, self.variant, self.seq, self.d_in = sparse_ops, variant, seq, d_in
+        self.bf16 = sparse_ops.has_bf16_units() if bf16 is None else bf16
         self.sae = E.SAE_VARIANTS[variant](d_in, d_sae, k).to(DEVICE)
-        self.adam = E.Adam(self.sae, lr)
+        self.adam = E.ContiguousAdam(self.sae, lr)
         self.stage = self.sae.curriculum[0]
         self.thresholds, self.log_thresholds = getattr(self.sae, "log_threshold", None), True
         proposes = self.bf16 and isinstance(self.sae, E.TopK) and not isinstance(self.sae, E.BatchTopK)
@@ -269,11 +269,11 @@ class Ours(Contestant):
                             doc_ids=torch.arange(len(x), device=x.device), positions=torch.arange(1, seq + 1, device=x.device))
 
     def step(self, x):
-        self.E.BF16_UNITS = self.bf16
+        self.sparse_ops.BF16_UNITS = self.bf16
         self.E.train_step(self.sae, self.adam, self.batch(x), self.stage, 0.5)
 
     def latents(self, x):
-        self.E.BF16_UNITS = self.bf16
+        self.sparse_ops.BF16_UNITS = self.bf16
         return self.sae.encode(self.batch(x)).dense().flatten(0, 1)
 
     def reconstruct(self, latents):
@@ -281,7 +281,7 @@ class Ours(Contestant):
 
     def gradients(self, x):
         """Gradients of the mean squared reconstruction error alone, {name: tensor}: for the exactness check."""
-        self.E.BF16_UNITS = self.bf16
+        self.sparse_ops.BF16_UNITS = self.bf16
         batch = self.batch(x)
         self.sae.zero_grad()
         self.sae.losses(batch, self.sae.encode(batch))["reconstruction"].backward()

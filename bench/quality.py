@@ -50,9 +50,7 @@ def export(path):
     """The runner's own activations, training and held-out windows, with its sparsity and batch, to
     one file. Runs where experiment.py runs."""
     E = peers.load_experiment()
-    config = E.corpus.load_pretrained(E.MODEL_NAME, "config.json").get_text_config()
-    layer = config.num_hidden_layers // 2 - 1 if E.LAYER is None else E.LAYER
-    store, _ = E.open_store(config, layer, E.cache_folder())
+    store, _ = E.open_store(*E.load_config(E.MODEL_NAME, E.LAYER, E.CONTEXT_LENGTH), E.cache_folder())
 
     def part(name, ids):
         x, mask = (lambda batch: (batch.x, batch.mask))(store.batch(ids))
@@ -138,8 +136,8 @@ def train_ours(data, args, seed):
         return E.Batch(x[ids], torch.zeros(len(ids), length, dtype=torch.long), ids, torch.arange(1, length + 1),
                        None if mask[ids].all() else mask[ids])
     windows = SimpleNamespace(n_train=n, train_pool=lambda *_: np.arange(n))
-    store = SimpleNamespace(windows=windows, d_in=d_in, batch=batch, maps=[x],
-                            heldout=lambda size: [np.arange(i, min(i + size, len(x))) for i in range(n, len(x), size)])
+    store = SimpleNamespace(windows=windows, d_in=d_in, batch=batch, shard_tensors=[x],
+                            heldout_chunks=lambda size: [np.arange(i, min(i + size, len(x))) for i in range(n, len(x), size)])
     E.CONTEXT_LENGTH, E.LEARNING_RATE = length + 1, None
     torch.manual_seed(seed)
     sae = E.SAE_VARIANTS["topk"](d_in, args.d_sae, args.k)

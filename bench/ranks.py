@@ -22,8 +22,9 @@ def work(args):
     """One process of a turn; rank 0 prints milliseconds a step."""
     import experiment as E
     import torch
+    from runtime.memory import keep_freed_memory
     torch.set_num_threads(1)
-    E.corpus.keep_freed_memory()
+    keep_freed_memory()
     said = sys.stdout
     E.RANKS.join()
     torch.manual_seed(0)
@@ -33,7 +34,7 @@ def work(args):
     share = E.RANKS.share(torch.arange(n))
     batches = [E.Batch(part[share], torch.zeros(len(share), 128, dtype=torch.long), share, torch.arange(1, 129), None) for part in x]
     sae.initialise(batches[0])
-    optimizer, times = E.Adam(sae, 1e-4), []
+    optimizer, times = E.ContiguousAdam(sae, 1e-4), []
     for step in range(args.steps + 5):
         began = time.perf_counter()
         E.train_step(sae.train(), optimizer, batches[step % 4], sae.curriculum[0], 0.5)

@@ -29,7 +29,7 @@ def decoders(folder):
 
 
 def best_cosines(a, b):
-    """Of each row of a, the largest cosine with a row of b: [n]."""
+    """Returns the largest cosine of each row of a with a row of b: [n]."""
     return (a @ b.t()).amax(1)
 
 

@@ -34,6 +34,8 @@ def make(folder, variant):
 
 
 def main():
+    if not set(sys.argv[1:]) <= set(REFERENCES):
+        sys.exit(__doc__)
     for folder in sys.argv[1:] or REFERENCES:
         make(folder, REFERENCES[folder])
 

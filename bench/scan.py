@@ -1,4 +1,4 @@
-"""What the leaky trace of `temporal_adaptation` costs: its training step over a dense standard SAE's, taking turns.
+"""Measures the cost of `temporal_adaptation`'s leaky trace: its training step against a dense standard SAE's, taking turns.
 
     python bench/scan.py                embedded default's sizes, windows of 128, one thread
 
@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import experiment as E
+from runtime.memory import keep_freed_memory
 
 
 def dense_step(sae, optimizer, batch):
@@ -43,7 +44,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    E.corpus.keep_freed_memory()
+    keep_freed_memory()
     torch.manual_seed(0)
     x = torch.randn(args.batch, args.seq, args.d_in) / args.d_in ** 0.5
     batch = E.Batch(x, torch.zeros(x.shape[:2], dtype=torch.long), torch.arange(args.batch), torch.arange(1, args.seq + 1), None)
@@ -51,7 +52,7 @@ def main():
     for name, variant in (("dense standard", "standard"), ("standard", "standard"), ("temporal_adaptation", "temporal_adaptation")):
         sae = E.SAE_VARIANTS[variant](args.d_in, args.d_sae, args.k)
         sae.initialise(batch)
-        stage, optimizer = sae.curriculum[0], E.Adam(sae, 1e-4)
+        stage, optimizer = E.curriculum_of(type(sae))[0], E.ContiguousAdam(sae, 1e-4)
         steps[name] = ((lambda s=sae, o=optimizer: dense_step(s, o, batch)) if name.startswith("dense") else
                        (lambda s=sae, o=optimizer, g=stage: E.train_step(s, o, batch, g, 0.5)))
         seconds[name] = []

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_runner(run):
-    """The run's experiment.py as a module, reading models and data from the project folder."""
-    sys.path.insert(0, str(ROOT / "embedded"))
+    """Returns the run's experiment.py as a module; data/, runtime/, pages/ and the model are the project's."""
+    sys.path.insert(0, str(ROOT))
     spec = importlib.util.spec_from_file_location("experiment", run / "experiment.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["experiment"] = module
@@ -33,7 +33,7 @@ def load_runner(run):
 def load_run(E, run):
     """The SAE (weights unfolded to the scaled inputs that the store gives), the store and the tokenizer."""
     cfg = json.loads((run / "cfg.json").read_text())
-    config, layer = E.corpus.load_pretrained(E.MODEL_NAME, "config.json").get_text_config(), cfg["metadata"]["hook_layer"]
+    config, layer = E.load_config(E.MODEL_NAME, cfg["metadata"]["hook_layer"], E.CONTEXT_LENGTH)
     store, _ = E.open_store(config, layer, E.cache_folder())
     sae = E.make_sae(cfg["d_in"], cfg["d_sae"], 0)
     saved = load_file(run / "sae_weights.safetensors")
@@ -72,16 +72,16 @@ def main():
     E = load_runner(args.run.resolve())
     with redirect_stdout(sys.stderr):
         sae, store, tokenizer, layer = load_run(E, args.run.resolve())
-    run = E.Run(sae, store, E.load_model, layer, E.LIVE, {})
-    live, rate = run.live_latents
-    chosen = np.random.default_rng(args.seed).choice(np.flatnonzero(live), args.n, replace=False)
+    run = E.Run(sae, store, E.load_model, layer, E.LiveRule(E.LIVE_MIN_FIRINGS, E.LIVE_MIN_FILES), {})
+    rate = run.live.rate
+    chosen = np.random.default_rng(args.seed).choice(run.live.ids, args.n, replace=False)
     tokens = store.windows.tokens[store.windows.heldout()]
     files = store.windows.doc_ids[store.windows.heldout()]
     per_window = E.CONTEXT_LENGTH - 1
     chosen = np.sort(chosen)
     print(f"# {args.n} live latents of `{E.SAE_VARIANT}`, unselected\n\nDrawn at random (seed {args.seed}) from the live latents of a finished run, "
           f"before any look; `python bench/show_latents.py {args.run}`. ⟦ ⟧ marks the token on which the latent fires, ⏎ a line's end.")
-    for latent, (token, value) in zip(chosen, E.firings(run.heldout[0], chosen)):
+    for latent, (token, value) in zip(chosen, E.firings(run.encoded.codes, chosen)):
         print(f"\n**Latent {latent}**, fires on {100 * rate[latent]:.2f} % of tokens; strongest firing of each of "
               f"{args.contexts} files:\n")
         seen = set()

@@ -1,4 +1,4 @@
-"""A corpus far beyond memory: what a run holds, and its tokens/s, for corpora of 10 to 100 times a share of memory.
+"""Measures the memory and the speed of a run on corpora whose activations take 10 to 100 times a share of memory.
 
     python bench/streaming.py                    about 10 minutes on two cores, 3.5 GB of disk; --small shows that it works
 
@@ -47,13 +47,15 @@ def child(args):
     import numpy as np
     import torch
     import experiment as E
+    from data.windows import Windows
+    from runtime.memory import keep_freed_memory
     torch.set_num_threads(1)
-    E.corpus.keep_freed_memory()
+    keep_freed_memory()
     model = E.load_model()
     d_in, length, rng = model.config.hidden_size, E.CONTEXT_LENGTH, np.random.default_rng(0)
     n = args.tokens // length
-    windows = E.corpus.Windows(tokens=rng.integers(1, 4096, (n, length)).astype(np.int32), lengths=np.full(n, length),
-                               doc_ids=np.arange(n), n_train=n, names=[], domains=np.zeros(n, np.int8))
+    windows = Windows(tokens=rng.integers(1, 4096, (n, length)).astype(np.int32), lengths=np.full(n, length),
+                      doc_ids=np.arange(n), n_train=n, names=[], domains=np.zeros(n, np.int8))
     E.SHARD_WINDOWS = 64
     peak = Peak()
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
@@ -63,7 +65,7 @@ def child(args):
         collecting = time.process_time() - began
         torch.manual_seed(0)
         sae = E.TopK(d_in, 1536, 48)
-        optimizer, stage, size = E.Adam(sae, 1e-3), E.TopK.curriculum[0], 8
+        optimizer, stage, size = E.ContiguousAdam(sae, 1e-3), E.TopK.curriculum[0], 8
         step_seconds = []
         for step in range(args.steps):
             began = time.process_time()

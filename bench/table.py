@@ -1,16 +1,16 @@
-"""The README's results tables: trains every row with several seeds and prints them, with paired tests against a peer.
+"""Makes the results tables of docs/: trains every row with several seeds and prints them, with paired tests against a peer.
 
-    python bench/table.py                                   the seven variants of the README, seeds 0 1 2
+    python bench/table.py                                   seven variants, seeds 0 1 2
     python bench/table.py --rows ablations --seeds 0        the ablations; --rows controls; or names of rows
     python bench/table.py --finished                        prints what is there
 
-One run per row and seed, each in its own copy of the template under ideas/table, edited as an agent edits it. What a run
-found is kept in bench/results/runs/ROW.SEED.json; a run is not made again while the edited experiment.py and corpus.py are the
-same (--reuse: whatever they are), and a killed one carries on: the same command may be started any number of times. Takes 3 to 26 minutes a
-run on two busy cores (--jobs 2 trains two at a time). Writes bench/results/table.md, or ROWS.md of another set, of the seeds asked for.
+One run per row and seed, each in its own copy of the template under ideas/table, edited as an agent edits it. The results of a
+run are kept in bench/results/runs/ROW.SEED.json; a run is not made again while the edited experiment.py, data/, runtime/ and
+pages/ are the same (--reuse: whatever they are), and a killed one carries on: the same command may be started any number of
+times. Takes 3 to 26 minutes a run on two busy cores (--jobs 2 trains two at a time). Writes bench/results/table.md, or ROWS.md
+of another set, of the seeds asked for; docs/results-*.md quote and discuss these.
 """
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -26,10 +26,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import plot
+from runtime.provenance import ROOMS, sources_key
 
 MAKING = Lock()
 KEPT = ROOT / "bench" / "results" / "runs"
-CODE_BESIDE = (ROOT / "embedded" / "corpus.py").read_text()         # metrics of labels and tokens are computed there
 VARIANTS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae", "temporal", "temporal_adaptation")
 ROWS = {name: {"SAE_VARIANT": name} for name in VARIANTS}
 ROWS |= {f"temporal, no {part}": {"SAE_VARIANT": "temporal", "ABLATE": (part,)}
@@ -47,11 +47,11 @@ ROWS |= {"tsae, as released": {"SAE_VARIANT": "tsae", "TSAE_READING": "code"},
             for name in ("topk", "batch_topk", "temporal")}}
 ROWS |= {f"{name}, positions {low}-{high}": {"SAE_VARIANT": name, "TRAIN_POSITIONS": (low, high)}
          for name in ("standard", "temporal", "temporal_adaptation") for low, high in ((1, 63), (64, 127))}
-ROWS |= {f"{name}, sparse probing": {"SAE_VARIANT": name, "EVALS": ("core", "sparse_probing")}
+ROWS |= {f"{name}, sparse probing": {"SAE_VARIANT": name, "EVALS": ("core", "detection", "sparse_probing")}
          for name in ("standard", "temporal_adaptation")}
 OWN = {"EXPANSION": 2, "TARGET_L0": 32}                             # compositional's own widths, 256 + 128; flat peers of 384
-ROWS |= {f"{name}, own widths": {"SAE_VARIANT": name, **OWN, "EVALS": ("core",)} for name in ("standard", "topk", "batch_topk")}
-ROWS |= {"compositional, own widths": {"SAE_VARIANT": "compositional", **OWN, "EVALS": ("core", "composition")}}
+ROWS |= {f"{name}, own widths": {"SAE_VARIANT": name, **OWN, "EVALS": ("core", "detection")} for name in ("standard", "topk", "batch_topk")}
+ROWS |= {"compositional, own widths": {"SAE_VARIANT": "compositional", **OWN, "EVALS": ("core", "detection", "composition")}}
 ROWS |= {f"compositional, own widths, no {part}": {**ROWS["compositional, own widths"], "ABLATE": (part,)} for part in ("attention", "slots")}
 ROWS |= {"compositional, own widths, the idea's batch and rate":
          {**ROWS["compositional, own widths"], "BATCH_TOKENS": 512, "LEARNING_RATE": 3e-4}}
@@ -60,9 +60,9 @@ ROWS |= {f"{name}, recovery": {**RECOVERY, "SAE_VARIANT": name} for name in ("st
 ROWS |= {f"compositional, recovery, no {part}": {**ROWS["compositional, recovery"], "SYNTHETIC_TASKS": ("boolean",),
                                                  "SYNTHETIC_RHOS": (1.0, 0.5), "ABLATE": (part,)}
          for part in ("attention", "gate", "curriculum", "slots", "bottleneck")}
-ROWS |= {"compositional": {"SAE_VARIANT": "compositional", "EVALS": ("core", "temporal", "probes", "composition")}}
+ROWS |= {"compositional": {"SAE_VARIANT": "compositional", "EVALS": ("core", "temporal", "probes", "detection", "composition")}}
 ROWS |= {"compositional, no attention": {**ROWS["compositional"], "ABLATE": ("attention",)}}
-HIERARCHY = {"SAE_VARIANT": "hierarchical", "EVALS": ("core", "hierarchy")}
+HIERARCHY = {"SAE_VARIANT": "hierarchical", "EVALS": ("core", "detection", "hierarchy")}
 ROWS |= {"hierarchical": HIERARCHY, "hierarchical, own widths": {**HIERARCHY, "LEVEL_WIDTHS": (144, 96), "TARGET_L0": 12},
          **{f"hierarchical, no {part}": {**HIERARCHY, "ABLATE": (part,)} for part in ("cosine", "group", "start", "nonnegative")},
          "hierarchical, neither group nor nonnegative": {**HIERARCHY, "ABLATE": ("group", "nonnegative")}}
@@ -138,18 +138,19 @@ def reinitialise(folder):
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.float32).save_pretrained(folder)
 
 
-def run(row, seed, folder, reuse, finished_only):
-    """What the run of a row and seed found; None where it is not there and not to be made."""
+def results_of(row, seed, folder, reuse, finished_only):
+    """Returns the results of a row's run with a seed; None where they are not there and not to be made."""
     source, name = source_of(row, seed), f"{re.sub('[^a-z0-9_.]+', '-', row.lower())}.{seed}"
-    kept, key = KEPT / f"{name}.json", hashlib.sha256((source + CODE_BESIDE).encode()).hexdigest()[:20]
+    kept, key = KEPT / f"{name}.json", sources_key(source)
     if kept.exists() and (reuse or finished_only or json.loads(kept.read_text())["source"] == key):
         return json.loads(kept.read_text())
     if finished_only:
         return None
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
-    if not (place / "embedded").exists():
-        (place / "embedded").symlink_to(ROOT / "embedded", target_is_directory=True)
+    for room in ("embedded", *ROOMS):
+        if not (place / room).exists():
+            (place / room).symlink_to(ROOT / room, target_is_directory=True)
     (place / "experiment.py").write_text(source)
     with MAKING:
         if "MODEL_NAME" in ROWS[row] and not (folder / "reinitialised").exists():
@@ -216,7 +217,7 @@ def main():
     rows = [row for name in args.rows for row in SETS.get(name, [name])]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     with ThreadPoolExecutor(args.jobs) as pool:
-        made = {(row, seed): pool.submit(run, row, seed, args.folder, args.reuse, args.finished) for seed in args.seeds for row in rows}
+        made = {(row, seed): pool.submit(results_of, row, seed, args.folder, args.reuse, args.finished) for seed in args.seeds for row in rows}
         found = {row: [made[row, seed].result() for seed in args.seeds if made[row, seed].result()] for row in rows}
     found = {row: runs for row, runs in found.items() if runs}
     if not found:

@@ -1,4 +1,4 @@
-"""The README's unlearning tables: what forgetting FORGET costs, by strategy, beside the model retrained without it.
+"""Makes the unlearning table: the cost of forgetting FORGET, by strategy, beside the model retrained without it.
 
     python bench/unlearning.py                        rows of ROWS, seeds 0 1 2; runs of bench/table.py, and kept as they are
     python bench/unlearning.py --finished             prints what is there
@@ -6,7 +6,7 @@
                                                       embedded/train_lm.py --exclude sympy --tokenizer embedded/model --out FOLDER
                                                       on the test windows of a run; writes bench/results/oracle.json
 
-Writes bench/results/unlearning.md.
+Writes bench/results/unlearning.md; docs/results-unlearning.md discusses it.
 """
 import argparse
 import json
@@ -50,9 +50,8 @@ def measure_oracle(folder):
     """Losses of the model and of the oracle on the test windows of the three groups."""
     import experiment as E
     from transformers import AutoModelForCausalLM
-    config = E.corpus.load_pretrained(E.MODEL_NAME, "config.json")
-    store, _ = E.open_store(config, config.num_hidden_layers // 2 - 1, E.cache_folder())
-    plan = E.corpus.unlearning_plan(store.windows, E.FORGET, E.load_tokenizer())
+    store, _ = E.open_store(*E.load_config(E.MODEL_NAME, E.LAYER, E.CONTEXT_LENGTH), E.cache_folder())
+    plan = E.unlearning_plan(store.windows, E.FORGET, E.load_tokenizer())
     ids, group = plan.test, plan.group
     card, found = json.loads((folder / "training.json").read_text()), {}
     if card["excluded_domain"] != E.FORGET:
@@ -86,7 +85,7 @@ def main():
         return measure_oracle(args.oracle)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     with ThreadPoolExecutor(args.jobs) as pool:
-        made = {(row, seed): pool.submit(table.run, f"unlearning, {row}", seed, ROOT / "ideas" / "table", args.reuse, args.finished)
+        made = {(row, seed): pool.submit(table.results_of, f"unlearning, {row}", seed, ROOT / "ideas" / "table", args.reuse, args.finished)
                 for seed in args.seeds for row in args.rows}
         found = {row: [r for seed in args.seeds if (r := made[row, seed].result())] for row in args.rows}
     lines = []

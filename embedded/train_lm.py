@@ -2,13 +2,12 @@
 
 usage: python embedded/train_lm.py [--out embedded/model] [--tokens 48000000] [--exclude sympy]
 
-Only files that `corpus.is_heldout` leaves in are read, for the tokenizer and for the model. Hidden matrices are trained by Muon,
+Only files that `is_heldout` of data/documents.py leaves in are read, for the tokenizer and for the model. Hidden matrices are trained by Muon,
 the rest by AdamW; warm-up 100 steps, constant to 30 %, linear to 2 %. --exclude leaves one domain out (the unlearning oracle),
 with the tokenizer of --tokenizer, so that losses stay comparable.
 """
 import argparse
 import copy
-import ctypes
 import json
 import sys
 import time
@@ -20,7 +19,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-import corpus
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data.documents import corpus_hash, corpus_versions, DOMAINS, embedded_documents
+from runtime.memory import keep_freed_memory
 
 VOCABULARY, SEQUENCE, BATCH = 4096, 256, 16
 WIDTH, LAYERS, HEADS = 192, 6, 6
@@ -98,26 +100,17 @@ def train(model, stream, heldout, steps, device, checkpoint):
             checkpoint(model)
 
 
-def keep_freed_memory():
-    """glibc returns large buffers to the kernel at each free and faults them in again: keeping them is a third faster."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 1 << 30)                        # M_MMAP_THRESHOLD
-            libc.mallopt(-1, (1 << 31) - 1)                  # M_TRIM_THRESHOLD
-
-
 def main():
     keep_freed_memory()
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default=str(Path(__file__).parent / "model"))
     parser.add_argument("--tokens", type=int, default=36_000_000, help="training tokens, epochs counted")
-    parser.add_argument("--exclude", default=None, choices=sorted(corpus.DOMAINS), help="a domain to leave out")
+    parser.add_argument("--exclude", default=None, choices=sorted(DOMAINS), help="a domain to leave out")
     parser.add_argument("--tokenizer", default=None, help="folder of a tokenizer to reuse")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    documents = [d for d in corpus.embedded_documents() if d.domain != args.exclude]
+    documents = [d for d in embedded_documents() if d.domain != args.exclude]
     training = [d for d in documents if not d.heldout]
     tokenizer = (AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer
                  else train_tokenizer([d.text for d in training[::3]]))
@@ -133,7 +126,7 @@ def main():
     tokenizer.save_pretrained(args.out)
     train(model, stream, heldout, steps, device, checkpoint=lambda m: copy.deepcopy(m).to(torch.bfloat16).save_pretrained(args.out))
     model = GPTNeoXForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(device)      # as it ships: rounded to bf16
-    card = {"corpus_hash": corpus.corpus_hash(), "versions": corpus.corpus_versions(), "excluded_domain": args.exclude,
+    card = {"corpus_hash": corpus_hash(), "versions": corpus_versions(), "excluded_domain": args.exclude,
             "training_tokens": args.tokens, "distinct_tokens": len(stream), "heldout_loss": heldout_loss(model, heldout, device, tokens=1_000_000)}
     (Path(args.out) / "training.json").write_text(json.dumps(card, indent=1) + "\n")
     print(json.dumps(card), flush=True)

@@ -38,7 +38,7 @@ def error_report(error, file, about, shown, memory_settings=()):
 
     They tell what was being done, what the run was about (`about`), the lines of the script that
     led to the error, the tensors there, the cause and what to try. A RunnerError speaks for itself:
-    of the lines only those in methods of the class `shown` are told. `memory_settings` are the
+    of the lines only those in methods of the class `shown` are given. `memory_settings` are the
     names of the script's numbers that decide how much memory it takes.
     """
     known = isinstance(error, RunnerError)

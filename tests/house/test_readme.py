@@ -1,5 +1,6 @@
 """README.md and docs/ are true: their links, commands, constants and keys of results exist, and
 their examples run as they are written."""
+import inspect
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 PAGES = {str(path.relative_to(PROJECT)): path.read_text()
          for path in (PROJECT / "README.md", *(PROJECT / "docs").glob("*.md"))}
-README = PAGES["README.md"]
+README, ADDING = PAGES["README.md"], PAGES["docs/adding-a-variant.md"]
 SOURCE = (PROJECT / "experiment.py").read_text()
 NO_CONSTANTS = {"SAE_CACHE_DIR"}  # a variable of the environment
 # Parts of the names in docs/metrics.md that stand for several words
@@ -79,6 +80,21 @@ def test_commands_are_targets_of_the_makefile_or_scripts():
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    rooms = "data|runtime|pages|embedded|bench|tests|docs|latex"
+    for path in re.findall(rf"(?<![\w/.-])(?:\.\./)?((?:{rooms})/[\w./-]*\w)", PAGES[page]):
+        assert (PROJECT / path).exists(), path
+
+
+@pytest.mark.parametrize("call", sorted(set(re.findall(r"`(\w+\([\w, ]*\))`", ADDING))))
+def test_functions_have_the_parameters_that_are_named(E, call):
+    name, parameters = call.rstrip(")").split("(")
+    function = getattr(E.SAE if hasattr(E.SAE, name) else E, name)
+    named = [part for part in inspect.signature(function).parameters if part != "self"]
+    assert ", ".join(named) == parameters
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_constant_that_is_named_exists(page):
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.S) + code_of(page))
     for name in set(re.findall(r"\b[A-Z]+(?:_[A-Z0-9]+)+\b", code)) - NO_CONSTANTS:
@@ -126,16 +142,22 @@ def test_the_example_that_loads_an_sae_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ablate", [(), ("l1",)])
-def test_the_example_variant_runs(tmp_path, ablate):
+def test_the_example_variant_and_evaluation_run(tmp_path, ablate):
     texts = write_text_data(tmp_path / "texts.jsonl")
     folder = copy_template(tmp_path / "idea", DATASET=str(texts), ABLATE=ablate)
-    edit(folder, SAE_VARIANT="shrunk_topk")
-    table = re.search(r"^SAE_VARIANTS = \{.*?\}\n", SOURCE, flags=re.M | re.S)[0]
-    code = example("docs/adding-a-variant.md", "variant")
-    substitute(folder, table, f"{table}\n\n{code}")
+    edit(folder, SAE_VARIANT="shrunk_topk", EVALS=("core", "l0_spread"))
+    for table, name in ((r"SAE_VARIANTS = \{.*?\}", "variant"),
+                        (r"EVALUATIONS = \{.*?\)\}", "evaluation")):
+        lines = re.search(rf"^{table}\n", SOURCE, flags=re.M | re.S)[0]
+        code = example("docs/adding-a-variant.md", name)
+        substitute(folder, lines, f"{lines}\n\n{code}")
     finished = run(folder, tmp_path / "cache")
     assert finished.code == 0, finished.tail
     log = next(entry["curves"][0]["training"] for entry in results(folder).values()
                if "training" in entry["curves"][0])
     assert log["stages"] == ["plain", "shrink"] and log["stage_starts"][1] > 0
     assert "l1" in log["losses"] and max(log["losses"]["l1"]) > 0
+    spread = results(folder)["l0_spread"]
+    assert spread["means"] == {"l0_std_mean": spread["metrics"]["l0_std"]}
+    assert spread["metrics"]["l0_std_independent"] > 0
+    assert len(spread["per_sequence"][0]["l0_std"]) > 1
