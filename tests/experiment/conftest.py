@@ -44,5 +44,5 @@ def spoken(E, models, tmp_path, monkeypatch):
         store.collect(lambda: model, layer)
         torch.manual_seed(0)
         sae = E.TopK(WIDTH, 64, 4).eval().requires_grad_(False)
-        return E.Run(sae, store, lambda: model, layer, (1, 1), {})
+        return E.Run(sae, store, lambda: model, layer, E.LiveRule(1, 1), {})
     return make_run

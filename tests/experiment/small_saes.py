@@ -32,6 +32,14 @@ def padding(rows=4, seq=9):
     return torch.arange(seq) < torch.tensor([9, 4, 7, 1])[:rows, None]
 
 
+def encode_and_update(sae, batch):
+    """The latents of a training batch, after which the state has changed as it does after a step."""
+    with torch.no_grad():
+        latents = sae.encode(batch)
+        sae.after_step(batch, latents, torch.tensor(float(sae.k)))
+    return latents
+
+
 def close(got, wanted, tolerance=1e-5, what=""):
     assert got.shape == wanted.shape, what
     scale, worst = wanted.abs().max().item(), (got.double() - wanted.double()).abs().max().item()

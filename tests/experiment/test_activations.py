@@ -135,7 +135,7 @@ def test_bos_padding_and_heldout_windows_do_not_move_the_mean(E, make_store):
 
 
 def test_heldout_windows_in_chunks(store):
-    chunks = store[0].heldout(16)
+    chunks = store[0].heldout_chunks(16)
     assert [len(chunk) for chunk in chunks] == [16, 16, 8]
     assert np.concatenate(chunks).tolist() == list(range(N_TRAIN, N))
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from small_saes import (
-    adaptive, attending, batch_of, close, D_IN, D_SAE, doubles, gradients, K, make, padding,
-    random_batch, softplus, true_scaled_variance)
+    adaptive, attending, batch_of, close, D_IN, D_SAE, doubles, encode_and_update, gradients, K, make,
+    padding, random_batch, softplus, true_scaled_variance)
 
-# ---- Adapt: the trace and what it does to the pre-activations ----
-def naive_adapt(pre, lam, theta):
+# ---- AdaptationScan: the trace and what it does to the pre-activations ----
+def naive_scan(pre, lam, theta):
     h, z = torch.zeros_like(pre[:, 0]), []
     for t in range(pre.shape[1]):
         z.append(F.relu(pre[:, t] - theta * h))
@@ -31,7 +31,7 @@ def test_adaptation_is_the_recursion(E, seq, layout):
     for tensor in given.values():
         tensor.requires_grad_()
     weight, results = torch.randn(3, seq, 6, generator=g, dtype=torch.float64), []
-    for form in (E.Adapt.apply, naive_adapt):
+    for form in (E.AdaptationScan.apply, naive_scan):
         z = form(*given.values())
         results.append((z, *gradients((z * weight).sum(), given).values(),
                         *gradients(form(*given.values()).sum(), given).values()))       # an expanded gradient
@@ -44,15 +44,15 @@ def test_adaptation_gradients_numerically(E):
     g = torch.Generator().manual_seed(0)
     pre = torch.randn(2, 5, 3, generator=g, dtype=torch.float64, requires_grad=True)
     lam, theta = (torch.rand(3, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(E.Adapt.apply, (pre, lam, theta))
+    assert torch.autograd.gradcheck(E.AdaptationScan.apply, (pre, lam, theta))
 
 
-def test_adapt_by_hand(E):
+def test_the_scan_by_hand(E):
     """A constant input of 8, lam 1/2: traces 0, 4, 6, 7, ...; the position itself never counts."""
     half = torch.tensor([0.5])
-    z = E.Adapt.apply(torch.full((1, 5, 1), 8.0), half, half)
+    z = E.AdaptationScan.apply(torch.full((1, 5, 1), 8.0), half, half)
     assert z.flatten().tolist() == [8.0, 6.0, 5.0, 4.5, 4.25]
-    assert E.Adapt.apply(torch.ones(2, 1, 1), half, half).tolist() == [[[1.0]], [[1.0]]]
+    assert E.AdaptationScan.apply(torch.ones(2, 1, 1), half, half).tolist() == [[[1.0]], [[1.0]]]
 
 
 # ---- TemporalAdaptation ----
@@ -141,7 +141,7 @@ def test_its_first_batch_has_the_target_l0(E, settings, ablate, drive):
 
 def auxk_of(sae, batch):
     """From its definition: the top d_in / 2 dead latents' share of the residual, token by token, in float64."""
-    inputs, centre, W_enc = (a.double() for a in sae.encoder(batch))
+    inputs, centre, W_enc = (a.double() for a in sae.encoder_inputs(batch))
     keep = torch.ones(batch.x.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
     residual = (batch.x - sae.decode(sae.encode(batch)))[keep].detach().double()
     dead, guesses = sae.dead_mask().nonzero().flatten(), []
@@ -191,7 +191,7 @@ def test_ablations_have_the_parameters_they_should_and_all_of_them_learn(E, sett
     common = {n for n, _ in E.SAE(D_IN, D_SAE, K).named_parameters()}
     own = {n: tuple(p.shape) for n, p in sae.named_parameters() if n not in common}
     assert own == wanted
-    sae.done = 0.5
+    sae.progress = 0.5
     batch = random_batch(E, mask=padding())
     losses = sae.losses(batch, sae.encode(batch))
     for loss in ("reconstruction", "regularisation"):
@@ -216,7 +216,7 @@ def test_regularisation_by_hand(E, settings):
 def test_temperature(E, settings, temperature):
     settings(TEMPERATURE=temperature)
     sae = E.TemporalAdaptation(D_IN, D_SAE, K)
-    stage, = sae.curriculum
+    stage, = E.curriculum_of(sae)
     for done in (0.0, 0.4, 0.9):
         E.anneal(sae, stage, done)
         wanted = {"learned": 0.5, "scheduled": 0.5 * math.exp(-0.5 * done)}.get(temperature, temperature)
@@ -261,7 +261,7 @@ def test_variance_runs_in_training_and_is_frozen_in_evaluation(E, settings, abla
     sae.encode(batch)
     assert torch.equal(sae.variance, variance) and torch.equal(sae.decay(), lam)
     for _ in range(3):
-        sae.train().encode(batch)
+        encode_and_update(sae.train(), batch)
         variance += 0.01 * (values.var(0) - variance)
     close(sae.variance, variance, 1e-3)
     assert not torch.equal(sae.decay(), lam)
@@ -280,7 +280,7 @@ def test_padding_has_no_say_in_the_variance(E, settings, ablate):
     x, found = torch.where(mask[..., None], batch.x, 30.0), []
     for each in (batch_of(E, x, mask), batch_of(E, x[mask][None])):
         sae = make(E, "temporal_adaptation")
-        sae.encode(each)
+        encode_and_update(sae, each)
         found.append(1 - sae.variance)
     close(*found, 1e-4)
 

@@ -128,13 +128,13 @@ def test_gates_start_shut(E, settings, constants):
 def test_the_second_stage_begins_with_the_function_that_the_first_one_learned(E):
     """The same losses; then the gates open, and everything behind them learns."""
     sae = make(E, "temporal")
-    first, second, third = sae.curriculum
+    first, second, third = E.curriculum_of(sae)
     sae.dead_after.fill_(100)
     sae.tokens_since_fired[:10] = 1000
     batch, found, trained = random_batch(E), [], []
     for stage in (first, second):
         trial = copy.deepcopy(sae)
-        optimizer = E.Adam(trial, 1e-2)
+        optimizer = E.ContiguousAdam(trial, 1e-2)
         torch.manual_seed(0)
         found.append(E.train_step(trial, optimizer, batch, stage, 0.0))
         trained.append((trial, optimizer))
@@ -159,12 +159,12 @@ def test_the_first_stage_computes_no_attention(E, monkeypatch):
     def attention(batch):
         raise AssertionError("attention is computed")
     monkeypatch.setattr(sae, "attention", attention)
-    first, second, third = sae.curriculum
-    E.train_step(sae, E.Adam(sae, 1e-2), random_batch(E), first, 0.0)
+    first, second, third = E.curriculum_of(sae)
+    E.train_step(sae, E.ContiguousAdam(sae, 1e-2), random_batch(E), first, 0.0)
     sae.eval().encode(random_batch(E))
     for stage in (second, third):
         with pytest.raises(AssertionError, match="attention is computed"):
-            E.train_step(sae.train(), E.Adam(sae, 1e-2), random_batch(E), stage, 0.0)
+            E.train_step(sae.train(), E.ContiguousAdam(sae, 1e-2), random_batch(E), stage, 0.0)
 
 
 def test_ablated_attention_leaves_batch_topk(E, settings):
@@ -228,7 +228,7 @@ def test_context_begins_as_batch_topk(E, settings, padded, places):  # noqa: F81
         got, wanted = (one.train(mode).encode(batch).dense().detach() for one in (sae, plain))
         assert wanted.any() and torch.equal(got > 0, wanted > 0)
         close(got, wanted, 1e-6)
-    E.train_step(sae.train(), E.Adam(sae, 1e-2), batch, stage, 0.0)
+    E.train_step(sae.train(), E.ContiguousAdam(sae, 1e-2), batch, stage, 0.0)
     assert sae.gate.any()                                       # from the first step on
 
 
@@ -280,7 +280,7 @@ def test_learned_positions_learn_and_fixed_ones_do_not(E, settings, places, tmp_
     sae = opened(E, everything=False)
     assert ("P" in dict(sae.named_parameters())) == learned and sae.P.requires_grad == learned
     assert "P" in sae.state_dict()
-    before, optimizer = sae.P.detach().clone(), E.Adam(sae, 1e-2)
+    before, optimizer = sae.P.detach().clone(), E.ContiguousAdam(sae, 1e-2)
     for _ in range(3):
         E.train_step(sae, optimizer, random_batch(E), sae.curriculum[0], 0.5)
     assert torch.equal(sae.P, before) != learned

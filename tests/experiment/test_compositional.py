@@ -148,12 +148,12 @@ def test_each_component_can_be_switched_off(E, monkeypatch):
 
 
 def test_k_anneals_and_combinations_grow(E):
-    sae, batch, (first, second) = make(E), make_batch(E), E.Compositional.curriculum
+    sae, batch, (first, second) = make(E), make_batch(E), E.curriculum_of(E.Compositional)
     seen = []
     for stage, done in ((first, 0.0), (first, 0.4), (first, 0.7), (first, 0.999), (second, 0.0)):
         E.anneal(sae, stage, done)
         z = sae.encode(batch)
-        seen.append((sae.width(), len(z.values) // 20, sae.combined))
+        seen.append((sae.n_kept(), len(z.values) // 20, sae.combined))
     assert [row[0] for row in seen] == [16, 14, 9, 6, 6] and [row[2] for row in seen] == [2, 3, 4, 4, None]
     assert all(kept == width for width, kept, _ in seen)
     E.anneal(sae, first, 0.999)                              # k is as later: what differs is who attends

@@ -180,7 +180,7 @@ def test_tsae_losses(E, settings, reading):
     assert losses["contrastive"].item() == pytest.approx(wanted.item(), rel=1e-4)
     errors = [(batch.x - z[..., :n] @ sae.W_dec[:n] - sae.b_dec)[batch.mask].square().sum(-1).mean()
               for n in (D_SAE // 5, D_SAE)]
-    weight = sae.curriculum[0].weights["reconstruction"]
+    weight = E.curriculum_of(sae)[0].weights["reconstruction"]
     assert (weight * losses["reconstruction"]).item() == pytest.approx(sum(errors).item(), rel=1e-5)
 
 

@@ -41,13 +41,15 @@ def test_saelens_layout_holds_the_weights_of_its_architecture(E, name):
 
 
 def test_a_name_of_saelens_is_for_its_equation_alone(E, tmp_path):
-    weights = {n: p for n, p in make(E, "topk").named_parameters()}
-    E.save_sae(tmp_path / "right", weights, "topk", 3, {})
+    sae = make(E, "topk")
+    weights = dict(sae.named_parameters())
+    E.save_sae(tmp_path / "right", weights, sae, {})
     for wrong in (weights | {"W_q": weights["W_enc"]}, {n: p for n, p in weights.items() if n != "b_enc"}):
         with pytest.raises(E.RunnerError, match="architecture = 'topk'.*(W_q|b_enc).*of its own"):
-            E.save_sae(tmp_path / "wrong", wrong, "topk", 3, {})
+            E.save_sae(tmp_path / "wrong", wrong, sae, {})
+    sae.architecture = "temporal"
     with pytest.raises(E.RunnerError, match="another SAE of SAELens's"):        # it would load and mean something else
-        E.save_sae(tmp_path / "wrong", weights, "temporal", 3, {})
+        E.save_sae(tmp_path / "wrong", weights, sae, {})
     assert not (tmp_path / "wrong").exists()
 
 
@@ -76,5 +78,6 @@ def test_registry(E):
     assert set(NAMES) <= set(E.SAE_VARIANTS)
     for name, variant in E.SAE_VARIANTS.items():
         assert issubclass(variant, E.SAE), name
-        assert sum(stage.epochs for stage in variant.curriculum) == 20, name
-        assert all("reconstruction" in stage.weights for stage in variant.curriculum), name
+        stages = E.curriculum_of(variant)
+        assert sum(stage.epochs for stage in stages) == E.CURRICULUM_EPOCHS == 20, name
+        assert all("reconstruction" in stage.weights for stage in stages), name

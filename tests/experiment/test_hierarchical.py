@@ -18,7 +18,7 @@ def make(E, monkeypatch):
         torch.manual_seed(0)
         sae = E.Hierarchical(D_IN, d_sae, k)
         sae.level = level
-        sae.begin(a_batch(E), grouped=True)
+        sae.start_level_2(a_batch(E))
         return sae
     return make
 
@@ -107,7 +107,7 @@ def test_group_loss_equals_the_naive_form_and_its_gradient_is_finite(E, make):
 def test_level_2_is_not_one_flat_dictionary(E, make):
     """The ReLU between the decoders matters: x_hat2 is not linear in the latents."""
     sae, batch = make(), a_batch(E)
-    sae.begin(batch, grouped=False)
+    sae.start_level_2(batch, grouped=False)
     sae.b_dec.data.fill_(-0.1)
     z = sae.encode(batch).dense().detach()
     whole = sae.decode(E.Latents.from_dense(z))
@@ -130,7 +130,7 @@ def test_padding_and_other_rows_count_nowhere(E, make):
 @pytest.mark.parametrize("grouped", [True, False])
 def test_how_level_2_begins(E, make, grouped):
     sae = make()
-    sae.begin(a_batch(E), grouped)
+    sae.start_level_2(a_batch(E), grouped)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(16))
     assert (sae.W_dec >= 0).all() and torch.equal(sae.W_enc, sae.W_dec.t())
     if grouped:
@@ -144,8 +144,8 @@ def test_how_level_2_begins(E, make, grouped):
 def trained(E, make_store, tmp_path, stages=None, **settings):
     x = torch.randn(24, 7, D_IN, generator=torch.Generator().manual_seed(0)) / D_IN ** 0.5
     store, sae = make_store(x, 16), settings.pop("sae", None) or E.Hierarchical(D_IN, 16, 3)
-    stages = stages or [s._replace(epochs=2) for s in E.Hierarchical.curriculum]
-    log, *_ = E.train(sae, store, stages, 0, 4, np.inf, tmp_path / "state.pt")
+    stages = stages or [s._replace(epochs=2) for s in E.curriculum_of(E.Hierarchical)]
+    log = E.train(sae, store, stages, 0, 4, np.inf, tmp_path / "state.pt").log
     return sae, log, store
 
 

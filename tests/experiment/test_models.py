@@ -176,10 +176,13 @@ def test_identity_follows_the_files_of_a_model(E, checkpoints, tmp_path, monkeyp
 def test_the_memory_plan_counts_what_there_is(E, monkeypatch):
     config, _ = E.load_config(E.MODEL_NAME, None, 128)
     store = SimpleNamespace(d_in=192, dtype=torch.float32, windows=SimpleNamespace(tokens=np.zeros((1_000, 128))))
-    said = E.memory_plan(config, store, 8, 1_024, "cpu")
+    monkeypatch.setattr(E, "EXPANSION", 8)
+    monkeypatch.setattr(E, "BATCH_TOKENS", 1_024)
+    said = E.memory_plan(config, store)
     model = sum(p.numel() for p in E.load_model().parameters()) * 4 / 1e6
     assert f"model {model:.0f} MB" in said and f"activations {1_000 * 128 * 192 * 4 / 1e6:.0f} MB on disk" in said
     assert f"SAE with its optimiser {16 * (2 * 192 + 2) * 1536 / 1e6:.0f} MB" in said
+    monkeypatch.setattr(E, "DEVICE", "cuda")
     for free, advice in ((80e9, "kept on the GPU"), (40e6, "BATCH_TOKENS ="), (20e6, "EXPANSION =")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 0))
-        assert advice in E.memory_plan(config, store, 8, 1_024, "cuda")
+        assert advice in E.memory_plan(config, store)

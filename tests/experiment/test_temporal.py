@@ -19,27 +19,33 @@ def log_of(**kwargs):
 
 
 def run_of(E, store, sae, log=None, live=(5, 3)):
-    return E.Run(sae, store, None, 0, live, log or log_of())
+    return E.Run(sae, store, None, 0, E.LiveRule(*live), log or log_of())
 
 
 @pytest.mark.parametrize("values, step", [([0, 0.5, 1.04, 0.96, 1.0], 60), ([1.0] * 5, 20), ([1, 1, 1, 0.9, 1], 100),
                                           ([5, 4, 3, 2, 1], 100), ([-2, -1, -1, -1, -1], 40)])
 def test_convergence_is_the_step_from_which_a_parameter_stays(E, make_store, values, step):
     store = make_store(torch.randn(6, 5, 3), 3)
-    found = E.follow(run_of(E, store, E.SAE(3, 8, 2), log_of(parameters={"theta": values})))
+    found = E.parameter_metrics(run_of(E, store, E.SAE(3, 8, 2), log_of(parameters={"theta": values})))
     assert found == {"theta_final": values[-1], "theta_converged_at": step}
 
 
 def test_sensitivity_is_the_slope_of_the_validation_loss(E, make_store):
     """A decoder bias p (1, 1, 1): the loss has the slope 2 p |1|^2 - 2 E[1 . (x - z W_dec)]; the rest stays put."""
+    class Shifted(E.TopK):
+        def __init__(self, start):
+            super().__init__(3, 8, 2)
+            self.p = torch.nn.Parameter(torch.tensor(start))
+
+        def decode(self, latents):
+            return latents.decode(self.W_dec) + self.p
+
     store = make_store(torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0)), 3)
     for start in (0.0, 2.0, -0.5):
         torch.manual_seed(0)
-        sae = E.TopK(3, 8, 2)
-        sae.p = torch.nn.Parameter(torch.tensor(start))
-        sae.decode = lambda latents: latents.decode(sae.W_dec) + sae.p
+        sae = Shifted(start)
         state = copy.deepcopy(sae.state_dict())
-        found = E.follow(run_of(E, store, sae))
+        found = E.parameter_metrics(run_of(E, store, sae))
         batch = store.batch(np.arange(3, 6))
         slope = torch.autograd.grad(E.squared_error(batch, sae.decode(sae.encode(batch))), sae.p)[0].item()
         assert found == {"p_sensitivity": pytest.approx(slope, rel=1e-2, abs=1e-3)}
@@ -52,31 +58,31 @@ def test_collapse_alarm(E, make_store, gaps, alarm):
     """The gap is compared with the one at the end of the stage before the consistency loss came in, step 40."""
     store = make_store(torch.randn(6, 5, 3), 3)
     log = log_of(losses={"consistency_gap": gaps}, stages=["a", "b", "c"], stage_starts=[0, 20, 40])
-    found = E.follow(run_of(E, store, E.SAE(3, 8, 2), log))
+    found = E.parameter_metrics(run_of(E, store, E.SAE(3, 8, 2), log))
     assert found == {"consistency_gap": gaps[-1], "consistency_gap_before": gaps[1], "collapse_alarm": alarm}
-    found = E.follow(run_of(E, store, E.SAE(3, 8, 2), log | {"stages": ["a"], "stage_starts": [0]}))
+    found = E.parameter_metrics(run_of(E, store, E.SAE(3, 8, 2), log | {"stages": ["a"], "stage_starts": [0]}))
     assert found["consistency_gap_before"] == gaps[0]   # a single stage: with its beginning
 
 
 def test_collapse_alarm_of_a_short_run(E, make_store):
     """The last stage begins before the first logged row: that row is the nearest."""
     log = log_of(losses={"consistency_gap": [0.5, 0.4, 0.3, 0.2, 0.1]}, stages=["a", "b"], stage_starts=[0, 10])
-    found = E.follow(run_of(E, make_store(torch.randn(6, 5, 3), 3), E.SAE(3, 8, 2), log))
+    found = E.parameter_metrics(run_of(E, make_store(torch.randn(6, 5, 3), 3), E.SAE(3, 8, 2), log))
     assert found == {"consistency_gap": 0.1, "consistency_gap_before": 0.5, "collapse_alarm": 1.0}
 
 
 def test_cross_feature_consistency_gives_the_temperature(E, make_store, settings):
     store = make_store(torch.randn(6, 5, D_IN), 3)
     sae = adaptive(E).eval()
-    found = E.follow(run_of(E, store, sae))
+    found = E.parameter_metrics(run_of(E, store, sae))
     assert found["decay_slope"] == pytest.approx(0.7, abs=1e-3) and found["decay_r2"] == pytest.approx(1, abs=1e-4)
     assert {f"{name}_sensitivity" for name in ("beta", "theta_raw", "T")} <= set(found)
     settings(ABLATE=("sharing",))
     spread = adaptive(E).eval()
-    found = E.follow(run_of(E, store, spread))
+    found = E.parameter_metrics(run_of(E, store, spread))
     assert 0.5 < found["decay_slope"] < 0.9 and found["decay_r2"] < 0.999
     settings(ABLATE=("variance_scaling",))
-    assert "decay_slope" not in E.follow(run_of(E, store, adaptive(E).eval()))
+    assert "decay_slope" not in E.parameter_metrics(run_of(E, store, adaptive(E).eval()))
 
 
 @pytest.mark.parametrize("beta, T", [(3.0, 2.0), (-15.0, 1.5)])
@@ -86,7 +92,7 @@ def test_decays_near_0_and_1_give_finite_results(E, make_store, beta, T):
     sae = adaptive(E).eval()
     sae.beta.data.fill_(beta)
     sae.T.data.fill_(T)
-    assert all(math.isfinite(value) for value in E.follow(run_of(E, store, sae)).values())
+    assert all(math.isfinite(value) for value in E.parameter_metrics(run_of(E, store, sae)).values())
 
 
 # ---- The evaluation as a whole ----
@@ -96,7 +102,7 @@ CONTEXT = 40
 @pytest.fixture
 def text(E, make_store, monkeypatch):
     """text(name, lengths, filler) -> Store: 12 training windows and 40 held-out ones of 20 files, with slow and
-    fast directions; controls and a tokenizer that need no model."""
+    fast directions; and a tokenizer that needs no model."""
     def build(name="store", lengths=None, filler=None, n=40):
         g = torch.Generator().manual_seed(0)
         x = torch.randn(12 + n, CONTEXT, 16, generator=g)
@@ -111,9 +117,6 @@ def text(E, make_store, monkeypatch):
         doc_ids = np.concatenate([np.arange(12), 12 + np.arange(n) // 2])
         return make_store(x, 12, tokens, lengths, doc_ids, name)
 
-    def controls(run):
-        return {"variance_by_position": E.variance_by_position(run.store)[0]}
-    monkeypatch.setattr(E, "controls", controls)
     monkeypatch.setattr(E, "STABILITY_LAGS", (2, 4))            # within windows of 39 positions
     decode = SimpleNamespace(batch_decode=lambda tokens: [f"<{int(t[0])}>" for t in tokens])
     monkeypatch.setattr(E, "load_tokenizer", lambda: decode)
@@ -188,7 +191,7 @@ def test_eval_temporal_end_to_end(E, settings, text, name, ablate, own, drawn):
 def test_explained_variance_of_the_two_halves(E, settings, text):
     settings(NULL_DRAWS=2)
     store, sae = text(), dictionary(E)
-    store.maps[0] *= torch.linspace(0.5, 2.0, CONTEXT)[:, None]        # later tokens have more to explain
+    store.shard_tensors[0] *= torch.linspace(0.5, 2.0, CONTEXT)[:, None]        # later tokens have more to explain
     m = E.eval_temporal(run_of(E, store, sae)).metrics
     batch = store.batch(np.arange(12, 52))
     error = (batch.x - sae.decode(sae.encode(batch))).square().sum(-1).mean(0).detach()
@@ -211,12 +214,13 @@ def test_evolution_shows_the_latents_with_the_most_stable_energy(E, text):
 
 
 def statistics(E, store, sae, full):
+    """A run, the 95th percentiles of its live latents, and their LatentStatistics on the windows `full`."""
     run = run_of(E, store, sae)
-    z, alive = run.heldout[0], np.flatnonzero(run.live_latents[0])
-    q95 = np.array([np.quantile(z[:, [i]].data, 0.95) for i in alive], dtype=np.float32)
+    codes, alive = run.encoded.codes, run.live.ids
+    q95 = np.array([np.quantile(codes[:, [i]].data, 0.95) for i in alive], dtype=np.float32)
     rows = [window * (CONTEXT - 1) + t for window in full for t in range(CONTEXT - 1)]
     with torch.no_grad():
-        return run, q95, alive, E.latent_statistics(run, z.tocsr()[rows], full, alive, q95)
+        return run, q95, E.latent_statistics(run, codes.tocsr()[rows], full, alive, q95)
 
 
 def test_latent_statistics_against_loops(E, settings, text):
@@ -227,7 +231,8 @@ def test_latent_statistics_against_loops(E, settings, text):
     store, sae = text(lengths=lengths), dictionary(E)
     full = store.windows.full()
     assert full.tolist() == [i for i in range(40) if i not in (2, 3, 18)]
-    run, q95, alive, (observed, far, null, token, r, rate, energy, scaled, raw) = statistics(E, store, sae, full)
+    run, q95, found = statistics(E, store, sae, full)
+    alive, observed, rate, energy = run.live.ids, found.stability, found.rate, found.energy
     assert len(alive) == 60
     batch = store.batch(full + 12)
     z = sae.encode(batch).dense().detach()[..., torch.from_numpy(alive)]
@@ -236,22 +241,24 @@ def test_latent_statistics_against_loops(E, settings, text):
     assert rate == pytest.approx(p.numpy(), rel=1e-5)
     assert energy == pytest.approx(z.square().mean((0, 1)).numpy(), rel=1e-5)
     assert observed == pytest.approx(by_hand(a.numpy(), p.numpy(), (2, 4)).T, abs=2e-3)
-    assert far == pytest.approx(by_hand(a.numpy(), p.numpy(), (17, 32)).T, abs=2e-3)
-    assert null.shape == (len(alive), 3) and observed.shape == (len(alive), len(full))
+    assert found.stability_far == pytest.approx(by_hand(a.numpy(), p.numpy(), (17, 32)).T, abs=2e-3)
+    assert found.null.shape == (len(alive), 3) and observed.shape == (len(alive), len(full))
     fold = torch.from_numpy(store.windows.doc_ids[full + 12] % 2 == 0)
     given = fire_given_token(E, a, batch.tokens, fold)
-    assert token == pytest.approx(by_hand(given.numpy(), p.numpy(), (2, 4)).mean(0), abs=2e-3)
+    assert found.token_surrogate == pytest.approx(by_hand(given.numpy(), p.numpy(), (2, 4)).mean(0), abs=2e-3)
     for lag in (1, 5, 32):
         wanted = ((a[:, :-lag] * a[:, lag:]).mean((0, 1)) - p ** 2) / (p * (1 - p))
-        assert r[:, lag - 1] == pytest.approx(wanted.numpy(), abs=1e-4)
+        assert found.autocorrelation[:, lag - 1] == pytest.approx(wanted.numpy(), abs=1e-4)
     present = (a.amax(1) > 0).sum(1)
-    assert scaled == pytest.approx((E.smoothness(z, batch.x, torch.from_numpy(q95)) / present).numpy(), rel=1e-4)
-    assert raw == pytest.approx((E.smoothness(z, batch.x, 1.0) / present).numpy(), rel=1e-4)
+    scaled = (E.smoothness(z, batch.x, torch.from_numpy(q95)) / present).numpy()
+    assert found.smoothness == pytest.approx(scaled, rel=1e-4)
+    assert found.smoothness_raw == pytest.approx((E.smoothness(z, batch.x, 1.0) / present).numpy(), rel=1e-4)
     m, mean, weight = E.eval_temporal(run).metrics, observed.mean(1), energy / energy.sum()
-    for name, value in (("stability", mean @ weight), ("stability_far", far.mean(1) @ weight), ("stability_unweighted", mean.mean()), ("energy", energy.sum()),
-                        ("stability_token", token @ weight),
-                        ("autocorrelation_lag1", r[:, 0] @ weight),
-                        ("smoothness", scaled.mean()), ("smoothness_raw", raw.mean())):
+    for name, value in (("stability", mean @ weight), ("stability_far", found.stability_far.mean(1) @ weight),
+                        ("stability_unweighted", mean.mean()), ("energy", energy.sum()),
+                        ("stability_token", found.token_surrogate @ weight),
+                        ("autocorrelation_lag1", found.autocorrelation[:, 0] @ weight),
+                        ("smoothness", found.smoothness.mean()), ("smoothness_raw", found.smoothness_raw.mean())):
         assert m[name] == pytest.approx(value, rel=1e-4), name
 
 
@@ -260,12 +267,12 @@ def test_smoothness_divides_by_the_exact_number_of_present_latents(E, settings, 
     settings(NULL_DRAWS=1)
     store, sae = text(n=8), dictionary(E, "standard", 700)
     full = store.windows.full()
-    _, _, alive, found = statistics(E, store, sae, full)
+    run, _, found = statistics(E, store, sae, full)
     batch = store.batch(full + 12)
-    z = sae.encode(batch).dense().detach()[..., torch.from_numpy(alive)]
+    z = sae.encode(batch).dense().detach()[..., torch.from_numpy(run.live.ids)]
     present = (z > 0).any(1).sum(1)
     assert present.min() > 257
-    assert found[-1] == pytest.approx((E.smoothness(z, batch.x, 1.0) / present).numpy(), rel=2e-4)
+    assert found.smoothness_raw == pytest.approx((E.smoothness(z, batch.x, 1.0) / present).numpy(), rel=2e-4)
 
 
 def test_a_padded_window_is_left_out(E, settings, text):
@@ -279,7 +286,7 @@ def test_a_padded_window_is_left_out(E, settings, text):
     assert all(value is not None for values in result.per_sequence.values() for value in values[1:])
     json.dumps(result[1:], allow_nan=False)
     full = store.windows.full()
-    *_, (*_, scaled, _) = statistics(E, store, sae, full)
+    scaled = statistics(E, store, sae, full)[2].smoothness
     assert full.tolist() == list(range(3, 40)) and len(scaled) == 37
     assert result.per_sequence["smoothness"][1] == pytest.approx(scaled[0])
     assert result.per_sequence["smoothness"][2] == pytest.approx(scaled[1:3].mean())
@@ -322,7 +329,7 @@ def test_slow_and_scrambled_activations_are_told_apart(E, settings, text):
     slow = E.eval_temporal(run_of(E, store, sae)).metrics
     g = torch.Generator().manual_seed(0)
     for w in range(52):
-        store.maps[0][w, 1:] = store.maps[0][w, 1:][torch.randperm(CONTEXT - 1, generator=g)]
+        store.shard_tensors[0][w, 1:] = store.shard_tensors[0][w, 1:][torch.randperm(CONTEXT - 1, generator=g)]
     fast = E.eval_temporal(run_of(E, store, sae)).metrics
     assert slow["stability"] > 0.03 and abs(fast["stability"]) < 0.01
     assert slow["stable_fraction"] > 0.4 and fast["stable_fraction"] < 0.1

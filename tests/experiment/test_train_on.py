@@ -70,8 +70,8 @@ def trained_on(E, store, sae, path, seed=0):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(E, "train_step", watched)
         stage = E.Stage("one", 3, {"reconstruction": 1.0})
-        _, planned, done = E.train(sae, store, [stage], seed, SIZE, 10 ** 12, path)
-    return np.array(seen), first, planned, done
+        training = E.train(sae, store, [stage], seed, SIZE, 10 ** 12, path)
+    return np.array(seen), first, training.planned, training.done
 
 
 def test_training_keeps_to_the_pool_and_its_steps(E, settings, store, tmp_path):  # noqa: F811

@@ -235,10 +235,10 @@ def test_adam_is_adam_whatever_the_layout(E):
 
     ours, theirs = Holder(), Holder()
     layouts = [p.stride() for p in ours.parameters()]
-    optimizer, other = E.Adam(ours, 1e-2), torch.optim.Adam(theirs.parameters(), 1e-2, fused=False, foreach=False)
+    optimizer, other = E.ContiguousAdam(ours, 1e-2), torch.optim.Adam(theirs.parameters(), 1e-2, fused=False, foreach=False)
     for step in range(6):
         if step == 3:
-            state, optimizer = optimizer.state_dict(), E.Adam(ours, 1.0)
+            state, optimizer = optimizer.state_dict(), E.ContiguousAdam(ours, 1.0)
             optimizer.load_state_dict(state)
         for a, b in zip(ours.parameters(), theirs.parameters()):
             if a is not ours.idle:
@@ -261,7 +261,7 @@ def test_sparsity_weight_moves_towards_the_target(E, store):
     for shift, higher in ((5.0, True), (-5.0, False)):
         sae = make(E, "standard")
         sae.b_enc.data += shift
-        before, optimizer = sae.sparsity_weight.item(), E.Adam(sae, 1e-4)
+        before, optimizer = sae.sparsity_weight.item(), E.ContiguousAdam(sae, 1e-4)
         l0 = E.train_step(sae, optimizer, batch, penalty, 0.0)["l0"]
         assert (l0 > K) == higher and (sae.sparsity_weight > before) == higher
         assert 0.5 < sae.sparsity_weight.item() / before < 2.0            # no jump, even from L0 = 0
@@ -337,8 +337,10 @@ def test_log(E, store, tmp_path):
 
 def test_validation_changes_nothing(E, store):
     sae = make(E, "batch_topk").train()
-    sae.encode(store.batch(np.arange(4)))
+    batch = store.batch(np.arange(4))
+    sae.after_step(batch, sae.encode(batch), torch.tensor(float(K)))
     before = copy.deepcopy(sae.state_dict())
+    assert before["threshold"] > 0
     E.validation_loss(sae, store)
     same_bits(sae.state_dict(), before)
 
@@ -404,13 +406,17 @@ def test_same_seed_same_bits_other_seed_others(E, store, tmp_path, name):
 def test_batches_made_ahead_train_the_same_sae(E, store, tmp_path, monkeypatch, name):
     """As on a GPU whose memory the activations do not fit into: a thread reads the next batch."""
     direct, ahead, asked = {}, prefetched, []
+
     for slow in (False, True):
-        monkeypatch.setattr(E, "prefetched", lambda make, _, slow=slow: asked.append(slow) or ahead(make, slow))
+        def forced(make_batch, slow, chosen=slow):
+            asked.append((slow, chosen))
+            return ahead(make_batch, chosen)
+        monkeypatch.setattr(E, "prefetched", forced)
         sae, stages = problem(E, name)
         log, *_ = run(E, store, sae, stages, tmp_path, name=f"{slow}.pt")
         direct[slow] = sae.state_dict(), log
     same_bits(direct[True][0], direct[False][0])
-    assert direct[True][1] == direct[False][1] and asked == [False, True]
+    assert direct[True][1] == direct[False][1] and asked == [(False, False), (False, True)]
 
 
 @pytest.mark.parametrize("name", VARIANTS + ["annealed"])

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from small_saes import encode_and_update
+
 NAMES = ["standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka"]
 TOPK_FAMILY = ["topk", "batch_topk", "matryoshka"]
 PENALISED = ["standard", "jumprelu", "gated"]           # latents where pre-activations pass a threshold
@@ -261,6 +263,7 @@ def test_batch_topk_by_hand(E):
     sae, batch = by_hand(E, "batch_topk")
     latents = sae.train().encode(batch)
     assert torch.allclose(latents.dense(), torch.tensor([[[0.0, 4.0, 5.0], [0.0, 0.0, 0.0]]]))
+    sae.after_step(batch, latents, torch.tensor(1.0))
     assert sae.threshold.item() == 4.0
     assert torch.allclose(sae.eval().encode(batch).dense(), torch.tensor([[[0.0, 0.0, 5.0], [0.0, 0.0, 0.0]]]))
 
@@ -472,22 +475,21 @@ def test_batch_topk_keeps_only_positive_latents(E):
     sae.b_enc.data -= 0.75
     pre = torch.addmm(sae.b_enc, batch.x.flatten(0, 1) - sae.b_dec, sae.W_enc)
     assert 0 < (pre > 0).sum() < K * 24
-    z = sae.encode(batch).dense().flatten(0, 1)
+    z = encode_and_update(sae, batch).dense().flatten(0, 1)
     assert torch.equal(z != 0, pre > 0)
     assert sae.threshold > 0
 
 
 def test_batch_topk_threshold_follows_the_least_value_kept(E):
     sae, batch = make(E, "batch_topk"), make_batch(E)
-    first = sae.encode(batch).active()[2].min().item()
+    first = encode_and_update(sae, batch).active()[2].min().item()
     assert sae.threshold.item() == pytest.approx(first)         # no history: the first is taken whole
     stronger = batch._replace(x=batch.x * 3)
-    second = sae.encode(stronger).active()[2].min().item()
+    second = encode_and_update(sae, stronger).active()[2].min().item()
     assert second > 1.5 * first
     assert first < sae.threshold.item() < first + 0.1 * (second - first)
     for _ in range(1500):
-        with torch.no_grad():
-            sae.encode(stronger)
+        encode_and_update(sae, stronger)
     assert sae.threshold.item() == pytest.approx(second, rel=1e-4)
     z = sae.eval().encode(batch).dense()
     assert sae.threshold.item() == pytest.approx(second, rel=1e-4)      # evaluation leaves it alone
@@ -497,9 +499,9 @@ def test_batch_topk_threshold_follows_the_least_value_kept(E):
 @pytest.mark.parametrize("name", ["batch_topk", "matryoshka"])
 def test_batch_topk_in_evaluation_has_the_sparsity_of_training(E, name):
     sae = make(E, name)
+    for seed in range(300):
+        encode_and_update(sae, make_batch(E, seed, 8, 16))
     with torch.no_grad():
-        for seed in range(300):
-            sae.encode(make_batch(E, seed, 8, 16))
         fired = sae.eval().encode(make_batch(E, 1000, 64, 32)).active()[2]
     assert len(fired) / (64 * 32) == pytest.approx(K, rel=0.05)
 
@@ -577,7 +579,7 @@ def train_with_dead_latents(E, sae, dead, auxk, steps):
     stage, = sae.curriculum
     if not auxk:
         stage = stage._replace(weights={loss: weight for loss, weight in stage.weights.items() if loss != "auxk"})
-    optimizer, fired = E.Adam(sae, 1e-2), torch.zeros(sae.d_sae, dtype=torch.bool)
+    optimizer, fired = E.ContiguousAdam(sae, 1e-2), torch.zeros(sae.d_sae, dtype=torch.bool)
     for step in range(steps):
         E.train_step(sae, optimizer, planted(E, step), stage, step / steps)
         fired |= sae.tokens_since_fired == 0
@@ -614,5 +616,5 @@ def test_batch_topk_keeps_the_same_latents_whatever_the_last_step_kept(E, last):
     sae = E.BatchTopK(16, 64, 4).train()
     batch = E.Batch(torch.randn(2, 8, 16), torch.zeros(2, 8, dtype=torch.long), torch.arange(2), torch.arange(1, 9), None)
     fresh = sae.encode(batch).dense()
-    sae.last.fill_(last)
+    sae.last_least_kept.fill_(last)
     assert torch.equal(sae.encode(batch).dense(), fresh) and (fresh != 0).sum() <= 4 * 16

@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from runtime import sparse_ops
+from runtime.sparse_ops import Latents, PairEncode, Pairs, top_k_pairs
+
 TIGHT = 2e-6        # fp32 against float64, relative to the largest entry
 
 
@@ -16,7 +19,7 @@ def close(got, wanted, tolerance=TIGHT):
     assert worst <= tolerance * max(scale, 1.0), f"off by {worst:.2e} at a scale of {scale:.2e}"
 
 
-def pairs_of(E, mask, pre_acts=None):
+def pairs_of(mask, pre_acts=None):
     """The Pairs of a dense pattern [n_tokens, d_sae], built entry by entry."""
     ids, starts, values = [], [], []
     for row in range(len(mask)):
@@ -26,7 +29,7 @@ def pairs_of(E, mask, pre_acts=None):
                 ids.append(latent)
                 values.append(0.0 if pre_acts is None else pre_acts[row, latent].item())
     ids, starts = torch.tensor(ids, dtype=torch.long), torch.tensor(starts)
-    return E.Pairs(ids, starts, None if pre_acts is None else torch.tensor(values))
+    return Pairs(ids, starts, None if pre_acts is None else torch.tensor(values))
 
 
 def pattern(kind, seed, n=12, d_sae=10):
@@ -55,14 +58,14 @@ PATTERNS = [("random", 0), ("random", 1), ("holes", 2), ("holes", 3), ("one", 4)
 
 @pytest.mark.parametrize("kind, seed", PATTERNS)
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_values_and_gradients_equal_dense_autograd(E, kind, seed, precomputed):
+def test_values_and_gradients_equal_dense_autograd(kind, seed, precomputed):
     mask, leaves = pattern(kind, seed), problem(seed)
     weight = torch.randn(12, 7, generator=torch.Generator().manual_seed(seed + 100))
     x, b_dec, W_enc, b_enc, W_dec = leaves
     pre = ((x - b_dec) @ W_enc + b_enc).detach() if precomputed else None
-    pairs = pairs_of(E, mask, pre)
-    pre_acts = E.PairEncode.apply(x, b_dec, W_enc, b_enc, pairs)
-    latents = E.Latents(pre_acts.tanh(), pre_acts, pairs, (3, 4, 10))
+    pairs = pairs_of(mask, pre)
+    pre_acts = PairEncode.apply(x, b_dec, W_enc, b_enc, pairs)
+    latents = Latents(pre_acts.tanh(), pre_acts, pairs, (3, 4, 10))
     x_hat = latents.decode(W_dec)
     assert x_hat.shape == (3, 4, 7)
     loss = (x_hat.flatten(0, 1) * weight).sum() + pre_acts.square().sum()
@@ -83,16 +86,16 @@ def test_values_and_gradients_equal_dense_autograd(E, kind, seed, precomputed):
         close(got, wanted, 1e-5)
 
 
-def test_gradients_only_where_asked(E):
+def test_gradients_only_where_asked():
     """Frozen inputs get no gradient; the gradients of the others do not change for it."""
     mask, (x, b_dec, W_enc, b_enc, W_dec) = pattern("random", 7), problem(7)
-    pairs = pairs_of(E, mask)
+    pairs = pairs_of(mask)
 
     def grads():
         for t in (x, b_dec, W_enc, b_enc, W_dec):
             t.grad = None
-        pre_acts = E.PairEncode.apply(x, b_dec, W_enc, b_enc, pairs)
-        E.Latents(pre_acts, pre_acts, pairs, (3, 4, 10)).decode(W_dec).square().sum().backward()
+        pre_acts = PairEncode.apply(x, b_dec, W_enc, b_enc, pairs)
+        Latents(pre_acts, pre_acts, pairs, (3, 4, 10)).decode(W_dec).square().sum().backward()
         return {n: t.grad for n, t in zip(("x", "b_dec", "W_enc", "b_enc", "W_dec"),
                                           (x, b_dec, W_enc, b_enc, W_dec))}
     everything = grads()
@@ -104,28 +107,28 @@ def test_gradients_only_where_asked(E):
         assert torch.equal(some[name], everything[name])
 
 
-def test_a_gradient_that_is_not_contiguous(E):
+def test_a_gradient_that_is_not_contiguous():
     mask, (x, b_dec, W_enc, b_enc, W_dec) = pattern("random", 8), problem(8)
-    pairs = pairs_of(E, mask)
-    pre_acts = E.PairEncode.apply(x, b_dec, W_enc, b_enc, pairs)
-    x_hat = E.Latents(pre_acts, pre_acts, pairs, (3, 4, 10)).decode(W_dec)
+    pairs = pairs_of(mask)
+    pre_acts = PairEncode.apply(x, b_dec, W_enc, b_enc, pairs)
+    x_hat = Latents(pre_acts, pre_acts, pairs, (3, 4, 10)).decode(W_dec)
     x_hat[..., 2].sum().backward()                          # an expanded gradient, zero strides
     wanted = torch.zeros(10, 7)
     wanted[:, 2] = (((x - b_dec) @ W_enc + b_enc) * mask).sum(0).detach()
     close(W_dec.grad, wanted.double())
 
 
-def both_forms(E, kind, seed):
+def both_forms(kind, seed):
     """A dense pattern [12, 10], values in it as [12, 10], and the same as Latents whose values are a leaf."""
     mask, z = pattern(kind, seed), torch.randn(12, 10, generator=torch.Generator().manual_seed(seed))
     z[2] = 0.0                                              # zero values at pairs
-    values, pairs = z[mask].clone().requires_grad_(), pairs_of(E, mask)
-    return mask, z * mask, E.Latents(values, 2 * values, pairs, (4, 3, 10))
+    values, pairs = z[mask].clone().requires_grad_(), pairs_of(mask)
+    return mask, z * mask, Latents(values, 2 * values, pairs, (4, 3, 10))
 
 
 @pytest.mark.parametrize("kind, seed", PATTERNS)
-def test_dense_and_active_say_the_same(E, kind, seed):
-    mask, z, latents = both_forms(E, kind, seed)
+def test_dense_and_active_say_the_same(kind, seed):
+    mask, z, latents = both_forms(kind, seed)
     assert torch.equal(latents.dense(), z.view(4, 3, 10))
     rows, ids = z.nonzero(as_tuple=True)
     for got, wanted in zip(latents.active(), (rows, ids, z[rows, ids])):
@@ -134,8 +137,8 @@ def test_dense_and_active_say_the_same(E, kind, seed):
 
 @pytest.mark.parametrize("kind, seed", PATTERNS)
 @pytest.mark.parametrize("width", [None, 1, 7, 10])
-def test_gradients_of_the_first_latents(E, kind, seed, width):
-    mask, z, latents = both_forms(E, kind, seed)
+def test_gradients_of_the_first_latents(kind, seed, width):
+    mask, z, latents = both_forms(kind, seed)
     got = latents.dense()[..., :width]
     weight = torch.randn(4, 3, width or 10, generator=torch.Generator().manual_seed(1))
     assert torch.equal(got, z.view(4, 3, 10)[..., :width])
@@ -147,9 +150,9 @@ def test_gradients_of_the_first_latents(E, kind, seed, width):
 
 @pytest.mark.parametrize("kind, seed", PATTERNS)
 @pytest.mark.parametrize("chosen", ["none", "all", "some"])
-def test_keep(E, kind, seed, chosen):
+def test_keep(kind, seed, chosen):
     """The latents at the chosen pairs: values, pre-activations, reconstruction and gradients."""
-    mask, z, latents = both_forms(E, kind, seed)
+    mask, z, latents = both_forms(kind, seed)
     kept = {"none": torch.zeros, "all": torch.ones}.get(chosen, torch.rand)(12, 10) > 0.5
     part, W_dec = latents.keep(kept[mask]), torch.randn(10, 7, generator=torch.Generator().manual_seed(1))
     assert part.shape == latents.shape and torch.equal(part.dense(), (z * kept).view(4, 3, 10))
@@ -164,8 +167,8 @@ def test_keep(E, kind, seed, chosen):
 
 @pytest.mark.parametrize("low, high", [(0, 10), (0, 3), (3, 4), (5, 5), (0, 0), (7, 10)])
 @pytest.mark.parametrize("kind, seed", PATTERNS)
-def test_keeping_a_range_of_latents(E, kind, seed, low, high):
-    mask, z, latents = both_forms(E, kind, seed)
+def test_keeping_a_range_of_latents(kind, seed, low, high):
+    mask, z, latents = both_forms(kind, seed)
     W_dec = torch.randn(10, 7, generator=torch.Generator().manual_seed(1))
     columns = torch.zeros(10, dtype=torch.bool)
     columns[low:high] = True
@@ -179,11 +182,11 @@ def test_keeping_a_range_of_latents(E, kind, seed, low, high):
 
 
 @pytest.mark.parametrize("kind, seed", PATTERNS)
-def test_from_dense(E, kind, seed):
+def test_from_dense(kind, seed):
     """Pairs at the non-zero values alone, however many; what reads them gives its gradients to the dense values."""
-    z = both_forms(E, kind, seed)[1].view(4, 3, 10).requires_grad_()
+    z = both_forms(kind, seed)[1].view(4, 3, 10).requires_grad_()
     W_dec = torch.randn(10, 7, generator=torch.Generator().manual_seed(1))
-    latents = E.Latents.from_dense(z)
+    latents = Latents.from_dense(z)
     assert latents.shape == (4, 3, 10) and len(latents.values) == z.count_nonzero()
     assert torch.equal(latents.values, latents.pre_acts) and torch.equal(latents.dense(), z)
     assert not len(latents.values) or (latents.active()[2] == latents.values).all()
@@ -194,34 +197,34 @@ def test_from_dense(E, kind, seed):
 
 
 @pytest.mark.parametrize("kind", ["random", "holes"])
-def test_at_gives_each_value_the_entry_of_its_latent(E, kind):
-    mask, _, latents = both_forms(E, kind, 9)
+def test_at_gives_each_value_the_entry_of_its_latent(kind):
+    mask, _, latents = both_forms(kind, 9)
     per_latent = torch.arange(10.0).requires_grad_()
     assert torch.equal(latents.at(per_latent), torch.arange(10.0).expand(12, 10)[mask])
     grad, = torch.autograd.grad(latents.at(per_latent).sum(), per_latent)
     assert torch.equal(grad, mask.sum(0).float())
 
 
-def test_from_ids_takes_latents_in_any_order(E):
+def test_from_ids_takes_latents_in_any_order():
     ids = torch.tensor([[3, 0], [9, 2], [0, 9]])
-    pairs = E.Pairs.from_ids(ids, ids.float())
+    pairs = Pairs.from_ids(ids, ids.float())
     assert torch.equal(pairs.rows, torch.tensor([0, 0, 1, 1, 2, 2]))
-    latents = E.Latents(pairs.pre_acts, pairs.pre_acts, pairs, (1, 3, 10))
+    latents = Latents(pairs.pre_acts, pairs.pre_acts, pairs, (1, 3, 10))
     wanted = torch.zeros(1, 3, 10)
     wanted[0, 0, 3], wanted[0, 1, 9], wanted[0, 1, 2], wanted[0, 2, 9] = 3.0, 9.0, 2.0, 9.0
     assert torch.equal(latents.dense(), wanted)
 
 
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_a_step_leaves_no_memory_to_the_garbage_collector(E, precomputed):
+def test_a_step_leaves_no_memory_to_the_garbage_collector(precomputed):
     """A cycle through the graph would keep every step's pairs until the collector happens to run."""
     mask, (x, b_dec, W_enc, b_enc, W_dec) = pattern("random", 10), problem(10)
-    pairs = pairs_of(E, mask, ((x - b_dec) @ W_enc + b_enc).detach() if precomputed else None)
+    pairs = pairs_of(mask, ((x - b_dec) @ W_enc + b_enc).detach() if precomputed else None)
     alive = weakref.ref(pairs)
     gc.disable()
     try:
-        pre_acts = E.PairEncode.apply(x, b_dec, W_enc, b_enc, pairs)
-        E.Latents(pre_acts, pre_acts, pairs, (3, 4, 10)).decode(W_dec).square().sum().backward()
+        pre_acts = PairEncode.apply(x, b_dec, W_enc, b_enc, pairs)
+        Latents(pre_acts, pre_acts, pairs, (3, 4, 10)).decode(W_dec).square().sum().backward()
         del pre_acts, pairs
         assert alive() is None
     finally:
@@ -263,13 +266,13 @@ KINDS = ["random", "correlated", "near ties", "pairs of ties", "large biases", "
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("d_sae, k", [(512, 16), (512, 8), (512, 3), (500, 4), (512, 64), (512, 512), (20, 4), (9, 9), (512, 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_top_k_is_that_of_fp32(E, monkeypatch, kind, d_sae, k, bf16):
+def test_top_k_is_that_of_fp32(monkeypatch, kind, d_sae, k, bf16):
     """The chosen latents are the k largest. Tolerance: fp32 itself cannot order pre-activations that
     differ by less than its rounding, 1e-6 of |x| |W| + |b|; a latent off the list may exceed one on
     it by that much and no more."""
-    monkeypatch.setattr(E, "BF16_UNITS", bf16)
+    monkeypatch.setattr(sparse_ops, "BF16_UNITS", bf16)
     x, W_enc, b_enc = make_input(kind, 3, 80, 48, d_sae)
-    pairs = E.top_k_pairs(x, W_enc, b_enc, k)
+    pairs = top_k_pairs(x, W_enc, b_enc, k)
     ids, pre_acts = pairs.ids.view(80, k), pairs.pre_acts.view(80, k)
     assert (ids.sort(1).values.diff(dim=1) > 0).all()
     assert torch.equal(pairs.rows, torch.arange(80).repeat_interleave(k))
@@ -287,11 +290,11 @@ def test_top_k_is_that_of_fp32(E, monkeypatch, kind, d_sae, k, bf16):
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", ["random", "near ties", "large biases"])
-def test_top_k_of_many_tokens_and_latents(E, monkeypatch, kind, bf16):
+def test_top_k_of_many_tokens_and_latents(monkeypatch, kind, bf16):
     """More tokens than one part holds, and so many latents that bf16 proposes 3k and groups are found among groups."""
-    monkeypatch.setattr(E, "BF16_UNITS", bf16)
+    monkeypatch.setattr(sparse_ops, "BF16_UNITS", bf16)
     x, W_enc, b_enc = make_input(kind, 5, 1100, 16, 16_384)
-    pairs = E.top_k_pairs(x, W_enc, b_enc, 8)
+    pairs = top_k_pairs(x, W_enc, b_enc, 8)
     ids, dense = pairs.ids.view(1100, 8), torch.addmm(b_enc, x, W_enc)
     rounding = 1e-6 * (x.norm(dim=1, keepdim=True) * W_enc.norm(dim=0).max() + b_enc.abs().max())
     assert ((pairs.pre_acts.view(1100, 8) - dense.gather(1, ids)).abs() <= rounding).all()
@@ -300,38 +303,38 @@ def test_top_k_of_many_tokens_and_latents(E, monkeypatch, kind, bf16):
 
 
 @pytest.fixture
-def products(E, monkeypatch):
+def products(monkeypatch):
     """Precision and number of tokens of every product with the whole encoder, bf16 units present."""
     calls, addmm = [], torch.addmm
-    monkeypatch.setattr(E, "BF16_UNITS", True)
+    monkeypatch.setattr(sparse_ops, "BF16_UNITS", True)
     monkeypatch.setattr(torch, "addmm", lambda b, x, W: calls.append((x.dtype, len(x))) or addmm(b, x, W))
     return calls
 
 
-def test_bf16_proposes_and_only_doubtful_rows_are_done_again(E, products):
+def test_bf16_proposes_and_only_doubtful_rows_are_done_again(products):
     """On ordinary data the proposals suffice; on near-ties every row is repeated; of a mixture those that point at them."""
-    E.top_k_pairs(*make_input("random", 0, 80, 48, 512), 7)
+    top_k_pairs(*make_input("random", 0, 80, 48, 512), 7)
     assert products[0] == (torch.bfloat16, 80) and sum(n for _, n in products[1:]) < 10
     products.clear()
-    E.top_k_pairs(*make_input("near ties", 0, 80, 48, 512), 7)
+    top_k_pairs(*make_input("near ties", 0, 80, 48, 512), 7)
     assert products == [(torch.bfloat16, 80), (torch.float32, 80)]
     products.clear()
     x, W_enc, b_enc = make_input("random", 0, 80, 48, 512)
     crowd = make_input("near ties", 0, 80, 48, 512)[1]
     x[:30] += 3 * crowd[:, 0]
     x[30:] -= 3 * crowd[:, 0]
-    E.top_k_pairs(x, torch.cat([W_enc[:, :256], crowd[:, 256:]], 1), b_enc, 7)
+    top_k_pairs(x, torch.cat([W_enc[:, :256], crowd[:, 256:]], 1), b_enc, 7)
     assert products == [(torch.bfloat16, 80), (torch.float32, 30)]
 
 
 @pytest.mark.parametrize("bf16, d_sae", [(False, 512), (True, 511)])
-def test_bf16_proposes_only_where_it_has_units_and_latents_are_many(E, monkeypatch, products, bf16, d_sae):
-    monkeypatch.setattr(E, "BF16_UNITS", bf16)
-    E.top_k_pairs(*make_input("random", 0, 80, 48, d_sae), 8)
+def test_bf16_proposes_only_where_it_has_units_and_latents_are_many(monkeypatch, products, bf16, d_sae):
+    monkeypatch.setattr(sparse_ops, "BF16_UNITS", bf16)
+    top_k_pairs(*make_input("random", 0, 80, 48, d_sae), 8)
     assert products == [(torch.float32, 80)]
 
 
-def test_more_than_all_latents_is_an_error(E):
+def test_more_than_all_latents_is_an_error():
     x, W_enc, b_enc = make_input("random", 0, 4, 8, 16)
     with pytest.raises(RuntimeError):
-        E.top_k_pairs(x, W_enc, b_enc, 17)
+        top_k_pairs(x, W_enc, b_enc, 17)
