@@ -87,6 +87,9 @@ def test_what_a_plan_sums_up(E):
     rng = np.random.default_rng(0)
     losses, right = rng.random(len(plan.test)), rng.random(len(plan.clozes.window)) < 0.5
     found = E.group_means(plan, losses, right)
+    before = rng.random(len(right)) < 0.5
+    tested = E.group_means(plan, None, right, before)
+    assert set(tested) == {f"cloze_{g}{end}" for g in GROUPS for end in ("", "_p")}
     run = SimpleNamespace(store=SimpleNamespace(windows=windows))
     by_document = E.group_losses(run, plan, losses, "standard")
     assert set(by_document) == {f"standard_{g}" for g in GROUPS}
@@ -94,6 +97,9 @@ def test_what_a_plan_sums_up(E):
     for g in GROUPS:
         assert found[g] == pytest.approx(np.mean([v for v, of in zip(losses, plan.group) if of == g]))
         assert found[f"cloze_{g}"] == pytest.approx(np.mean([v for v, of in zip(right, plan.cloze_group) if of == g]))
+        here = plan.cloze_group == g
+        assert tested[f"cloze_{g}"] == found[f"cloze_{g}"]
+        assert tested[f"cloze_{g}_p"] == E.mcnemar(right[here], before[here])
         files = by_document[f"standard_{g}"]
         for file, value in zip(windows.doc_ids[windows.sample()], files):
             members = [v for v, of, i in zip(losses, plan.group, plan.test) if of == g and windows.doc_ids[i] == file]
@@ -309,7 +315,7 @@ NAMES_OF_EDITS = *STRATEGIES, "random_latents", "random_directions", "projection
 
 def test_the_evaluation_end_to_end(E, spoken, settings, monkeypatch):
     run = whole(E, spoken, settings)
-    settings(FORGET_NATS=0.02, FALSE_POSITIVES=(0.01, 0.2))                           # a random model has little to forget
+    settings(FORGET_NATS=0.02, FALSE_POSITIVES=(0.01, 0.2))     # a random model has little to forget
     result = E.Result(**E.run_evaluation(E.eval_unlearning, run))
     m, frontier = result.metrics, result.curves["frontier"]
     assert all(math.isfinite(value) for value in m.values()) and list(frontier) == list(NAMES_OF_EDITS)
