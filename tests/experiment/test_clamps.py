@@ -1,5 +1,6 @@
 """Unlearning by hand: which latents, the matcher, the gate and the clamps, on planted codes."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from scipy.sparse import csr_array
 from sklearn.metrics import roc_auc_score
 
+from data.tasks import UnlearningPlan
 from small_saes import batch_of, close, D_IN, D_SAE, make, random_batch
+from test_questions import questions_file
 
 # ---- Selection of latents ----
 def planted_codes(seed=0, n=4_000):
@@ -22,13 +25,13 @@ def planted_codes(seed=0, n=4_000):
     return z, forget
 
 
-def test_latents_of_forget_come_first(E, settings):  # noqa: F811
+def test_latents_of_forget_come_first(E, settings):
     z, forget = planted_codes()
     for selection in ("ratio", "frequency"):
-        settings(SELECTION=selection)
-        ranked = E.ranked_latents(csr_array(z), forget, E.SELECTION, E.RETAIN_FREQUENCY, 6)[0]
+        settings(SELECTION=selection, CLAMPED=6)
+        ranked = E.ranked_latents(csr_array(z), forget, E.RETAIN_FREQUENCY)[0]
         assert sorted(ranked) == list(range(7)) and ranked[0] == 3
-        assert E.ranked_latents(csr_array(z), ~forget, E.SELECTION, E.RETAIN_FREQUENCY, 6)[0][0] == 5
+        assert E.ranked_latents(csr_array(z), ~forget, E.RETAIN_FREQUENCY)[0][0] == 5
         place = ranked.tolist().index
         if selection == "frequency":                    # frequent elsewhere: behind the rare one, however frequent here
             assert place(1) == 1 and place(0) > 1
@@ -36,17 +39,26 @@ def test_latents_of_forget_come_first(E, settings):  # noqa: F811
             assert place(0) == 1 and place(5) > place(2)
 
 
-def test_ratio_by_a_loop(E, settings):  # noqa: F811
+def test_ratio_by_a_loop(E, settings):
     """By energy: a latent that fires as often but more strongly on FORGET goes before."""
-    settings(SELECTION="ratio")
+    settings(SELECTION="ratio", CLAMPED=6)
     rng = np.random.default_rng(1)
     z, forget = rng.random((300, 12)) * (rng.random((300, 12)) < 0.3), rng.random(300) < 0.3
     z[forget, 4] *= 3
     there, elsewhere = ([np.mean([z[t, i] ** 2 for t in np.flatnonzero(part)]) for i in range(12)]
                         for part in (forget, ~forget))
     ratios = np.array(there) / (np.array(elsewhere) + 0.01 * np.mean(there))
-    ranked = E.ranked_latents(csr_array(z), forget, E.SELECTION, E.RETAIN_FREQUENCY, 6)[0]
+    ranked = E.ranked_latents(csr_array(z), forget, E.RETAIN_FREQUENCY)[0]
     assert ranked[0] == 4 and ranked.tolist() == np.argsort(-ratios).tolist()
+
+
+def test_each_clamped_latent_has_another_one_of_its_rate(E):
+    """Each its own, the nearest that is left, none of the clamped ones; fewer where latents run out."""
+    rate = np.array([0.5, 0.1, 0.1, 0.1, 0.3, 0.11, 0.9, 0.12])
+    assert E.rate_matched(rate, np.array([1, 2, 3])).tolist() == [5, 7, 4]
+    assert E.rate_matched(rate, np.array([6])).tolist() == [0]
+    found = E.rate_matched(rate, np.array([2, 0, 3, 1, 4]))
+    assert sorted(found) == [5, 6, 7] and found[0] == 5 and E.rate_matched(rate, np.arange(8)).tolist() == []
 
 
 # ---- The matcher ----
@@ -65,11 +77,11 @@ def windows_of_two(n, seed, shuffled=False):
 
 
 def auroc(E, fitted, fresh):
-    return roc_auc_score(fresh[1].numpy(), E.fit_matcher(E.MATCHER, *fitted)(fresh[0]).numpy())
+    return roc_auc_score(fresh[1].numpy(), E.fit_matcher(*fitted)(fresh[0]).numpy())
 
 
 @pytest.mark.parametrize("matcher", ["logistic", "attention"])
-def test_a_matcher_sees_an_order(E, settings, matcher):  # noqa: F811
+def test_a_matcher_sees_an_order(E, settings, matcher):
     """Not where the windows' positions are shuffled, with the same latents in them."""
     settings(MATCHER=matcher)
     assert auroc(E, windows_of_two(1_000, 0), windows_of_two(500, 1)) > 0.95
@@ -77,7 +89,7 @@ def test_a_matcher_sees_an_order(E, settings, matcher):  # noqa: F811
 
 
 @pytest.mark.parametrize("matcher", ["logistic", "attention"])
-def test_a_matcher_finds_the_one_latent_that_tells(E, settings, matcher):  # noqa: F811
+def test_a_matcher_finds_the_one_latent_that_tells(E, settings, matcher):
     """FORGET's windows, one in eight, have latent 2 at one of their positions; the classes weigh alike."""
     settings(MATCHER=matcher)
 
@@ -90,7 +102,7 @@ def test_a_matcher_finds_the_one_latent_that_tells(E, settings, matcher):  # noq
 
     x, forget = planted(1)
     with torch.no_grad():                                       # as evaluations run
-        match = E.fit_matcher(E.MATCHER, *planted(0))
+        match = E.fit_matcher(*planted(0))
     found = match(x)
     assert found.shape == (800,) and not found.requires_grad and (found > 0).all() and (found < 1).all()
     assert roc_auc_score(forget.numpy(), found.numpy()) > 0.95
@@ -99,7 +111,7 @@ def test_a_matcher_finds_the_one_latent_that_tells(E, settings, matcher):  # noq
 
 
 @pytest.mark.parametrize("matcher", ["logistic", "attention"])
-def test_a_matcher_of_nothing_is_at_chance(E, settings, matcher):  # noqa: F811
+def test_a_matcher_of_nothing_is_at_chance(E, settings, matcher):
     settings(MATCHER=matcher)
     x, forget = torch.rand(2_000, 5, 4), torch.arange(2_000) % 2 == 0
     assert 0.4 < auroc(E, (x[:1_000], forget[:1_000]), (x[1_000:], forget[1_000:])) < 0.6
@@ -112,8 +124,19 @@ def test_mcnemar_by_hand(E):
     now = np.array([False] * 5 + [True] + [True, False] * 20)
     assert E.mcnemar(now, before) == pytest.approx(14 / 64)
     assert E.mcnemar(before, before) == 1.0
-    found = E.compare_answers({"unclamped": before, "standard": now}, "_q")
-    assert found == {"unclamped_q": before.mean(), "standard_q": now.mean(), "standard_q_p": pytest.approx(14 / 64)}
+
+
+def test_answers_under_edits_are_compared_with_the_models_own(E, settings, tmp_path):
+    before = np.array([True] * 5 + [False] + [True, False] * 20)
+    now = np.array([False] * 5 + [True] + [True, False] * 20)
+    settings(FORGET_QUESTIONS=questions_file(tmp_path), RETAIN_QUESTIONS=None,
+             right_answers=lambda run, dataset, edit: edit)
+    run = SimpleNamespace(store=SimpleNamespace(folder=tmp_path))
+    ids, group = np.arange(2), np.array(["forget", "retain"])
+    plan = UnlearningPlan(ids, group, ids, group, SimpleNamespace(options=ids), group)
+    found = E.question_scores(run, plan, {"unclamped": before, "standard": now})
+    assert found == {"unclamped_forget_questions": before.mean(), "standard_forget_questions": now.mean(),
+                     "standard_forget_questions_p": pytest.approx(14 / 64)}
 
 
 # ---- The gate ----
@@ -131,7 +154,7 @@ def test_gate_by_hand(E):
     match = torch.zeros(2, 80)
     match[0, 10:42] = 1.0                       # 32 in a row: the mean rises to 1 at 41 and stays
     match[1, 50:58] = 0.5
-    found = E.gate_evidence(match, 32)
+    found = E.gate_evidence(match)
     assert not found[0, :31].any()
     assert found[0, 31:42].tolist() == pytest.approx([(t - 9) / 32 for t in range(31, 42)])
     assert (found[0, 41:] == 1).all()
@@ -141,32 +164,32 @@ def test_gate_by_hand(E):
 @pytest.mark.parametrize("seq", [32, 33, 90])
 def test_gate_against_loops(E, seq):
     match = torch.rand(3, seq, generator=torch.Generator().manual_seed(seq))
-    close(E.gate_evidence(match, 32), naive_gate(match, 32), 1e-5)
-    assert (E.gate_evidence(match, 32).diff() >= 0).all()
+    close(E.gate_evidence(match), naive_gate(match, 32), 1e-5)
+    assert (E.gate_evidence(match).diff() >= 0).all()
 
 
 def test_gate_is_causal_and_padding_before_never_dilutes(E):
     match = torch.rand(3, 70, generator=torch.Generator().manual_seed(0))
-    found, changed = E.gate_evidence(match, 32), match.clone()
+    found, changed = E.gate_evidence(match), match.clone()
     changed[:, 45:] = 1 - changed[:, 45:]
-    after = E.gate_evidence(changed, 32)
+    after = E.gate_evidence(changed)
     assert torch.equal(after[:, :45], found[:, :45]) and not torch.equal(after, found)
     for pad in (1, 40, 200):
-        behind = E.gate_evidence(torch.cat([torch.zeros(3, pad), match], 1), 32)[:, pad:]
+        behind = E.gate_evidence(torch.cat([torch.zeros(3, pad), match], 1))[:, pad:]
         assert (behind >= found - 1e-6).all()
 
 
 def test_too_few_positions_open_no_gate(E):
     for seq in (1, 8, 31):
-        assert torch.equal(E.gate_evidence(torch.ones(2, seq), 32), torch.zeros(2, seq))
-    assert E.gate_evidence(torch.ones(2, 32), 32)[:, -1].tolist() == [1.0, 1.0]
+        assert torch.equal(E.gate_evidence(torch.ones(2, seq)), torch.zeros(2, seq))
+    assert E.gate_evidence(torch.ones(2, 32))[:, -1].tolist() == [1.0, 1.0]
 
 
 # ---- Edits by hand ----
 def bare(E, sae, clamped, q95, matchers={}, thresholds={}, **others):
     """An Unlearner whose selection, matchers and thresholds are a test's; the matcher sees all latents."""
     unlearner = E.Unlearner.__new__(E.Unlearner)
-    matcher = E.Matcher(E.MATCHER, E.MATCHER_WINDOW, E.GATE_TOKENS, np.arange(sae.d_sae), torch.tensor(q95))
+    matcher = E.Matcher(np.arange(sae.d_sae), torch.tensor(q95))
     matcher.matchers, matcher.thresholds = matchers, thresholds
     everything = {"sae": sae, "clamped": {"forget": np.array(clamped), "random_latents": np.array([1])},
                   "matcher": matcher, "q95": torch.tensor(q95)}
@@ -217,7 +240,7 @@ def test_a_clamp_moves_x_along_clamped_decoder_rows_only(E):
 
 
 @pytest.mark.parametrize("back", [0, 1, 3])
-def test_pattern_clamps_where_its_window_matches(E, settings, three, back):  # noqa: F811
+def test_pattern_clamps_where_its_window_matches(E, settings, three, back):
     """A matcher that looks `back` positions back in its window, for latent 1 with log(1 + z / q95) above .5."""
     settings(MATCHER_WINDOW=4)
     x = torch.tensor([[1.0, 9.0], [1.0, -1.0], [1.0, -1.0], [1.0, 9.0], [1.0, -1.0], [1.0, -1.0]])[None]
@@ -260,7 +283,7 @@ def test_random_directions_keep_the_norms(E):
 def test_projection_by_hand(E, three):
     """Along (.6, .8) and from (1, 1): strength 1 leaves nothing, 1 / 2 half, 2 turns it round; across all is kept."""
     direction, rest = torch.tensor([0.6, 0.8]), torch.ones(2)
-    unlearner = bare(E, three, [0], [1.0] * 3, direction=direction, rest=rest)
+    unlearner = bare(E, three, [0], [1.0] * 3, direction=direction, retain_mean=rest)
     before = (POINTS - rest) @ direction
     for strength in (0.5, 1.0, 2.0):
         moved = POINTS + unlearner.edit("projection", strength)(batch_of(E, POINTS))

@@ -11,6 +11,8 @@ import transformers
 from scipy.sparse import csc_array
 
 from data.windows import Windows
+import records
+from records import with_codes
 
 D_IN, CONTEXT, VOCABULARY, N_TRAIN = 16, 12, 40, 24
 
@@ -70,7 +72,7 @@ def identity(E, decode=None):
 
 
 def run_of(E, store, sae, model=None, live=(1, 1)):
-    return E.Run(sae, store, lambda: model, 0, live, {})
+    return records.run_of(E, sae, store, model, live=live)
 
 
 # ---- Explained variance ----
@@ -147,8 +149,9 @@ def test_encode_heldout_against_a_loop(E, make_store):
     store = padded_store(make_store, 50.0)
     torch.manual_seed(0)
     sae = E.TopK(6, 20, 3).eval()
-    codes, rows, speed = E.encode_windows(sae, store, store.windows.heldout())
-    wanted, place = collections.defaultdict(list), 0
+    encoded = E.encode_windows(sae, store, store.windows.heldout())
+    codes, wanted, place = encoded.codes, collections.defaultdict(list), 0
+    rows = {name: getattr(encoded, name) for name in ("error", "norm", "norm_hat", "dot", "l0")}
     assert all(v.shape == (70, 8) for v in rows.values())
     for w in range(80, 150):
         batch = store.batch([w])
@@ -168,7 +171,7 @@ def test_encode_heldout_against_a_loop(E, make_store):
     got = sorted(zip(token.tolist(), latent.tolist(), codes[token, latent].tolist()))
     assert [g[:2] for g in got] == [w[:2] for w in wanted["codes"]]
     assert [g[2] for g in got] == pytest.approx([w[2] for w in wanted["codes"]], rel=1e-4)
-    assert codes.shape == (70 * 8, 20) and speed > 0
+    assert codes.shape == (70 * 8, 20) and encoded.tokens_per_second > 0
     for i, (at, values) in zip((3, 0, 19), E.firings(codes, np.array([3, 0, 19]))):     # by latent, tokens in order
         assert list(zip(at, values)) == [(t, pytest.approx(v, rel=1e-4)) for t, j, v in wanted["codes"] if j == i]
 
@@ -184,14 +187,13 @@ def planted_codes(E, make_store):
 
 
 def planted_run(E, store, planted, d_sae, live=(1, 1)):
-    run = E.Run(None, store, None, 0, live, {})
     token, latent, value = map(np.array, zip(*planted)) if planted else np.zeros((3, 0), int)
-    run.heldout = csc_array((value, (token, latent)), (24 * 10, d_sae)), {}, 0.0
-    return run
+    codes = csc_array((value, (token, latent)), (24 * 10, d_sae))
+    return with_codes(E, records.run_of(E, None, store, live=live), codes)
 
 
 def test_live_latents(E, make_store):
-    assert E.LIVE == (50, 10)
+    assert (E.LIVE_MIN_FIRINGS, E.LIVE_MIN_FILES) == (50, 10)
     store, planted = planted_codes(E, make_store)
 
     def fire(latent, per_file):
@@ -203,19 +205,20 @@ def test_live_latents(E, make_store):
     fire(3, [10] * 11)              # exactly half of the 220 valid tokens
     fire(4, [10] * 10 + [11])       # more than half
     fire(6, [20] * 11)              # always
-    live, rate = planted_run(E, store, planted, 8, (6, 3)).live_latents
-    assert live.tolist() == [True, False, False, True, False, False, False, False]
-    assert rate == pytest.approx(np.array([6, 5, 12, 110, 111, 0, 220, 0]) / 220)
+    live = planted_run(E, store, planted, 8, (6, 3)).live
+    assert live.mask.tolist() == [True, False, False, True, False, False, False, False]
+    assert live.ids.tolist() == [0, 3]
+    assert live.rate == pytest.approx(np.array([6, 5, 12, 110, 111, 0, 220, 0]) / 220)
 
 
 def test_no_firing_at_all(E, make_store):
     store, _ = planted_codes(E, make_store)
     with pytest.raises(E.RunnerError, match=r"no latent of 3 is live: fired 1 times in 1 held-out files \(L0 = 0.00\)"):
-        planted_run(E, store, [], 3).live_latents
+        planted_run(E, store, [], 3).live
 
 
 def single_token_fraction(E, run, live):
-    firings = E.firings(run.heldout[0], np.flatnonzero(live))
+    firings = E.firings(run.encoded.codes, np.flatnonzero(live))
     return E.single_token_fraction(run.store.windows, firings)
 
 
@@ -445,14 +448,14 @@ def noisy(E):
 def test_core_agrees_with_its_parts(E, model, spoken):
     store = spoken(UNEVEN)
     run = run_of(E, store, noisy(E), model, (5, 3))
-    result, (codes, rows, _) = E.eval_core(run), E.encode_windows(run.sae, store, store.windows.heldout())
-    m, _, variance = result.metrics, *E.variance_by_position(store)
+    result, encoded = E.eval_core(run), E.encode_windows(run.sae, store, store.windows.heldout())
+    (_, variance), m, codes = E.variance_by_position(store), result.metrics, encoded.codes
     valid = (UNEVEN[24:] - 1).sum()
     rate = np.diff(codes.indptr) / valid
-    assert m["explained_variance"] == pytest.approx(1 - np.nansum(rows["error"]) / valid / variance)
+    assert m["explained_variance"] == pytest.approx(1 - np.nansum(encoded.error) / valid / variance)
     assert m["l0"] == pytest.approx(codes.nnz / valid) and 1 < m["l0"] < 40
     assert m["dead_fraction"] == (rate == 0).mean() > 0 and m["dense_fraction"] == (rate > 0.1).mean() > 0
-    live, _ = run.live_latents
+    live = run.live.mask
     assert m["live_fraction"] == live.mean() and not live[:2].any()
     assert m["single_token_fraction"] == single_token_fraction(E, run, live)
     assert m["bigram_explained_variance"] == pytest.approx(1 - bigram_error(E, store) / variance)
@@ -469,7 +472,7 @@ def test_core_agrees_with_its_parts(E, model, spoken):
     tokens = UNEVEN[24::2] - 2
     increase = (result.per_sequence["loss_increase_nats"] * tokens).sum() / tokens.sum()
     assert increase == pytest.approx(m["loss_increase_nats"])
-    first = [np.nanmean(rows["error"][i]) / variance for i in range(0, 32, 2)]
+    first = [np.nanmean(encoded.error[i]) / variance for i in range(0, 32, 2)]
     assert result.per_sequence["fvu"] == pytest.approx(first)
 
 
@@ -479,7 +482,7 @@ def test_what_stands_in_the_padding_changes_no_figure(E, model, spoken):
         store = spoken(UNEVEN, filler)
         padding = torch.from_numpy(np.arange(CONTEXT) >= UNEVEN[:, None])
         if filler:
-            store.maps[0][padding] = 1e3
+            store.shard_tensors[0][padding] = 1e3
             store.windows.tokens[padding.numpy()] = filler
         results.append(E.eval_core(run_of(E, store, noisy(E), model, (5, 3))))
     a, b = results
@@ -509,11 +512,12 @@ def test_controls_are_computed_once(E, model, spoken, capsys):
     store, sae = spoken(), identity(E)
     first = E.controls(run_of(E, store, sae, model))
     assert "computing" in capsys.readouterr().out
-    run = E.Run(sae, store, lambda: pytest.fail("the model is asked for again"), 0, (1, 1), {})
+    run = run_of(E, store, sae)
+    run.get_model = lambda: pytest.fail("the model is asked for again")
     assert E.controls(run) == first
     assert "computing" not in capsys.readouterr().out
     wider = E.SAE(D_IN, 48, 4)
-    assert E.controls(run_of(E, store, wider, model))["metrics"]["ce_model"] == first["metrics"]["ce_model"]
+    assert E.controls(run_of(E, store, wider, model)).metrics["ce_model"] == first.metrics["ce_model"]
     assert "computing" in capsys.readouterr().out
 
 
@@ -526,4 +530,4 @@ def test_controls_leave_the_run_as_it_was(E, model, spoken):
     torch.manual_seed(0)
     untrained = E.TopK(D_IN, 64, 4).eval()
     wanted = E.explained_by(untrained, store, E.variance_by_position(store)[1])
-    assert found["metrics"]["untrained_explained_variance"] == pytest.approx(wanted)
+    assert found.metrics["untrained_explained_variance"] == pytest.approx(wanted)

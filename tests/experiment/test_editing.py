@@ -1,5 +1,6 @@
 """A model under edits of its residual stream: forward passes, generations, losses."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from data.tasks import Clozes
+from records import run_of
 from small_saes import batch_of, close
 from tiny_models import CONTEXT, FAMILIES, separable, two_kinds, VOCABULARY, WIDTH
 
@@ -18,7 +20,7 @@ class Blocks:
         torch.manual_seed(0)
         store.mean, store.scale = 0.3 * torch.randn(WIDTH), 1.7
         sae = opened_wide(E)
-        self.E, self.model, self.run = E, model, E.Run(sae, store, lambda: model, layer, (1, 1), {})
+        self.E, self.model, self.run = E, model, run_of(E, sae, store, model, layer)
         self.edit = lambda batch: 0.5 * sae.decode(sae.encode(batch)).detach()
 
     def wanted(self, tokens, edit=None):
@@ -36,7 +38,7 @@ class Blocks:
 def opened_wide(E):
     torch.manual_seed(3)
     sae = E.TemporalContext(WIDTH, 64, 4).eval().requires_grad_(False)
-    E.anneal(sae, sae.curriculum[0], 0.0)
+    E.anneal(sae, E.curriculum_of(E.TemporalContext)[0], 0.0)
     sae.gate.normal_()
     sae.W_q.mul_(4.0)
     return sae
@@ -132,13 +134,13 @@ def test_the_first_token_alone_for_a_temporal_variant(blocks):
 def test_padded_prompts_end_as_unpadded_ones(E, blocks):
     """An edit that looks at the whole row: with the mask it sees the tokens and not the padding."""
     def edit(batch):
-        mean = E.valid(batch, batch.x).sum(1, keepdim=True)
+        mean = E.zero_padding(batch, batch.x).sum(1, keepdim=True)
         count = batch.x.shape[1] if batch.mask is None else batch.mask.sum(1)[:, None, None]
         return 0.5 * (mean / count).expand_as(batch.x) + blocks.edit(batch)
 
     tokens, lengths = some_tokens(), torch.tensor([14, 5, 9])
     mask = torch.arange(14) < lengths[:, None]
-    with E.editing(blocks.run, edit, mask) as model, torch.no_grad():
+    with E.editing(blocks.run, edit, mask=mask) as model, torch.no_grad():
         got = model(input_ids=tokens.masked_fill(~mask, 0), attention_mask=mask.long(), use_cache=False).logits
     for row, n in enumerate(lengths.tolist()):
         close(got[row, n - 1], blocks.wanted(tokens[row:row + 1, :n], edit)[0, -1], 1e-4)
@@ -178,8 +180,9 @@ def plain_losses(model, tokens, length):
     return F.cross_entropy(logits[1:-1], torch.tensor(tokens[2:length], dtype=torch.long), reduction="none")
 
 
-def test_behind_puts_other_text_after_the_first_token(E, store):
+def test_context_is_put_after_the_first_token(E, make_store):
     ids, others = np.array([3, 5]), np.array([10, 20])
+    store = make_store(torch.randn(24, 9, 2), 12, np.random.default_rng(0).integers(1, 50, (24, 9)))
     tokens = store.windows.tokens
     for n in (0, 2, 4):
         got = E.prepend_context(store.windows, ids, others, n)
@@ -190,15 +193,16 @@ def test_behind_puts_other_text_after_the_first_token(E, store):
 def padded_loss(E, run, tokens, n, edit):
     """Mean loss of the last n of tokens under an edit."""
     tokens = tokens.numpy()
-    return E.last_loss(E.edited_logits(run, edit, tokens, np.ones(tokens.shape, bool)), tokens, n)
+    return E.mean_loss_of_last(E.edited_logits(run, edit, tokens, np.ones(tokens.shape, bool)), tokens, n)
 
 
 def scores(E, run, ids, clozes, edit=lambda batch: torch.zeros_like(batch.x)):
     """Loss of each window, and whether each cloze is answered rightly, under an edit."""
-    return clozes.scores(E.spliced(run, ids, lambda batch: run.store.unscaled(batch.x + edit(batch))))
+    found = E.edited_scores(run, SimpleNamespace(clozes=clozes), edit, ids)
+    return np.array(found["losses"]), np.array(found["right"])
 
 
-def no_clozes(E):
+def no_clozes():
     return Clozes(*np.zeros((2, 0), int), np.zeros((0, 4), int))
 
 
@@ -233,13 +237,13 @@ def test_scores_without_an_edit_are_the_models_own(E, spoken, models, family):
         logits = models[family](input_ids=torch.tensor(tokens[w:w + 1, :p + 1])).logits[0, -1]
         answers.append(logits[choice].argmax().item() == 0)
     assert right.tolist() == answers and 0 < sum(answers) < 60
-    assert len(scores(E, run, ids, no_clozes(E))[1]) == 0       # nothing was asked
+    assert len(scores(E, run, ids, no_clozes())[1]) == 0       # nothing was asked
 
 
 def test_scores_under_an_edit_are_those_of_the_edited_model(E, spoken):
     run, _, _, ids, _ = separable(spoken, layer=1)
     edit = lambda batch: 0.5 * run.sae.decode(run.sae.encode(batch))
-    loss, own = scores(E, run, ids, no_clozes(E), edit)[0], scores(E, run, ids, no_clozes(E))[0]
+    loss, own = scores(E, run, ids, no_clozes(), edit)[0], scores(E, run, ids, no_clozes())[0]
     for i, got in zip(ids, loss):
         with torch.no_grad():
             assert padded_loss(E, run, run.store.tokens([i]), CONTEXT - 2, edit) == pytest.approx(got, rel=1e-4)

@@ -3,10 +3,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy.sparse import csc_array
-
 from data.code_labels import LABELS
 from data.windows import Windows
+import records
 from runtime.results import jsonable
 
 CONTEXT, N_TRAIN, N_FILES, PER_FILE = 21, 4, 24, 4
@@ -28,9 +27,8 @@ def windows(E):
 
 
 def run_of(E, tmp_path, windows, z):
-    run = E.Run(SimpleNamespace(d_sae=z.shape[1]), SimpleNamespace(windows=windows, folder=tmp_path), None, 0, (1, 1), {})
-    run.heldout = csc_array(z), {}, 0.0
-    return run
+    store = SimpleNamespace(windows=windows, folder=tmp_path)
+    return records.with_codes(E, records.run_of(E, None, store), z)
 
 
 def test_a_planted_latent_is_found(E, monkeypatch, tmp_path, windows):
@@ -70,15 +68,15 @@ def test_folds(E, windows):
     tasks = E.probe_tasks(windows, 3)
     assert list(tasks) == [*LABELS, "domain", "document"]
     docs = windows.doc_ids[N_TRAIN:]
-    for name, (places, fold, of) in tasks.items():
-        assert len(places) == len(fold) == len(of)
+    for name, (places, fold, labels) in tasks.items():
+        assert len(places) == len(fold) == len(labels)
         unit = places // SEQ if name == "document" else docs[places // SEQ]
         assert not set(unit[fold]) & set(unit[~fold]), name
         if name != "document":
             assert (np.diff(places) == 3).all()
-    places, fold, of = tasks["document"]
-    assert len(places) == 20 * PER_FILE * SEQ and (docs[places // SEQ] - N_TRAIN == of).all()
-    assert all((fold[of == i]).sum() == 2 * SEQ for i in range(20))
+    places, fold, labels = tasks["document"]
+    assert len(places) == 20 * PER_FILE * SEQ and (docs[places // SEQ] - N_TRAIN == labels).all()
+    assert all((fold[labels == i]).sum() == 2 * SEQ for i in range(20))
 
 
 def test_padding_and_unknown_labels_are_no_places(E, windows):
@@ -86,8 +84,9 @@ def test_padding_and_unknown_labels_are_no_places(E, windows):
     lengths[N_TRAIN] = 8                        # 13 tokens of the first held-out window are padding
     labels[1, :, 2] = -1                        # the second is not Python
     tasks = E.probe_tasks(windows._replace(lengths=lengths, labels=labels), 1)
-    assert tasks["class"][0].tolist() == [*range(7), *range(2 * SEQ, TOKENS)]
-    assert tasks["document"][0].min() == 0 and not set(range(7, SEQ)) & set(tasks["document"][0])
+    assert tasks["class"].places.tolist() == [*range(7), *range(2 * SEQ, TOKENS)]
+    places = tasks["document"].places
+    assert places.min() == 0 and not set(range(7, SEQ)) & set(places)
     only = windows._replace(labels=None)
     assert list(E.probe_tasks(only, 1)) == ["domain", "document"]
 

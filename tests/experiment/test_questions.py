@@ -8,6 +8,7 @@ import torch
 
 from data.tasks import encoded_questions
 from data.windows import first_token
+from records import run_of
 
 
 class Answers(torch.nn.Module):
@@ -50,11 +51,16 @@ QUESTIONS = [{"question": "Which?", "choices": ["first", "the right one", "third
              {"question": "Which at last?", "choices": ["no", "nor this", "neither", "but right"], "answer": 3}]
 
 
-@pytest.fixture
-def asked(tmp_path):
-    path = tmp_path / "questions.jsonl"
+def questions_file(folder):
+    """Returns the name of a data set of QUESTIONS, a file in a folder."""
+    path = folder / "questions.jsonl"
     path.write_text("\n".join(map(json.dumps, QUESTIONS)))
     return str(path)
+
+
+@pytest.fixture
+def asked(tmp_path):
+    return questions_file(tmp_path)
 
 
 def test_a_question_counts_when_all_orders_are_right(E, make_store, asked, monkeypatch):
@@ -69,15 +75,11 @@ def test_a_question_counts_when_all_orders_are_right(E, make_store, asked, monke
     monkeypatch.setattr(E, "encoded_questions", padded)
     store = make_store(torch.randn(6, 9, 8), 4)
     model = Answers(E.load_tokenizer(), 8)
-    run = E.Run(None, store, lambda: model, 0, (1, 1), {})
-
-    def right_answers(edit):
-        return E.right_answers(asked, E.load_tokenizer(), lambda *of: E.edited_logits(run, edit, *of))
-
+    run = run_of(E, None, store, model)
     with torch.no_grad():
-        assert right_answers(lambda batch: torch.zeros_like(batch.x)).mean() == 0.5
+        assert E.right_answers(run, asked, lambda batch: torch.zeros_like(batch.x)).mean() == 0.5
         assert model.asked == 4 * 24
-        assert not right_answers(lambda batch: torch.ones_like(batch.x)).any()
+        assert not E.right_answers(run, asked, lambda batch: torch.ones_like(batch.x)).any()
 
 
 def test_encoded_questions(E, asked):

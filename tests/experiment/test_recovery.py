@@ -1,4 +1,6 @@
 """Known truths: a perfect dictionary scores 1, others what they must."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -16,10 +18,14 @@ def codes(truth, values):
     return [values[part] for part in truth.parts()[1:]]
 
 
-def test_a_perfect_dictionary_scores_1_and_a_random_one_its_null(E, truth):
-    scores = E.recovery_scores(truth, *codes(truth, np.concatenate([truth.amounts, truth.composed()], 1)), truth.directions)
+def test_a_perfect_dictionary_scores_1(E, truth):
+    values = np.concatenate([truth.amounts, truth.composed()], 1)
+    scores = E.recovery_scores(truth, *codes(truth, values), truth.directions)
     assert all(value == pytest.approx(1, abs=1e-6) for value in scores.values())
-    found = E.recovery_baselines(truth, 8, 384)
+
+
+def test_baselines_find_no_compositions_and_a_random_dictionary_scores_its_null(E):
+    found = E.compute_recovery_baselines(make_synthetic("boolean", 1.0, 33, 2 ** 12))
     assert 0.25 < found["random"]["cosine_primitives"] < 0.33 and 0.25 < found["random"]["cosine_compositions"] < 0.33
     for name in ("pca", "nmf", "random"):
         assert found[name]["auroc_seen"] < 0.85 and found[name]["cosine_compositions"] < 0.4
@@ -54,3 +60,18 @@ def test_auroc_by_hand(E):
     positive = np.array([False, True, True, False, False])
     assert E.aurocs(values, positive).tolist() == [1.0, pytest.approx(2 / 6)]
     assert roc_auc_score(positive, values[:, 1]) == pytest.approx(2 / 6)        # as the library has it
+
+
+def test_keep_largest_and_signed_parts_by_hand(E):
+    values = np.array([[3.0, 0, 1, 2], [0, 0, 5, 0]])
+    assert E.keep_largest(values, 2).tolist() == [[3, 0, 0, 2], [0, 0, 5, 0]]
+    assert E.signed_parts(np.array([[1.0, -2]])).tolist() == [[1, 0, 0, 2]]
+
+
+def test_baselines_are_kept_by_task_rho_and_size(E, truth, tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(E, "compute_recovery_baselines", lambda truth: computed.append(truth.rho) or {"rho": truth.rho})
+    store = SimpleNamespace(folder=tmp_path)
+    for task, rho in (("boolean", 1.0), ("boolean", 0.5), ("grammar", 1.0), ("boolean", 1.0)):
+        assert E.recovery_baselines(truth._replace(rho=rho), store, task) == {"rho": rho}
+    assert computed == [1.0, 0.5, 1.0]

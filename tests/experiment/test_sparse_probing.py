@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from copies import load_module
 from data.tasks import probing_examples, probing_windows
 from data.windows import first_token, Windows
+from records import run_of
 from test_probes import CONTEXT
 
 saebench = load_module("bench/saebench.py")
@@ -48,8 +49,9 @@ def test_sparse_accuracies_against_a_loop(E, form):
     windows, features = texts_of(E), planted_features()
     features[:, [7, 11, 30]] += 2 * np.random.default_rng(2).random((240, PLANTED))         # not too easy
     labels, rng, wanted = np.arange(240) % PLANTED, np.random.default_rng(42), []
+    parts = np.arange(240) < 160, np.arange(240) >= 160
     for c in range(PLANTED):
-        fit, y, test, truth = E.binary_task(labels, np.arange(240) < 160, c, rng)
+        (fit, y), (test, truth) = (E.balanced_binary_task(labels, part, c, rng) for part in parts)
         assert fit.max() < 160 <= test.min()
         gap = [abs(np.mean([features[i, j] for i, of in zip(fit, y) if of])
                    - np.mean([features[i, j] for i, of in zip(fit, y) if not of])) for j in range(40)]
@@ -130,7 +132,7 @@ def test_probing_activations_are_scaled_as_those_of_training(E, make_store, clas
         return table[tokens % 5000]
 
     monkeypatch.setattr(E, "residual_after", residual_after)
-    run = E.Run(None, like, lambda: "the model", 3, (1, 1), {})
+    run = run_of(E, None, like, "the model", layer=3)
     store = E.probing_store(run, classified)
     assert set(asked) == {("the model", 3)} and store.folder.parent == like.folder.parent != store.folder
     assert torch.equal(store.mean, like.mean) and store.scale == like.scale
@@ -143,7 +145,7 @@ def test_probing_activations_are_scaled_as_those_of_training(E, make_store, clas
 
 def test_sparse_probing_as_a_whole(E, make_store, monkeypatch):
     """Latents that know a class each, behind channels that mix them; two data sets, the second without a class to find."""
-    for name, value in dict(PROBING=("known", "unknown"), PROBED=(1, 2, 4), TARGET_L0=3).items():
+    for name, value in dict(PROBING=("known", "unknown"), PROBED_COUNTS=(1, 2, 4), TARGET_L0=3).items():
         monkeypatch.setattr(E, name, value)
     torch.manual_seed(0)
     sae, stores = E.TopK(8, 12, 3).eval().requires_grad_(False), {}
@@ -155,8 +157,13 @@ def test_sparse_probing_as_a_whole(E, make_store, monkeypatch):
         stores[name] = make_store(x, 160, like.tokens, name=name)
         stores[name].mean, stores[name].scale = torch.zeros(8), 1.0
         stores[name].windows = like
-    run = E.Run(sae, None, None, 0, (1, 1), {}, lambda run, dataset: stores[dataset])
+    monkeypatch.setattr(E, "probing_store", lambda run, dataset: stores[dataset])
+    made, cached_json = [], E.cached_json  # of each data set, whether its baselines are made
+    monkeypatch.setattr(E, "cached_json", lambda path, compute: (
+        made.append(not path.exists()) or cached_json(path, compute)))
+    run = run_of(E, sae, None)
     result = E.Result(**E.run_evaluation(E.eval_sparse_probing, run))
+    assert made == [True, True]
     m, c = result.metrics, result.curves["sparse_probing"]
     names = ("channels", "untrained", "tokens", "sae")
     kinds = ("top_1", "top_2", "top_4", "all")
@@ -166,33 +173,33 @@ def test_sparse_probing_as_a_whole(E, make_store, monkeypatch):
     assert m["sae_top_1"] == pytest.approx((1 + 0.5) / 2, abs=0.06)
     assert m["tokens_top_1"] == pytest.approx(0.5, abs=0.1)
     assert m["channels_top_1"] < m["sae_top_1"] and json.dumps(result._asdict(), allow_nan=False)
-    baselines = E.probing_baselines
-    with monkeypatch.context() as patch:                                # they are kept beside the activations,
-        patch.setattr(E, "probing_baselines", lambda *of: pytest.fail("computed again"))
-        assert E.eval_sparse_probing(run).metrics == m
-    for name, value in (("PROBED", (1, 2, 8)), ("TARGET_L0", 2)):       # but not for other settings
-        asked = []
+    made.clear()                                                        # they are kept beside the activations,
+    assert E.eval_sparse_probing(run).metrics == m and made == [False, False]
+    monkeypatch.setattr(E, "PROBING", ("known",))
+    for name, value in (("PROBED_COUNTS", (1, 8)), ("TARGET_L0", 2)):       # but not for other settings
+        made.clear()
         with monkeypatch.context() as patch:
             patch.setattr(E, name, value)
-            patch.setattr(E, "probing_baselines", lambda *of: asked.append(of) or baselines(*of))
-            kinds = *(f"top_{k}" for k in E.PROBED), "all"
+            kinds = *(f"top_{k}" for k in E.PROBED_COUNTS), "all"
             assert set(E.eval_sparse_probing(run).metrics) == {f"{n}_{kind}" for n in names for kind in kinds}
-        assert len(asked) == 2, name
+        assert made == [True], name
 
 
 def test_a_class_against_the_rest(E):
     labels, train = np.repeat(np.arange(4), 50), np.tile(np.arange(50) < 40, 4)
     seen = []
     for seed in range(2):
-        fit, y_fit, test, y_test = E.binary_task(labels, train, 2, np.random.default_rng(seed))
-        for index, y, of, n in ((fit, y_fit, train, 40), (test, y_test, ~train, 10)):
-            assert of[index].all() and len(set(index)) == len(index) == 2 * n and y.sum() == n
+        rng, found = np.random.default_rng(seed), []
+        for part, n in ((train, 40), (~train, 10)):
+            index, y = E.balanced_binary_task(labels, part, 2, rng)
+            found.append(index)
+            assert part[index].all() and len(set(index)) == len(index) == 2 * n and y.sum() == n
             assert ((labels[index] == 2) == (y == 1)).all()
             counts = np.bincount(labels[index][y == 0], minlength=4)
             assert counts[2] == 0 and sorted(counts)[1] >= n // 3 - 1 and counts.max() <= -(-n // 3)
-        seen.append(fit)
+        seen.append(found[0])
     assert not np.array_equal(*seen)
-    fit, y, _, _ = E.binary_task(labels % 2, train, 1, np.random.default_rng(0))
+    fit, y = E.balanced_binary_task(labels % 2, train, 1, np.random.default_rng(0))
     assert len(fit) == 160 and y.sum() == 80
 
 
@@ -203,7 +210,7 @@ METRICS = {f"{side}_{kind}test_accuracy" for side in ("llm", "sae") for kind in 
 @pytest.fixture
 def content():
     found = {"channels": [0.6, 0.7, 0.9], "sae": [0.7, 0.8, 0.95], "tokens": [0.5, 0.5, 0.6], "untrained": [0.5, 0.6, 0.7]}
-    info = {"core": {"means": {}, "config": {"PROBING": ["embedded", "fancyzhx/ag_news"], "PROBING_SIZE": [1000, 250],
+    info = {"training": {"means": {}, "config": {"PROBING": ["embedded", "fancyzhx/ag_news"], "PROBING_SIZE": [1000, 250],
                                              "CONTEXT_LENGTH": 128, "MODEL_NAME": "embedded/model"}},
             "sparse_probing": {"means": {}, "curves": [{"sparse_probing": {
                 **found, "k": [1, 2], "data_sets": [found, {name: [0.5] * 3 for name in found}]}}]}}

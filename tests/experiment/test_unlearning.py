@@ -1,4 +1,5 @@
 """The unlearning evaluation: the plan of windows, the matcher's detection, the frontier."""
+import json
 import math
 from types import SimpleNamespace
 
@@ -8,8 +9,10 @@ import torch
 import transformers
 from scipy.sparse import csr_array
 
+from data.tasks import unlearning_plan, UnlearningPlan
 from data.windows import Windows
 from runtime.errors import RunnerError
+from test_questions import questions_file
 from tiny_models import CONTEXT, separable, SIZES, two_kinds
 
 # ---- The plan: which windows ----
@@ -43,7 +46,7 @@ NAMES, GROUPS = ["a", "b", "c", "d", "e", "f", "g"], ("forget", "neighbours", "r
 def test_groups_of_windows(E, n_names, forget, near):
     """Neighbours are the domains that share words, half of the others at most and three; with two domains none."""
     windows = plan_of_domains(E, NAMES[:n_names])
-    plan = E.unlearning_plan(windows, forget, PARTS, (1_000, 1_000))
+    plan = unlearning_plan(windows, forget, PARTS, (1_000, 1_000))
     for every, ids, group in ((np.arange(windows.n_train), plan.dev, plan.dev_group),
                               (windows.heldout(), plan.test, plan.group)):
         assert ids.tolist() == every.tolist()                           # there are fewer than `most`
@@ -56,20 +59,20 @@ def test_groups_of_windows(E, n_names, forget, near):
 
 def test_windows_are_spread_over_the_files(E):
     windows = plan_of_domains(E, NAMES[:5])
-    plan = E.unlearning_plan(windows, "b", PARTS, (10, 3))
+    plan = unlearning_plan(windows, "b", PARTS, (10, 3))
     for ids, group, n, files in ((plan.dev, plan.dev_group, 10, 10), (plan.test, plan.group, 3, 3)):
         assert [(group == g).sum() for g in GROUPS] == [n] * 3 and (np.diff(ids) > 0).all()
         docs = windows.doc_ids[ids]
         assert len(set(docs[group == "forget"])) == files               # one window of each file
         assert all(len(set(docs[group == g])) == n for g in GROUPS[1:])         # of 20 and 6
     assert plan.dev.max() < windows.n_train <= plan.test.min()
-    again = E.unlearning_plan(windows, "b", PARTS, (10, 3))
+    again = unlearning_plan(windows, "b", PARTS, (10, 3))
     assert all(np.array_equal(a, b) for a, b in zip(plan[:4], again[:4]))
 
 
 def test_clozes_of_the_chosen_windows_alone(E):
     windows = plan_of_domains(E, NAMES[:5])
-    plan = E.unlearning_plan(windows, "b", PARTS, (10, 3))
+    plan = unlearning_plan(windows, "b", PARTS, (10, 3))
     clozes = plan.clozes
     assert set(clozes.window) <= set(plan.test)
     assert (clozes.options[:, 0] == windows.tokens[clozes.window, clozes.position + 1]).all()
@@ -80,15 +83,24 @@ def test_clozes_of_the_chosen_windows_alone(E):
 def test_what_a_plan_sums_up(E):
     """Means by group, of windows and of clozes; by document in the sample's order; full windows; halves of the files."""
     windows = plan_of_domains(E, NAMES[:5], windows_of_each=3)
-    plan = E.unlearning_plan(windows, "b", PARTS)
+    plan = unlearning_plan(windows, "b", PARTS)
     rng = np.random.default_rng(0)
     losses, right = rng.random(len(plan.test)), rng.random(len(plan.clozes.window)) < 0.5
-    found = plan.means(losses, right)
+    found = E.group_means(plan, losses, right)
+    before = rng.random(len(right)) < 0.5
+    tested = E.group_means(plan, None, right, before)
+    assert set(tested) == {f"cloze_{g}{end}" for g in GROUPS for end in ("", "_p")}
+    run = SimpleNamespace(store=SimpleNamespace(windows=windows))
+    by_document = E.group_losses(run, plan, losses, "standard")
+    assert set(by_document) == {f"standard_{g}" for g in GROUPS}
     assert set(found) == {*GROUPS, *(f"cloze_{g}" for g in GROUPS)}
     for g in GROUPS:
         assert found[g] == pytest.approx(np.mean([v for v, of in zip(losses, plan.group) if of == g]))
         assert found[f"cloze_{g}"] == pytest.approx(np.mean([v for v, of in zip(right, plan.cloze_group) if of == g]))
-        files = plan.by_document(windows, losses)[g]
+        here = plan.cloze_group == g
+        assert tested[f"cloze_{g}"] == found[f"cloze_{g}"]
+        assert tested[f"cloze_{g}_p"] == E.mcnemar(right[here], before[here])
+        files = by_document[f"standard_{g}"]
         for file, value in zip(windows.doc_ids[windows.sample()], files):
             members = [v for v, of, i in zip(losses, plan.group, plan.test) if of == g and windows.doc_ids[i] == file]
             assert value == pytest.approx(np.mean(members)) if members else np.isnan(value)
@@ -107,10 +119,15 @@ def test_what_a_plan_sums_up(E):
 
 def test_what_is_kept_of_a_plan_is_of_its_groups(E, tmp_path):
     groups, ids = np.array(["forget", "retain"] * 2), np.arange(4)
-    plan = E.UnlearningPlan(ids, groups, ids, groups, SimpleNamespace(options=ids), groups[:1], tmp_path)
-    assert plan.kept("own", lambda: 1) == plan.kept("own", lambda: 2) == 1
-    assert plan._replace(dev_group=groups[::-1]).kept("own", lambda: 2) == 2
-    assert plan._replace(folder=None).kept("own", lambda: 3) == 3
+    plan = UnlearningPlan(ids, groups, ids, groups, SimpleNamespace(options=ids), groups[:1])
+    run = SimpleNamespace(store=SimpleNamespace(folder=tmp_path))
+
+    def cached(plan, what, value):
+        return E.cached_for_plan(run, plan, what, lambda: value)
+
+    assert cached(plan, "own", 1) == cached(plan, "own", 2) == 1
+    assert cached(plan._replace(dev_group=groups[::-1]), "own", 2) == 2
+    assert cached(plan, "other", 3) == 3
 
 
 def test_domains_that_cannot_be_forgotten(E):
@@ -119,7 +136,7 @@ def test_domains_that_cannot_be_forgotten(E):
 
     def fails(windows, *parts):
         with pytest.raises(RunnerError) as caught:
-            E.unlearning_plan(windows, "b", PARTS)
+            unlearning_plan(windows, "b", PARTS)
         assert all(part in str(caught.value) for part in parts), str(caught.value)
 
     train = windows.doc_ids[:windows.n_train].max() + 1
@@ -131,13 +148,19 @@ def test_domains_that_cannot_be_forgotten(E):
     fails(windows._replace(domains=["a" if d == "b" else "c" for d in windows.domains][:len(domains)]), "'b'")
 
 
-def test_bag_auroc_of_planted_text(E):
+def test_bag_auroc_of_planted_text(E, settings, tmp_path):
     """Different words: 1; the same words: chance; one word in five of its own: .2 + .8 / 2; of four words at least
     one is with a chance of 1 - .8^4. Padding does not count."""
     rng, n, n_train = np.random.default_rng(0), 600, 300
     forget, ids = np.arange(n) % 2 == 0, np.arange(n)
     group = np.where(forget, "forget", "retain")
-    plan = E.UnlearningPlan(ids[:n_train], group[:n_train], ids[n_train:], group[n_train:], None, None)
+    plan = UnlearningPlan(ids[:n_train], group[:n_train], ids[n_train:], group[n_train:],
+                          SimpleNamespace(options=ids), None)
+
+    def bag_auroc(windows, last):
+        settings(MATCHER_WINDOW=last)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))  # of activations: nothing is cached
+        return E.bag_auroc(SimpleNamespace(store=SimpleNamespace(windows=windows, folder=folder)), plan)
 
     def windows(own, lengths=None):
         """One in `own` of FORGET's tokens is from 40 on, all others are from 1 to 39."""
@@ -146,21 +169,20 @@ def test_bag_auroc_of_planted_text(E):
         lengths = np.full(n, CONTEXT) if lengths is None else lengths
         return Windows(tokens.astype(np.int32), lengths, np.arange(n), n_train, [""] * n, [""] * n)
 
-    assert E.bag_auroc(windows(1.0), plan, 4) > 0.999
-    assert 0.44 < E.bag_auroc(windows(0.0), plan, 4) < 0.56
+    assert bag_auroc(windows(1.0), 4) > 0.999
+    assert 0.44 < bag_auroc(windows(0.0), 4) < 0.56
     some = windows(0.2)
-    one, four = (E.bag_auroc(some, plan, last) for last in (1, 4))
+    one, four = (bag_auroc(some, last) for last in (1, 4))
     assert one == pytest.approx(0.6, abs=0.04) and four == pytest.approx(1 - 0.8 ** 4 / 2, abs=0.04)
     lengths = np.where(np.arange(n) % 3 == 0, 20, CONTEXT)
     padded = some._replace(lengths=lengths)
     rubbish = np.where(np.arange(CONTEXT) < lengths[:, None], some.tokens, 5).astype(np.int32)
-    assert E.bag_auroc(padded, plan, 4) == pytest.approx(
-        E.bag_auroc(padded._replace(tokens=rubbish), plan, 4), abs=1e-9)
+    assert bag_auroc(padded, 4) == pytest.approx(bag_auroc(padded._replace(tokens=rubbish), 4), abs=1e-9)
 
 
 # ---- An Unlearner as a whole, and detection ----
 @pytest.fixture
-def small(settings):  # noqa: F811
+def small(settings):
     settings(CLAMPED=6, MATCHED=24, FORGET="secret")
 
 
@@ -168,7 +190,7 @@ def unlearner_of(E, run, ids, forget):
     torch.manual_seed(0)
     group = np.where(forget, "forget", "retain")
     with torch.no_grad():
-        return E.Unlearner(run, E.UnlearningPlan(ids, group, None, None, None, None))
+        return E.Unlearner(run, UnlearningPlan(ids, group, None, None, None, None))
 
 
 def detection(unlearner, store, ids, forget):
@@ -181,7 +203,7 @@ def test_what_an_unlearner_selects(E, spoken, small):
     unlearner, batch = unlearner_of(E, run, ids, forget), run.store.batch(ids)
     z = run.sae.encode(batch).dense().flatten(0, 1)
     of_token = np.repeat(forget, CONTEXT - 1)
-    ranked = E.ranked_latents(csr_array(z.numpy()), of_token, E.SELECTION, E.RETAIN_FREQUENCY, 6)[0]
+    ranked = E.ranked_latents(csr_array(z.numpy()), of_token, E.RETAIN_FREQUENCY)[0]
     assert unlearner.clamped["forget"].tolist() == ranked[:6].tolist()
     assert not set(unlearner.clamped["random_latents"]) & set(ranked[:6].tolist())
     for latent in range(64):
@@ -194,7 +216,7 @@ def test_what_an_unlearner_selects(E, spoken, small):
 
 
 @pytest.mark.parametrize("matcher", ["logistic", "attention"])
-def test_separable_text_is_detected(E, settings, spoken, small, matcher):  # noqa: F811
+def test_separable_text_is_detected(E, settings, spoken, small, matcher):
     settings(MATCHER=matcher)
     run, ids, forget, fresh, of_fresh = separable(spoken)
     unlearner = unlearner_of(E, run, ids, forget)
@@ -250,7 +272,7 @@ def test_padding_is_no_evidence(E, spoken, small):
         assert found[1][name] == pytest.approx(value, abs=1e-5), name
 
 
-def test_padding_has_no_say_in_the_selection(E, settings, spoken, small):  # noqa: F811
+def test_padding_has_no_say_in_the_selection(E, settings, spoken, small):
     """Frequencies are those of the tokens that count; the limit is one that half of the latents keep."""
     n, lengths = 64, np.where(np.arange(64) % 2 == 0, 20, CONTEXT)
     forget = np.arange(n) // 4 % 2 == 0
@@ -259,25 +281,25 @@ def test_padding_has_no_say_in_the_selection(E, settings, spoken, small):  # noq
     z, of_token = run.sae.encode(run.store.batch(np.arange(n))).dense()[keep].numpy(), forget.repeat(keep.sum(1))
     limit = np.median((z[~of_token] > 0).mean(0))
     settings(SELECTION="frequency", RETAIN_FREQUENCY=limit)
-    wanted = E.ranked_latents(csr_array(z), of_token, E.SELECTION, E.RETAIN_FREQUENCY, 6)[0][:6]
+    wanted = E.ranked_latents(csr_array(z), of_token, E.RETAIN_FREQUENCY)[0][:6]
     assert ((z[~of_token] > 0).mean(0)[wanted] < limit).all()
     assert set(unlearner_of(E, run, np.arange(n), forget).clamped["forget"]) == set(wanted)
 
 
 # ---- The evaluation ----
-def test_the_strength_that_forgets_enough(E):
-    strength_for = lambda forgets, **others: E.strength_for(forgets, 0.4, **others)
+def test_the_strength_that_forgets_enough(E, settings):
+    settings(FORGET_NATS=0.4)
     for slope in (0.0025, 0.04, 0.1, 3.0):
         calls = []
-        found = strength_for(lambda s: calls.append(s) or slope * s)
+        found = E.strength_for(lambda s: calls.append(s) or slope * s)
         assert 0.4 / slope <= found <= 1.1 * 0.4 / slope and len(calls) <= 10
-    assert 7 <= strength_for(lambda s: float(s >= 7)) <= 7.7
-    assert strength_for(lambda s: 0.39) == 256 == strength_for(lambda s: math.nan)
-    assert strength_for(lambda s: 1.0) <= 1.1 / 16
-    assert strength_for(lambda s: s, low=0.01, high=0.3) == 0.3
+    assert 7 <= E.strength_for(lambda s: float(s >= 7)) <= 7.7
+    assert E.strength_for(lambda s: 0.39) == 256 == E.strength_for(lambda s: math.nan)
+    assert E.strength_for(lambda s: 1.0) <= 1.1 / 16
+    assert E.strength_for(lambda s: s, low=0.01, high=0.3) == 0.3
 
 
-def whole(E, spoken, settings):  # noqa: F811
+def whole(E, spoken, settings):
     """eval_unlearning's (run, settings) on text of four domains, at the size of a test."""
     n, n_train = 128, 64
     rng, domain = np.random.default_rng(0), np.arange(n) // 2 % 4
@@ -287,13 +309,13 @@ def whole(E, spoken, settings):  # noqa: F811
     return spoken(tokens, n_train, [str(i % 4) for i in range(n // 2)], layer=0)
 
 
-STRATEGIES = "standard", "pattern", "hybrid", "pattern_0.05", "hybrid_0.05", "pattern_0.2", "hybrid_0.2"
+STRATEGIES = "standard", "pattern", "hybrid", "pattern_0.2", "hybrid_0.2"
 NAMES_OF_EDITS = *STRATEGIES, "random_latents", "random_directions", "projection"
 
 
-def test_the_evaluation_end_to_end(E, spoken, settings, monkeypatch):  # noqa: F811
+def test_the_evaluation_end_to_end(E, spoken, settings, monkeypatch):
     run = whole(E, spoken, settings)
-    settings(FORGETTING=0.02)                           # a random model has little to forget
+    settings(FORGET_NATS=0.02, FALSE_POSITIVES=(0.01, 0.2))     # a random model has little to forget
     result = E.Result(**E.run_evaluation(E.eval_unlearning, run))
     m, frontier = result.metrics, result.curves["frontier"]
     assert all(math.isfinite(value) for value in m.values()) and list(frontier) == list(NAMES_OF_EDITS)
@@ -321,15 +343,16 @@ def test_the_evaluation_end_to_end(E, spoken, settings, monkeypatch):  # noqa: F
     assert asked_for.count("standard") > 5
 
 
-def test_the_bag_follows_the_matchers_window(E, spoken, settings, monkeypatch):  # noqa: F811
+def test_the_bag_follows_the_matchers_window(E, spoken, settings, tmp_path):
     run, bags = whole(E, spoken, settings), {}
-    settings(FORGETTING=1e9)
-    monkeypatch.setattr(E, "strength_for", lambda *of: 1.0)
-    plan = E.unlearning_plan(run.store.windows, "0", PARTS)
+    settings(FORGET_NATS=1e9, FALSE_POSITIVES=(0.01,))
+    settings(strength_for=lambda forgets: 1.0)
+    plan = unlearning_plan(run.store.windows, "0", PARTS)
     for window in (4, 1):
         settings(MATCHER_WINDOW=window)
         bags[window] = E.eval_unlearning(run).metrics["auroc_bag_of_tokens"]
-        assert bags[window] == E.bag_auroc(run.store.windows, plan, window)
+        elsewhere = SimpleNamespace(store=SimpleNamespace(windows=run.store.windows, folder=tmp_path / str(window)))
+        assert bags[window] == E.bag_auroc(elsewhere, plan)
     assert bags[4] != bags[1]
 
 
@@ -339,38 +362,42 @@ def test_files_that_alternate_are_on_both_sides_of_the_split(E, spoken, small):
     unlearner_of(E, run, np.arange(96), forget)
 
 
-def test_more_windows_of_forget_than_elsewhere(E, spoken, settings, monkeypatch):  # noqa: F811
+def test_more_windows_of_forget_than_elsewhere(E, spoken, settings):
     run = whole(E, spoken, settings)
     run.store.windows = run.store.windows._replace(domains=["0" if i % 5 < 4 else "1" for i in range(64)])
-    monkeypatch.setattr(E, "strength_for", lambda *of: 1.0)
+    settings(FALSE_POSITIVES=(0.01,), strength_for=lambda forgets: 1.0)
     assert math.isfinite(E.eval_unlearning(run).metrics["standard_padded_32"])
 
 
-def preflight(E, settings, tmp_path, config=None, **constants):  # noqa: F811
+def preflight(E, settings, tmp_path, config=None, **constants):
     settings(**dict(SAE_VARIANT="temporal_context", EVALS=("unlearning",), CONTEXT_LENGTH=48, EXPANSION=4, TARGET_L0=4)
              | constants)
     E.preflight(config or transformers.GPTNeoXConfig(**SIZES | dict(vocab_size=4096), intermediate_size=32), tmp_path)
 
 
-def test_the_preflight_passes_with_the_other_settings(E, settings, tmp_path):  # noqa: F811
+def test_the_preflight_passes_with_the_other_settings(E, settings, tmp_path):
     preflight(E, settings, tmp_path, MATCHER="attention", SELECTION="frequency", TRAIN_ON="forget",
               BUFFER_POSITIONS="sinusoidal")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_preflight_passes_with_questions(E, settings, tmp_path, asked):  # noqa: F811
-    preflight(E, settings, tmp_path, FORGET_QUESTIONS=asked)
+def test_the_preflight_passes_with_questions(E, settings, tmp_path):
+    preflight(E, settings, tmp_path, FORGET_QUESTIONS=questions_file(tmp_path))
 
 
-def test_windows_as_long_as_the_model_takes(E, settings, tmp_path):  # noqa: F811
+def test_windows_as_long_as_the_model_takes(E, settings, tmp_path):
     config = transformers.GPT2Config(vocab_size=4096, n_embd=16, n_layer=3, n_head=2, n_positions=64)
     preflight(E, settings, tmp_path, config, CONTEXT_LENGTH=64)
 
 
-def test_another_data_set_is_read_to_be_forgotten(E, settings, tmp_path, monkeypatch):  # noqa: F811
-    from test_corpus import rows, write
-    first, second = (str(write(tmp_path / f"{name}.jsonl", [{"text": f"{name} " + row["text"]} for row in rows(400)]))
-                     for name in ("first", "second"))
+def test_another_data_set_is_read_to_be_forgotten(E, settings, tmp_path, monkeypatch):
+    def file_of(name):
+        words, path = np.random.default_rng(0).integers(0, 30, (400, 32)), tmp_path / f"{name}.jsonl"
+        texts = [f"{name} row {i}: " + " ".join(f"w{word}" for word in row) for i, row in enumerate(words)]
+        path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        return str(path)
+
+    first, second = file_of("first"), file_of("second")
     settings(DATASET=first, FORGET=second, EVALS=("unlearning",), TRAIN_TOKENS=2_000, CONTEXT_LENGTH=32, EVAL_FILES=8)
     monkeypatch.setattr(E.Store, "collect", lambda self, get_model, layer: None)
     config = transformers.GPTNeoXConfig(**SIZES, intermediate_size=32)
