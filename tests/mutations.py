@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from copies import copy_template, edit, PROJECT, results, substitute, write_text_data
+from copies import copy_template, edit, PROJECT, results, ROOMS, substitute, write_text_data
 from processes import environment, Process, run, run_in_turn, TAIL
 
 SECONDS, IMPORTS = 20, 15     # of CPU time, in which a mistake must show; and of the imports, twice what a quiet machine takes
@@ -40,7 +40,7 @@ PROBES = "def eval_probes(run):\n"
 HEADLINES = '("stability", "smoothness")'
 PADDED_WINDOWS = "(0, 0, self.before, after)"
 MASKED = "~batch.mask.flatten()[pairs.rows]"
-MAIN, CALL_OF_MAIN = "def main():\n", "    run_script(main"
+MAIN, CALL_OF_MAIN, UNCALLED = "def main():\n", "    run_script(main", "    functools.partial(main"
 ANCHORS = (REGISTRY, TABLE_OF_EVALUATIONS, TOPK, NUMPY, MATH, PROBES, HEADLINES, PADDED_WINDOWS, MASKED, MAIN, CALL_OF_MAIN)
 
 HEAD = '''class Mine({base}):
@@ -415,7 +415,7 @@ MUTATIONS = {
     def select(self, x, W_enc, batch):
         return SAE.select(self, x, W_enc, batch)
 ''', "RecursionError", line="return self.lowest_pre_act()"),
-    "a call of sys.exit": in_losses("sys.exit()", "sys.exit()", "before the results"),
+    "a call of sys.exit": in_losses("import sys\nsys.exit()", "sys.exit()", "before the results"),
     "a breakpoint": in_losses("breakpoint()", "BdbQuit"),
     "a question to the user": in_losses('name = input("name: ")', "EOFError", line="input("),
     "an error with an address and percent signs": in_losses(
@@ -424,10 +424,10 @@ MUTATIONS = {
     "a very long error": in_losses('raise ValueError("word " * 5000)', "ValueError", line="raise ValueError"),
     "a failed assertion": in_losses("assert len(batch.x) == 0", "AssertionError", line="assert len(batch.x) == 0"),
     "a full run's main left out": edited(
-        CALL_OF_MAIN, "    print(main", "without results", "run_script(main", alone=True),
+        CALL_OF_MAIN, UNCALLED, "without results", "run_script(main", alone=True),
     "a main that returns early": edited(MAIN, MAIN + "    return\n", "without results"),
     "errors caught and printed": edited(
-        CALL_OF_MAIN, "    try:\n        main(1)\n    except Exception as error:\n        print(error)\n    print(main", "without results", alone=True),
+        CALL_OF_MAIN, "    try:\n        main(1)\n    except Exception as error:\n        print(error)\n" + UNCALLED, "without results", alone=True),
     "warnings and lines on stderr": in_losses(
         'import sys, warnings\nwarnings.warn("a warning")\nprint("a line", file=sys.stderr)'),
     "a loss that breaks late": mine('''
@@ -512,8 +512,9 @@ def plot_of_a_missing_run(root):
     """plot.py with a label of a run that there is not: it says so, and draws the others."""
     folder = Path(root) / "plot"
     folder.mkdir()
-    for name in ("plot.py", "run_0"):
-        (shutil.copytree if (PROJECT / name).is_dir() else shutil.copy)(PROJECT / name, folder / name)
+    shutil.copy(PROJECT / "plot.py", folder)
+    for name in ("run_0", *ROOMS):
+        shutil.copytree(PROJECT / name, folder / name)
     path = folder / "plot.py"
     text = path.read_text()
     text, found = re.subn(r"^labels = \{", 'labels = {"run_7": "mine", ', text, flags=re.M)

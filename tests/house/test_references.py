@@ -80,7 +80,9 @@ def keys(folder):
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """(a copy of the template with rooms of its own, its keys)."""
-    folder = copy_template(tmp_path_factory.mktemp("keys") / "tree")
+    folder = tmp_path_factory.mktemp("keys") / "tree"
+    copy_template(folder, DATASET="text.txt")
+    (folder / "text.txt").write_text("text")
     for room in set(ROOMS) - {"embedded"}:
         own = {path.name: path.read_text() for path in (PROJECT / room).glob("*.*") if path.is_file()}
         (folder / room).unlink()

@@ -50,7 +50,7 @@ def test_a_whole_run(runs, name):
     assert files <= {path.name for path in made.iterdir()}
     assert (made / "experiment.py").read_bytes() == (folder / "experiment.py").read_bytes()
     assert (made / "sae_weights.safetensors").stat().st_mode & 0o777 == 0o644     # others may read them too
-    kept = {"experiment.py", *ROOMS, "run_1", "stdout.log", "stderr.log", "finished.json", "__pycache__"}
+    kept = {"experiment.py", *ROOMS, "run_1", "stdout.log", "stderr.log", "outcome.json", "__pycache__"}
     assert {path.name for path in folder.iterdir()} <= kept
 
     info, headlines = results(folder), 0
