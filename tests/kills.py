@@ -32,7 +32,7 @@ def same_results(folder, other):
 def steps_done(cache, seed):
     """Of the checkpoint of a seed."""
     for path in (cache / "runs").glob(f"*/*/seed_{seed}.pt"):
-        return torch.load(path, weights_only=True)["plan"]["step"]
+        return torch.load(path, weights_only=True)["schedule"]["step"]
     return 0
 
 
@@ -43,7 +43,7 @@ class Moment:
         chance, (work, _, seed) = random.Random(), kind.partition(" ")
         timing = json.loads((unbroken / "run_1" / "timing.json").read_text())
         self.cache, self.seed, self.work, self.ready = cache, seed, work, None
-        self.steps = sum(results(unbroken)["core"]["config"]["steps_done"])
+        self.steps = sum(results(unbroken)["training"]["config"]["steps_done"])
         self.step, self.share = chance.randrange(1, self.steps), chance.random()
         self.shards = chance.randrange(20)
         self.delay = self.share * timing.get(f"evaluation, seed {seed}", 0)

@@ -1,7 +1,7 @@
 """Edits of the kind that agents make, each with what must come of it: an error that names cause and line in what an agent
 is shown of stderr, or results that are those of the unedited script, or honest ones.
 
-`make mutations` runs them all, as a harness does, and writes the table bench/results/mutations.md; tests/test_mutations.py
+`make mutations` runs them all, as a harness does, and writes the table bench/results/mutations.md; tests/whole_runs/test_mutations.py
 runs those of FAST.
 """
 import argparse
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from copies import copy_template, edit, PROJECT, results, substitute, write_text_data
+from copies import copy_template, edit, PROJECT, results, ROOMS, substitute, write_text_data
 from processes import environment, Process, run, run_in_turn, TAIL
 
 SECONDS, IMPORTS = 20, 15     # of CPU time, in which a mistake must show; and of the imports, twice what a quiet machine takes
@@ -40,7 +40,7 @@ PROBES = "def eval_probes(run):\n"
 HEADLINES = '("stability", "smoothness")'
 PADDED_WINDOWS = "(0, 0, self.before, after)"
 MASKED = "~batch.mask.flatten()[pairs.rows]"
-MAIN, CALL_OF_MAIN = "def main():\n", "    run_script(main"
+MAIN, CALL_OF_MAIN, UNCALLED = "def main():\n", "    run_script(main", "    functools.partial(main"
 ANCHORS = (REGISTRY, TABLE_OF_EVALUATIONS, TOPK, NUMPY, MATH, PROBES, HEADLINES, PADDED_WINDOWS, MASKED, MAIN, CALL_OF_MAIN)
 
 HEAD = '''class Mine({base}):
@@ -122,11 +122,11 @@ MUTATIONS = {
         return latents.dense() @ self.W_enc + self.b_dec
 ''', "cannot be multiplied", "384", "192", line="latents.dense() @ self.W_enc"),
     "a batch size written into the code": mine('''
-    def encoder(self, batch):
+    def encoder_inputs(self, batch):
         return batch.x.view(16, 31, 192), self.b_dec, self.W_enc
 ''', "view", "16, 31, 192", line="batch.x.view(16, 31, 192)"),
     "an encoder's input of half the width": mine('''
-    def encoder(self, batch):
+    def encoder_inputs(self, batch):
         return batch.x[..., :96], self.b_dec, self.W_enc
 ''', "the encoder's input", "96", "192"),
     "double precision in one place": mine('''
@@ -292,7 +292,7 @@ MUTATIONS = {
 ''', "random numbers"),
     # what flows
     "activations edited in place": mine('''
-    def encoder(self, batch):
+    def encoder_inputs(self, batch):
         batch.x.sub_(self.b_dec)
         return batch.x, self.b_dec * 0, self.W_enc
 ''', "in-place", line="batch.x.sub_(self.b_dec)"),
@@ -302,16 +302,16 @@ MUTATIONS = {
         return super().select(x, W_enc, batch)
 ''', "batch.x in place"),
     "documents mixed": mine('''
-    def encoder(self, batch):
+    def encoder_inputs(self, batch):
         return batch.x + batch.x[:1], self.b_dec, self.W_enc
 ''', "rows", "documents"),
     "inputs centred over the batch": mine('''
-    def encoder(self, batch):
-        return batch.x - counted(batch, batch.x).mean(0), self.b_dec, self.W_enc
+    def encoder_inputs(self, batch):
+        return batch.x - drop_padding(batch, batch.x).mean(0), self.b_dec, self.W_enc
 ''', "rows", "documents"),
     "a mean over the whole window": mine('''
-    def encoder(self, batch):
-        seen = valid(batch, batch.x).sum(1, keepdim=True) / batch.x.shape[1]
+    def encoder_inputs(self, batch):
+        seen = zero_padding(batch, batch.x).sum(1, keepdim=True) / batch.x.shape[1]
         return batch.x - seen, self.b_dec, self.W_enc
 ''', "later positions"),
     "a window that looks ahead": edited(
@@ -364,7 +364,7 @@ MUTATIONS = {
     "a headline that is misspelt": edited(
         HEADLINES, '("stabillity", "smoothness")', "stabillity", "'temporal'", constants={"EVALS": ("core", "temporal")}),
     "an evaluation that is one more": edited(
-        TABLE_OF_EVALUATIONS, f'{OWN_EVALUATION}EVALUATIONS = {{\n    "mine": (eval_mine, "encode", ("mine",)), ', constants={"EVALS": ("core", "mine")}, same=False, also=("mine",)),
+        TABLE_OF_EVALUATIONS, f'{OWN_EVALUATION}EVALUATIONS = {{\n    "mine": Evaluation(eval_mine, ("mine",)), ', constants={"EVALS": ("core", "mine")}, same=False, also=("mine",)),
     "an encoder that is the decoder's transpose": mine('''
     @property
     def W_enc(self):
@@ -377,11 +377,11 @@ MUTATIONS = {
         del self.W_enc
         self.register_buffer("W_enc", W)
 
-    def encoder(self, batch):
+    def encoder_inputs(self, batch):
         return batch.x, self.b_dec, self.W_dec.t()
 ''', "architecture", "of its own"),
     "a constant context under SAELens's name": mine('''
-    def encoder(self, batch):
+    def encoder_inputs(self, batch):
         return batch.x + 0.3 * F.pad(batch.x, (0, 0, 1, -1)), self.b_dec, self.W_enc
 ''', "architecture", "of its own"),
     "weights that are not there to be dropped": mine('''
@@ -415,7 +415,7 @@ MUTATIONS = {
     def select(self, x, W_enc, batch):
         return SAE.select(self, x, W_enc, batch)
 ''', "RecursionError", line="return self.lowest_pre_act()"),
-    "a call of sys.exit": in_losses("sys.exit()", "sys.exit()", "before the results"),
+    "a call of sys.exit": in_losses("import sys\nsys.exit()", "sys.exit()", "before the results"),
     "a breakpoint": in_losses("breakpoint()", "BdbQuit"),
     "a question to the user": in_losses('name = input("name: ")', "EOFError", line="input("),
     "an error with an address and percent signs": in_losses(
@@ -424,12 +424,12 @@ MUTATIONS = {
     "a very long error": in_losses('raise ValueError("word " * 5000)', "ValueError", line="raise ValueError"),
     "a failed assertion": in_losses("assert len(batch.x) == 0", "AssertionError", line="assert len(batch.x) == 0"),
     "a full run's main left out": edited(
-        CALL_OF_MAIN, "    print(main", "without results", "run_script(main", alone=True),
+        CALL_OF_MAIN, UNCALLED, "without results", "run_script(main", alone=True),
     "a main that returns early": edited(MAIN, MAIN + "    return\n", "without results"),
     "errors caught and printed": edited(
-        CALL_OF_MAIN, "    try:\n        main(1)\n    except Exception as error:\n        print(error)\n    print(main", "without results", alone=True),
+        CALL_OF_MAIN, "    try:\n        main(1)\n    except Exception as error:\n        print(error)\n" + UNCALLED, "without results", alone=True),
     "warnings and lines on stderr": in_losses(
-        'import warnings\nwarnings.warn("a warning")\nprint("a line", file=sys.stderr)'),
+        'import sys, warnings\nwarnings.warn("a warning")\nprint("a line", file=sys.stderr)'),
     "a loss that breaks late": mine('''
     curriculum = (Stage("autoencoder", 20, PLAIN, anneals={"done": lambda done: done}),)
     done = 0.0
@@ -512,8 +512,9 @@ def plot_of_a_missing_run(root):
     """plot.py with a label of a run that there is not: it says so, and draws the others."""
     folder = Path(root) / "plot"
     folder.mkdir()
-    for name in ("plot.py", "run_0"):
-        (shutil.copytree if (PROJECT / name).is_dir() else shutil.copy)(PROJECT / name, folder / name)
+    shutil.copy(PROJECT / "plot.py", folder)
+    for name in ("run_0", *ROOMS):
+        shutil.copytree(PROJECT / name, folder / name)
     path = folder / "plot.py"
     text = path.read_text()
     text, found = re.subn(r"^labels = \{", 'labels = {"run_7": "mine", ', text, flags=re.M)

@@ -55,13 +55,13 @@ def test_what_an_idea_names_exists(E, system):
     """Constants that may be edited, and names of metrics, losses and functions."""
     if system not in E.SAE_VARIANTS:
         pytest.skip(f"there is no {system} yet")
-    settings = E.SOURCE.split("# ---- CONFIG")[1].split("# FIXED PROTOCOL")[0]
+    settings = E.SOURCE.split("# region Config\n")[1].split("# endregion")[0]
     text = next(t for t in texts().values() if f'SAE_VARIANT = "{system}"' in t)
     known = "".join((PROJECT / name).read_text() for name in (
         "README.md", "experiment.py", "plot.py"))
     known += "".join(path.read_text() for room in ("data", "runtime", "pages") for path in (PROJECT / room).glob("*.py"))
     for word in set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", text)):
-        assert re.search(rf"^(\w+, )*{word}\b", settings, flags=re.M), word
+        assert re.search(rf"^{word} = ", settings, flags=re.M), word
     for word in set(re.findall(r"\b[a-z]+_[a-z_]+\b", text + texts()["prompt"])) - set(PLANNED):
         assert re.search(rf"\b{word}\b", known), word
 
@@ -74,7 +74,7 @@ def test_every_planned_run_passes_the_checks_of_the_settings(E, monkeypatch, sys
         with monkeypatch.context() as patch:
             for name, value in constants.items():
                 patch.setattr(E, name, value)
-            E.check_config(vars(E), E.SAE_VARIANTS, E.EVALUATIONS)
+            E.check_config()
 
 
 # ---- The files of the template ----

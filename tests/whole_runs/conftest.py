@@ -16,11 +16,6 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cache(shared):
-    return shared / "cache"
-
-
-@pytest.fixture(scope="session")
 def data(shared):
     path = shared / "library.jsonl"
     with locked(shared / "lock"):
@@ -30,5 +25,5 @@ def data(shared):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, cache, data):
-    return Lab(tmp_path_factory.mktemp("runs"), cache, data)
+def lab(tmp_path_factory, shared, data):
+    return Lab(tmp_path_factory.mktemp("runs"), shared, data)

@@ -1,5 +1,4 @@
 """Every run that an idea plans, small, and the template as a harness copies it: deep in a tree, under a name with spaces."""
-import ast
 import re
 import shutil
 import subprocess
@@ -7,70 +6,45 @@ import sys
 
 import pytest
 
-from copies import copy_template, edit, PROJECT, results, SMALL
-from processes import run, run_in_turn
+from copies import edit, PROJECT, results, SMALL
+from processes import run
+from runtime.preflight import preflight_sandbox
 from template_texts import PLANNED, plans, TEX, tracked
 
 
-def set_constants(folder, values):
-    """Edits the lines of experiment.py that assign them, alone or beside others."""
-    path, values = folder / "experiment.py", dict(values)
-    lines = path.read_text().splitlines(keepends=True)
-    for statement in ast.parse("".join(lines)).body:
-        if not isinstance(statement, ast.Assign):
-            continue
-        targets, value = statement.targets[0], statement.value
-        alone = isinstance(targets, ast.Name)
-        names = [ast.unparse(target) for target in ([targets] if alone else targets.elts)]
-        if not set(names) & set(values):
-            continue
-        old = [value] if alone else value.elts
-        new = ", ".join(repr(values.pop(name)) if name in values else ast.unparse(v) for name, v in zip(names, old))
-        assert statement.lineno == statement.end_lineno
-        lines[statement.lineno - 1] = f"{', '.join(names)} = {new}\n"
-    assert not values, f"experiment.py assigns no {sorted(values)}"
-    path.write_text("".join(lines))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.parametrize("system", PLANNED)
-def test_every_planned_run_ends_with_results(E, cache, tmp_path, system):
-    """On small settings; runs with the same constants once."""
-    if system not in E.SAE_VARIANTS:
-        pytest.skip(f"there is no {system} yet")
-    folders = {}
+def test_every_planned_run_passes_the_preflight(E, tmp_path, monkeypatch, system):
+    """Through every stage, evaluation and result, on tiny data and small settings; runs with the same constants once."""
+    made, write, seen = [], E.write_results, []
+    monkeypatch.setattr(E, "write_results", lambda *parts: made.append(write(*parts)))
     for number, letter, constants in plans()[system]:
-        if constants not in folders.values():
-            folder = copy_template(tmp_path / f"run_{number}{letter}")
-            small = {name: SMALL[name] for name in ("TARGET_L0", "BATCH_TOKENS", "EXPANSION") if name in constants}
-            small |= {"LEVEL_WIDTHS": (48, 24)} if "LEVEL_WIDTHS" in constants else {}
-            small |= {"CONTEXT_LENGTH": 64} if "unlearning" in constants.get("EVALS", ()) else {}    # its gate's tokens
-            small |= {"SYNTHETIC_TASKS": ("grammar",), "SYNTHETIC_RHOS": (1.0,), "SYNTHETIC_TOKENS": 16_384}
-            set_constants(folder, constants | {"EPOCHS_SCALE": 0.25 * constants.get("EPOCHS_SCALE", 1.0)} | small)
-            folders[folder] = constants
-    for folder, finished in run_in_turn(list(folders), cache).items():
-        assert finished.code == 0, f"{folder.name}: {finished.stderr}"
-        entries, wanted = results(folder), folders[folder]
-        assert set(entries) == set(wanted.get("EVALS", E.EVALS)) and all("means" in e for e in entries.values())
-        config = next(iter(entries.values()))["config"]
-        for name in {"SAE_VARIANT", "ABLATE", "SEEDS", "TEMPERATURE", "TRAIN_ON", "WINDOW", "HEADS"} & set(wanted):
-            assert config[name] == (list(wanted[name]) if type(wanted[name]) is tuple else wanted[name])
+        if constants in seen:
+            continue
+        small = {name: SMALL[name] for name in ("TARGET_L0", "BATCH_TOKENS", "EXPANSION") if name in constants}
+        small |= {"LEVEL_WIDTHS": (48, 24)} if "LEVEL_WIDTHS" in constants else {}
+        with monkeypatch.context() as patch:
+            for name, value in (SMALL | {"NULL_DRAWS": 3} | constants | small).items():
+                patch.setattr(E, name, value)
+            E.check_config()
+            config, _ = E.load_config(E.MODEL_NAME, E.LAYER, E.CONTEXT_LENGTH)
+            with preflight_sandbox():
+                E.preflight(config, tmp_path)
+        entries, wanted = made.pop(), constants | small
+        assert set(entries) == {"training", *wanted.get("EVALS", E.EVALS)} and all("means" in e for e in entries.values()), number
+        assert {name: entries["training"]["config"][name] for name in wanted} == wanted, (number, letter)
+        seen.append(constants)
 
 
 # ---- The copy ----
 @pytest.fixture(scope="module")
-def copied(tmp_path_factory, cache):
+def copied(tmp_path_factory, lab):
     """(the template far down in a tree, after a small run and its plots; the run)."""
     folder = tmp_path_factory.mktemp("copy") / "results of ideas" / "a" / "b" / "c" / "20260101_120000_an idea, its name"
     for name in tracked():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(PROJECT / name, folder / name)
-    edit(folder, **SMALL, SAE_VARIANT="topk")
-    finished = run(folder, cache)
+    edit(folder, **SMALL, SAE_VARIANT="topk", NULL_DRAWS=3)
+    finished = run(folder, lab.cache)
     plotted = subprocess.run([sys.executable, "plot.py"], cwd=folder, capture_output=True, text=True, timeout=600)
     assert plotted.returncode == 0, plotted.stderr
     return folder, finished
@@ -80,7 +54,7 @@ def test_the_copy_runs_where_it_lies(copied):
     folder, finished = copied
     assert finished.code == 0 and finished.stderr == "", finished.stderr
     assert "preflight passed" in finished.stdout
-    assert results(folder)["core"]["config"]["SAE_VARIANT"] == "topk"
+    assert results(folder)["training"]["config"]["SAE_VARIANT"] == "topk"
     assert (folder / "notes.txt").read_bytes() == (PROJECT / "notes.txt").read_bytes()     # they are the harness's
 
 

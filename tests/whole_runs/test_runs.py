@@ -9,8 +9,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from copies import IN_SAELENS, PROJECT, results, ROOMS, VARIANTS
-from lab import succeeded
+from copies import IN_SAELENS, PROJECT, results, ROOMS, SMALL, VARIANTS
+from lab import FEWER, succeeded, TRAINED
+
+BY_DOCUMENT = {"core", "temporal", "probes", "unlearning", "hierarchy"}          # evaluations with per_sequence
+WITHOUT_HEADLINES = {"recovery", "composition", "detection"}
 
 
 def numbers(value):
@@ -24,66 +27,71 @@ def numbers(value):
 
 @pytest.fixture(scope="module")
 def runs(lab):
-    """variant -> (folder, Finished): "standard" on the embedded corpus and "topk" with two seeds, each in a process of its
-    own, as a harness starts them; the others in turn in one."""
-    one_by_one = {"standard": dict(DATASET="embedded"), "topk": dict(SEEDS=(3, 5))}
-    found = {name: lab.run(name, SAE_VARIANT=name, **constants) for name, constants in one_by_one.items()}
-    return found | lab.runs(**{name: dict(SAE_VARIANT=name) for name in VARIANTS if name not in found})
+    """name -> (folder, Finished) of the runs of TRAINED."""
+    return {name: lab.trained(name) for name in TRAINED}
 
 
 def test_every_variant_is_tested_here(E):
     assert set(VARIANTS) == set(E.SAE_VARIANTS)
-    assert sum(len(means) for *_, means in E.EVALUATIONS.values()) <= 16
+    assert set(VARIANTS) <= set(TRAINED)
+    headlines = [E.TRAINING_HEADLINES, *(evaluation.headlines for evaluation in E.EVALUATIONS.values())]
+    assert sum(map(len, headlines)) <= 16
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_whole_run(runs, variant):
-    folder, finished = runs[variant]
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_whole_run(runs, name):
+    folder, finished = runs[name]
     succeeded(finished)
     assert "://" not in finished.stdout
-    made, seeds = folder / "run_1", 2 if variant == "topk" else 1
-    wanted = {"final_info.json", "all_results.npy", "experiment.py", "sae_weights.safetensors", "cfg.json",
-              "timing.json", "summary.md"}
-    assert wanted <= {path.name for path in made.iterdir()}
+    made, wanted = folder / "run_1", dict(SAE_VARIANT=name, SEEDS=(0,)) | SMALL | FEWER | TRAINED[name]
+    seeds = wanted["SEEDS"]
+    files = {"final_info.json", "all_results.npy", "experiment.py", "sources.zip", "sae_weights.safetensors", "cfg.json",
+             "features.json", "timing.json", "summary.md"}
+    assert files <= {path.name for path in made.iterdir()}
     assert (made / "experiment.py").read_bytes() == (folder / "experiment.py").read_bytes()
     assert (made / "sae_weights.safetensors").stat().st_mode & 0o777 == 0o644     # others may read them too
     kept = {"experiment.py", *ROOMS, "run_1", "stdout.log", "stderr.log", "outcome.json", "__pycache__"}
     assert {path.name for path in folder.iterdir()} <= kept
 
     info, headlines = results(folder), 0
-    for entry in info.values():
-        assert isinstance(entry, dict) and isinstance(entry["means"], dict) and entry["means"]
+    assert list(info) == ["training", *wanted["EVALS"]]
+    for evaluation, entry in info.items():
+        assert isinstance(entry, dict) and isinstance(entry["means"], dict)
+        assert entry["means"] or evaluation in WITHOUT_HEADLINES
         headlines += len(entry["means"])
         assert all(type(value) is float and math.isfinite(value) for value in entry["means"].values())
         assert all(type(value) is float and math.isfinite(value) for value in entry["metrics"].values())
         assert len(entry["final_info_dict"]) == len(entry["means"])
-        assert ("stderrs" in entry) == (seeds > 1)
-        for name, values in entry["final_info_dict"].items():
-            assert len(values) == seeds and entry["means"][f"{name}_mean"] == pytest.approx(np.mean(values), rel=1e-12)
-            assert entry["metrics"][name] == entry["means"][f"{name}_mean"]
-            if seeds > 1:
-                error = np.std(values, ddof=1) / math.sqrt(seeds)
-                assert entry["stderrs"][f"{name}_stderr"] == pytest.approx(error, rel=1e-9)
-        assert len(entry["curves"]) == len(entry["per_sequence"]) == seeds
+        assert ("stderrs" in entry) == (len(seeds) > 1)
+        for metric, values in entry["final_info_dict"].items():
+            mean = entry["means"][f"{metric}_mean"]
+            assert len(values) == len(seeds) and mean == pytest.approx(np.mean(values), rel=1e-12)
+            assert entry["metrics"][metric] == mean
+            if len(seeds) > 1:
+                error = np.std(values, ddof=1) / math.sqrt(len(seeds))
+                assert entry["stderrs"][f"{metric}_stderr"] == pytest.approx(error, rel=1e-9)
+        assert len(entry["curves"]) == len(entry["per_sequence"]) == len(seeds)
         for table in entry["per_sequence"]:
-            assert table and {len(values) for values in table.values()} == {24}
+            assert bool(table) == (evaluation in BY_DOCUMENT)
+            assert {len(values) for values in table.values()} <= {24}
     assert 0 < headlines <= 16
     assert all(math.isfinite(number) for _, number in numbers(info))
     everything = np.load(made / "all_results.npy", allow_pickle=True).item()
-    assert len(everything) == seeds
-    for seed, result in zip(((3, 5) if seeds > 1 else (0,)), everything.values()):
-        assert f"seed_{seed}" in everything and result["core"]["metrics"]["l0"] > 0
-    config = info["core"]["config"]
-    assert config["SAE_VARIANT"] == variant and config["TARGET_L0"] == 8
-    assert config["SEEDS"] == ([3, 5] if seeds > 1 else [0])
+    assert list(everything) == [f"seed_{seed}" for seed in seeds]
+    assert all(result["core"]["metrics"]["l0"] > 0 for result in everything.values())
+    config = info["training"]["config"]
+    recorded = {constant: list(value) if type(value) is tuple else value for constant, value in wanted.items()}
+    assert {constant: config[constant] for constant in recorded} == recorded
     assert config["steps_done"] == config["steps_planned"] and sum(config["steps_done"]) > 50
     assert config["budget_hit"] is False
-    assert config["d_in"] == 192 and config["d_sae"] == 384 and config["layer"] == 2
+    d_sae = wanted.get("LEVEL_WIDTHS", (0, 192 * wanted["EXPANSION"]))[1]
+    assert config["d_in"] == 192 and config["d_sae"] == d_sae and config["layer"] == 2
     summary = (made / "summary.md").read_text().strip()
-    assert summary in finished.stdout and "\n" not in summary and summary.startswith(f"{variant}, 384 latents with TARGET_L0 8")
+    assert summary in finished.stdout and "\n" not in summary
+    assert summary.startswith(f"{wanted['SAE_VARIANT']}, {d_sae} latents with TARGET_L0 {wanted['TARGET_L0']}")
     for entry in info.values():
-        for name, value in entry["means"].items():
-            assert f"{name.removesuffix('_mean')} {value:.4g}" in summary
+        for metric, value in entry["means"].items():
+            assert f"{metric.removesuffix('_mean')} {value:.4g}" in summary
     timing = json.loads((made / "timing.json").read_text())
     assert all(value >= 0 for _, value in numbers(timing)) and list(numbers(timing))
 
@@ -91,9 +99,8 @@ def test_a_whole_run(runs, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_did_something(runs, variant):
     """In a few steps every variant learns to beat the untrained dictionary, and loses less than the mean does."""
-    folder, _ = runs[variant]
-    entry = results(folder)["core"]
-    metrics, training = entry["metrics"], entry["curves"][0]["training"]
+    info = results(runs[variant][0])
+    metrics, training = info["core"]["metrics"], info["training"]["curves"][0]["training"]
     assert metrics["explained_variance"] > metrics["untrained_explained_variance"] + 0.1
     assert metrics["ce_model"] < metrics["ce_sae"] < metrics["ce_mean"]
     assert metrics["permuted_decoder_explained_variance"] < metrics["explained_variance"] - 0.1
@@ -126,8 +133,8 @@ def reconstruct(weights, cfg, x):
 def test_exported_weights_give_the_reported_figures(E, lab, runs, variant):
     """From the files alone, on the language model's own activations, in float64."""
     folder, _ = runs[variant]
-    entry, cfg = results(folder)["core"], json.loads((folder / "run_1" / "cfg.json").read_text())
-    config = entry["config"]
+    info, cfg = results(folder), json.loads((folder / "run_1" / "cfg.json").read_text())
+    entry, config = info["core"], info["training"]["config"]
     files = [np.load(path) for path in (lab.cache / "tokens").glob("*.npz")]
     windows = next(f for f in files if E.fingerprint(zlib.crc32(f["tokens"].tobytes())) == config["data_hash"])
     heldout = slice(int(windows["n_train"]), None)
@@ -162,7 +169,7 @@ def test_exported_weights_of_the_attention_give_its_latents(E, lab, runs, monkey
     scale, mean = weights["input_scale"].item(), weights["input_mean"]
     d_in, d_sae = weights["W_enc"].shape
     monkeypatch.setattr(E, "WINDOW", len(weights["P"]))
-    config = results(folder)["core"]["config"]
+    config = results(folder)["training"]["config"]
     sae = E.Temporal(d_in, d_sae, config["TARGET_L0"]).eval()
     own = {name: weights[name] for name in dict(sae.named_parameters()) if name in weights}
     own |= {"W_enc": weights["W_enc"] * scale, "W_dec": weights["W_dec"] / scale,
