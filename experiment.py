@@ -7,11 +7,12 @@ the SAE beside it. A preflight first passes the variant through every stage and 
 data, so that a mistake ends the run within seconds. A killed run carries on with the same command.
 
 To add a variant: (A) copy a small class of the region Variants, state its equation in the docstring
-and override what differs: `encode` (or `select`, `activate`), `decode`, `losses`, `curriculum`, and
-`architecture` where it computes latents in a way of its own; what changes the SAE's state outside
-the optimiser goes into `after_step`; (B) add its name to SAE_VARIANTS; (C) name it in SAE_VARIANT.
-To add a metric: put it into the Result of an evaluation. To add an evaluation: a function of a Run
-that returns a Result, and a line in EVALUATIONS.
+and override what differs: `encoder_inputs` (what latents read), `select`, `activate` or all of
+`encode`, `decode`, `losses`, `curriculum`; `architecture` where it computes latents in a way of its
+own, and `exported` where its equation needs more than the parameters; what changes the SAE's state
+outside the optimiser goes into `after_step`; (B) add its name to SAE_VARIANTS; (C) name it in
+SAE_VARIANT. To add a metric: put it into the Result of an evaluation. To add an evaluation: a
+function of a Run that returns a Result, a line in EVALUATIONS, and its name in EVALS.
 
 Data flows one way: tokens -> activations -> latents -> metrics -> final_info.json -> figures.
 
@@ -229,7 +230,7 @@ class Batch(NamedTuple):
     tokens: torch.Tensor | None  # [batch, seq] token ids; None where the model generates
     doc_ids: torch.Tensor  # [batch] document of each row
     positions: torch.Tensor  # [seq] from 1
-    mask: torch.Tensor | None  # [batch, seq] False at padding; None: there is no padding
+    mask: torch.Tensor | None  # [batch, seq] False at padding, wherever it is; None: there is none
 
 
 def n_tokens(batch):
@@ -320,7 +321,7 @@ class SAE(nn.Module):
 
     def encoder_inputs(self, batch):
         """Returns what the encoder computes with: inputs [batch, seq, d], the centre subtracted
-        from them [d], and weights [d, d_sae]."""
+        from them [d], and weights [d, d_sae]. d may exceed d_in (see Temporal)."""
         return batch.x, self.b_dec, self.W_enc
 
     def select(self, centred, W_enc, batch):
@@ -380,7 +381,8 @@ class SAE(nn.Module):
         self.steer(l0)
 
     def exported(self):
-        """Returns weights to add to the parameters at export, and names to drop from them."""
+        """Returns weights to add to the parameters at export, and names to drop from them. What the
+        equation needs besides parameters (buffers, constants) belongs here, as tensors."""
         return {}, ()
 
     def parameters_of_interest(self):
@@ -1760,7 +1762,9 @@ def memory_plan(config, store):
 # is fitted or chosen for them may be so on training ones. "ids" are numbers of windows, "rows"
 # count the held-out windows from 0, and a "place" is row * seq + position - 1, with seq =
 # CONTEXT_LENGTH - 1. "The sample" is the first held-out window of each file; "the page" is
-# features.html.
+# features.html. Of Windows (data/windows.py), heldout() and sample() are ids, full() rows without
+# padding, heldout_tokens() the places that count; firings(codes, ids) gives each latent's places in
+# order, and its values there.
 class LiveRule(NamedTuple):
     """A live latent fires that often, in so many files, and on at most half of the tokens."""
     firings: int
@@ -1797,7 +1801,8 @@ class Run:
 
 class Result(NamedTuple):
     """An evaluation's findings."""
-    metrics: dict  # name -> a finite number; one that is undefined is left out
+    metrics: dict  # name, unlike any of another evaluation -> a finite number; one that is
+    #                undefined is left out
     curves: dict  # name -> list
     per_sequence: dict  # name -> list of floats, one per held-out file, in the sample's order
 
@@ -1806,8 +1811,8 @@ class Encoded(NamedTuple):
     """Windows as an SAE encodes and decodes them. Arrays are NaN at padding."""
     codes: csr_array  # latents, sparse by column [window * seq + position - 1, d_sae]
     error: np.ndarray  # [window, seq] |x - x_hat|^2
-    norm: np.ndarray  # [window, seq] |x|^2
-    norm_hat: np.ndarray  # [window, seq] |x_hat|^2
+    norm: np.ndarray  # [window, seq] |x|^2, a square, in the SAE's units
+    norm_hat: np.ndarray  # [window, seq] |x_hat|^2, a square too
     dot: np.ndarray  # [window, seq] x . x_hat
     l0: np.ndarray  # [window, seq] active latents
     tokens_per_second: float
@@ -2191,7 +2196,8 @@ def random_model_detection(run):
 
 # region Evaluation: temporal
 # Stability and smoothness are of the held-out windows without padding, all else of all held-out
-# tokens.
+# tokens; so are the firing rates: LatentStatistics.rate is of the former, run.live.rate of the
+# latter.
 class LatentStatistics(NamedTuple):
     """Statistics of the live latents on full windows."""
     stability: np.ndarray  # [latent, window] excess autocorrelation over STABILITY_LAGS
@@ -4129,7 +4135,8 @@ class Evaluation(NamedTuple):
     """A line of EVALUATIONS."""
     function: Callable  # Run -> Result
     headlines: tuple = ()  # metrics whose means final_info.json has under "means", which
-    #                        AI-Scientist puts into its agents' prompts: keep them few
+    #                        AI-Scientist puts into its agents' prompts: keep them few. Each must
+    #                        exist in the preflight already
     needs: str = "encode"  # the method that a variant must have
 
 
@@ -4545,12 +4552,18 @@ def check_latents(sae, batch, alone):
                     "`architecture` of its own.")
 
 
-def check_headlines(results):
-    """Raises RunnerError where an evaluation of the preflight lacks a metric that EVALUATIONS
-    names."""
+def check_metrics(results):
+    """Raises RunnerError where two evaluations of the preflight have a metric of one name, or one
+    lacks a headline that EVALUATIONS names."""
+    owners = {}
     for name in EVALS:
+        metrics = results[name]["metrics"]
+        if shared := sorted(owners.keys() & metrics.keys()):
+            raise RunnerError(f"the evaluations {owners[shared[0]]!r} and {name!r} both have the "
+                              f"metrics {shared}: give them different names.")
+        owners |= dict.fromkeys(metrics, name)
         wanted = set(EVALUATIONS[name].headlines) - NOT_IN_PREFLIGHT
-        if lacking := wanted - set(results[name]["metrics"]):
+        if lacking := wanted - set(metrics):
             raise RunnerError(f"EVALUATIONS has {sorted(lacking)} among the headlines of {name!r}, "
                               "whose Result has no such metric.")
 
@@ -4571,7 +4584,7 @@ def preflight(config, cache):
         log, planned, done, _ = train(sae, store, stages, 0, 2, deadline, state)
         run = Run(sae, store, lambda: model, 0, LiveRule(1, 1), log, tiny=True)
         results = evaluate(run, 1.0)
-        check_headlines(results)
+        check_metrics(results)
         write_results(folder, [SeedResult(sae, results, planned, done)] * len(SEEDS), store, 0, {})
 # endregion
 
