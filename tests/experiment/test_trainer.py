@@ -43,7 +43,8 @@ def make(E, name, seed=0):
 
 
 def run(E, store, sae, stages, tmp_path, seed=0, deadline=FAR, name="state.pt"):
-    return E.train(sae, store, stages, seed, SIZE, deadline, tmp_path / name)
+    """The log, and the steps of each stage planned and done."""
+    return E.train(sae, store, stages, seed, SIZE, deadline, tmp_path / name)[:3]
 
 
 def same_bits(a, b):
@@ -275,8 +276,9 @@ def test_held_out_l0_ends_at_the_target(E, make_store, tmp_path, name):
     store = make_store(planted(1, 96, 33, 16, 40), 64)
     torch.manual_seed(0)
     sae, (one,) = E.SAE_VARIANTS[name](16, 64, 4), E.SAE_VARIANTS[name].curriculum
-    log, _, (steps,) = E.train(sae, store, [one], 0, 4, FAR, tmp_path / "state.pt")
-    assert steps == 320
+    training = E.train(sae, store, [one], 0, 4, FAR, tmp_path / "state.pt")
+    log = training.log
+    assert training.done == [320]
     batch = store.batch(np.arange(64, 96))
     l0 = len(sae.eval().encode(batch).active()[2]) / (32 * 32)
     assert l0 == pytest.approx(4, rel=0.15 if name == "jumprelu" else 0.1)     # steered by its loss alone
@@ -454,6 +456,21 @@ def test_checkpoints_in_the_middle_are_used(E, store, tmp_path, monkeypatch, cap
     run(E, store, sae, stages, tmp_path)
     assert [step for step in asked if step > 0] == list(range(20, 48))
     assert "carrying on at step 20" in capsys.readouterr().out
+
+
+def test_seconds_of_a_killed_training_count(E, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(E, "CHECKPOINT_SECONDS", -1)
+    sae, stages = problem(E, "topk")
+    began = time.time()
+    with killed(E, monkeypatch, 20):
+        run(E, store, sae, stages, tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert 0 < state["schedule"]["spent"] < time.time() - began
+    state["schedule"]["spent"] += 1_000
+    torch.save(state, tmp_path / "state.pt")
+    sae, stages = problem(E, "topk")
+    seconds = E.train(sae, store, stages, 0, SIZE, FAR, tmp_path / "state.pt").seconds
+    assert state["schedule"]["spent"] < seconds < 1_000 + time.time() - began
 
 
 def test_a_kill_while_the_checkpoint_is_written_costs_only_steps(E, store, tmp_path, monkeypatch):
