@@ -516,6 +516,8 @@ def test_controls_are_computed_once(E, model, spoken, capsys):
     run.get_model = lambda: pytest.fail("the model is asked for again")
     assert E.controls(run) == first
     assert "computing" not in capsys.readouterr().out
+    E.controls(run_of(E, store, sae, model, (2, 1)))            # the control of detection is of its live latents
+    assert "computing" in capsys.readouterr().out
     wider = E.SAE(D_IN, 48, 4)
     assert E.controls(run_of(E, store, wider, model)).metrics["ce_model"] == first.metrics["ce_model"]
     assert "computing" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from scipy.sparse import csc_array
 
 from data.windows import Windows
@@ -185,3 +186,29 @@ def test_the_order_of_evaluations_changes_no_metric(E, spoken, settings, monkeyp
     assert found[0] == found[1] and found[2].items() <= found[0].items()
     assert {"detection", "detection_null"} <= set(results["detection"]["metrics"])
     assert len(found[0]) == 6 and any(results["page"])
+
+
+# ---- The control: nothing was learned ----
+def test_a_reinitialised_model_knows_nothing(E):
+    config = E.small_config(E.load_pretrained("embedded/model", "config.json"))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for p in model.parameters():
+        p.data.fill_(0.5)
+    fresh, again = E.reinitialised_model(model), E.reinitialised_model(model)
+    assert all((p == 0.5).all() for p in model.parameters())
+    weights = dict(fresh.named_parameters())
+    for name, p in model.named_parameters():
+        assert weights[name].shape == p.shape and weights[name].dtype == p.dtype
+        assert not (weights[name] == 0.5).any()
+        assert torch.equal(weights[name], again.get_parameter(name))
+    large = [p.float() for p in weights.values() if p.dim() == 2]
+    assert large and all(p.std() > 0.01 and abs(p.mean()) < 0.1 * p.std() for p in large)
+
+
+def test_fewer_training_windows_leave_the_rest(planted):
+    windows, few = planted[0], planted[0].fewer(3)
+    assert few.n_train == 3 and np.array_equal(few.tokens[:3], windows.tokens[157:160])
+    assert np.array_equal(few.tokens[few.heldout()], windows.tokens[windows.heldout()])
+    assert np.array_equal(few.heldout_tokens(), windows.heldout_tokens())
+    assert np.array_equal(few.doc_ids[few.heldout()], windows.doc_ids[windows.heldout()])
+    assert windows.fewer(999).n_train == 160

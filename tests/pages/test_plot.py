@@ -1,5 +1,4 @@
 """plot.py: figures and tests from any set of results, complete or not, in any place."""
-import importlib.util
 import itertools
 import json
 import os
@@ -8,13 +7,13 @@ import struct
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import matplotlib.colors
 import numpy as np
 import pytest
 
-PROJECT = Path(__file__).resolve().parent.parent
+from copies import load_module, PROJECT
+
 FIGURES = ("training_curves", "headline_metrics", "sparsity_fidelity", "position", "stability_fidelity", "autocorrelation",
            "feature_evolution", "similarity", "parameters", "losses", "variance_scaling", "unlearning", "clamped_passage",
            "sparse_probing", "recovery", "compositions", "reuse", "level_information", "causal_tracing", "level_tree",
@@ -131,10 +130,7 @@ def template(folder, runs, labels=None):
 
 def load(folder):
     """plot.py of that folder as a module."""
-    spec = importlib.util.spec_from_file_location("plot_under_test", folder / "plot.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(folder / "plot.py")
 
 
 def run_plot(folder, cwd):
@@ -194,7 +190,7 @@ def test_no_run_at_all_is_an_error(tmp_path):
     folder = template(tmp_path, {"run_0": None, "run_5": results("topk", 0.2)})
     done = run_plot(folder, cwd=folder)
     assert done.returncode == 1 and not list(folder.glob("*.png"))
-    assert "nothing to draw" in done.stderr and "run_0, run_1" in done.stderr and "Traceback" not in done.stderr
+    assert "nothing to draw" in done.stderr and "run_0, run_batch_topk, run_1" in done.stderr and "Traceback" not in done.stderr
     assert "run_5: not in labels" in done.stdout
 
 

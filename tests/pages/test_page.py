@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from scipy.sparse import csc_array
 
-from copies import copy_template, PROJECT, run, write_text_data
+from copies import copy_template, load_module, PROJECT, write_text_data
 from data.windows import Windows
-from pages.latents_page import latents_page, Passages, QUESTION
+from pages.latents_page import latents_page, Passages
 from pages.ratings import agreement, mean_by_latent, unpaired_test
-from test_plot import load
+from processes import run
 
 CHROMIUM, DRIVER = (next(filter(None, map(shutil.which, names)), None) for names in (
     ("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)))
@@ -52,16 +51,17 @@ class Letters:
         return [f"t{i}" for i, in ids]
 
 
-NO_TASKS = SimpleNamespace(held=np.array([], int), question=None, order=np.arange(5), tasks=0, solved=np.zeros(3))
+QUESTION_SIZE = 16
+NO_TASKS = SimpleNamespace(task_files=np.array([], int), question=None, order=np.arange(5), tasks=0, solved=np.zeros(3))
 
 
 def one_question(windows, at):
-    """Detection's record of a latent that fires at places `at`: the first one's file is held, and its passage stands among
+    """Detection's record of a latent that fires at places `at`: the first one's file is the tasks', and its passage stands among
     four of other files where the latent does not fire."""
-    text, fires = Passages(windows, QUESTION), np.zeros(windows.tokens[windows.n_train:, 1:].size, bool)
+    text, fires = Passages(windows, QUESTION_SIZE), np.zeros(windows.tokens[windows.n_train:, 1:].size, bool)
     fires[at] = True
     quiet = [int(s) for s in text.starts[::7] if not fires[s:text.stop(s)].any() and text.file(s) != text.file(at[0])]
-    return SimpleNamespace(held=text.file(at[:1]), question=[int(text.start(at[0], 8)), *quiet[:4]],
+    return SimpleNamespace(task_files=text.file(at[:1]), question=[int(text.start(at[0], 8)), *quiet[:4]],
                            order=np.array([3, 1, 0, 4, 2]), tasks=3, solved=np.array([2.5, 1, 0]))
 
 
@@ -70,7 +70,7 @@ def page_of(windows, detections, *firings):
     z = csc_array((np.concatenate([values for _, values in firings]), np.concatenate([at for at, _ in firings]),
                    np.repeat(np.cumsum([0] + [len(at) for at, _ in firings]), 3)[2:]), (n, 3 * len(firings)))
     related = [{}] * len(firings)
-    return latents_page(windows, Letters(), np.arange(len(firings)) * 3, z, logits, related, 99, detections)
+    return latents_page(windows, Letters(), np.arange(len(firings)) * 3, z, logits, related, 99, detections, QUESTION_SIZE)
 
 
 def test_passages_are_what_they_say(planted):
@@ -134,37 +134,10 @@ def test_relatives_are_named_by_their_strongest_tokens(planted):
     z = csc_array((np.append(values, [1.0, 2.0]), np.append(at, sorted([strongest, other])), np.array([0, len(at), len(at) + 2, len(at) + 2])),
                   (size, 3))
     relatives = {"kin": [(1, 0.5), (2, 0.25), ("<i>", 1.0)], "0": []}
-    page = latents_page(windows, Letters(), np.array([0]), z, np.arange(200.0)[None], [relatives], 3, [NO_TASKS])
+    page = latents_page(windows, Letters(), np.array([0]), z, np.arange(200.0)[None], [relatives], 3, [NO_TASKS], QUESTION_SIZE)
     token = windows.tokens[windows.n_train:, 1:].ravel()[max(strongest, other)]
     assert {i: page["strings"][string] for i, string in page["named"].items()} == {1: f"t{token}"}       # 2 never fires
     assert page["latents"][0]["related"] == {"kin": [[1, 0.5], [2, 0.25], ["<i>", 1.0]], "0": []}
-
-
-# --- the control: nothing has learned -----------------------------------------------------------------------------------
-def test_a_reinitialised_model_knows_nothing(E):
-    from transformers import AutoModelForCausalLM
-    config = E.corpus.small_config(E.corpus.load_pretrained("embedded/model", "config.json"))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for p in model.parameters():
-        p.data.fill_(0.5)
-    fresh, again = E.corpus.reinitialised(model), E.corpus.reinitialised(model)
-    assert all((p == 0.5).all() for p in model.parameters())
-    weights = dict(fresh.named_parameters())
-    for name, p in model.named_parameters():
-        assert weights[name].shape == p.shape and weights[name].dtype == p.dtype and not (weights[name] == 0.5).any()
-        assert torch.equal(weights[name], again.get_parameter(name))
-    large = [p.float() for p in weights.values() if p.dim() == 2]
-    assert large and all(p.std() > 0.01 and abs(p.mean()) < 0.1 * p.std() for p in large)
-
-
-def test_fewer_training_windows_leave_the_rest(E, planted):
-    windows, _ = planted
-    few = windows.fewer(3)
-    assert few.n_train == 3 and np.array_equal(few.tokens[:3], windows.tokens[157:160])
-    assert np.array_equal(few.tokens[few.heldout()], windows.tokens[windows.heldout()])
-    assert np.array_equal(few.heldout_tokens(), windows.heldout_tokens())
-    assert np.array_equal(few.doc_ids[few.heldout()], windows.doc_ids[windows.heldout()])
-    assert windows.fewer(999).n_train == 160
 
 
 # --- a run and its page -------------------------------------------------------------------------------------------------
@@ -172,7 +145,7 @@ def test_fewer_training_windows_leave_the_rest(E, planted):
 def lab(tmp_path_factory):
     """A copy with a trained run_1, a run_0 of which the latents come in another order, and hostile tokens in both."""
     base = tmp_path_factory.mktemp("page")
-    folder = copy_template(base / "idea", DATASET=str(write_text_data(base / "texts.jsonl")), EVALS=("core",), SAE_VARIANT="temporal",
+    folder = copy_template(base / "idea", DATASET=str(write_text_data(base / "texts.jsonl")), EVALS=("core", "detection"), SAE_VARIANT="temporal",
                            EPOCHS_SCALE=0.05)
     finished = run(folder, base / "cache")
     assert finished.code == 0, finished.tail
@@ -188,7 +161,7 @@ def lab(tmp_path_factory):
     features["named"] = {features["latents"][1]["latent"]: list(dict.fromkeys(first["tokens"]))[3]}
     (folder / "run_1" / "features.json").write_text(json.dumps(features))
     (folder / "run_0" / "features.json").write_text(json.dumps(features | {"latents": features["latents"][::-1]}))
-    plot = load(folder)
+    plot = load_module(folder / "plot.py")
     for loaded in plot.load_runs():
         plot.write_page(folder / loaded.folder, loaded.label, loaded.config, loaded.metrics)
     return folder
@@ -202,9 +175,12 @@ def data_of(folder, name="run_1"):
 def test_the_data_of_a_run(lab):
     features = json.loads((lab / "run_1" / "features.json").read_text())
     assert len(features["latents"]) == 50 and features["n_live"] >= 50 and features["seed"] == 0
-    info = json.loads((lab / "run_1" / "final_info.json").read_text())["core"]
-    for name in ("detection", "detection_same_token", "detection_null", "detection_reinitialised"):
-        assert 0 <= info["metrics"][name] <= 1 and f"{name}_mean" not in info["means"]
+    info = json.loads((lab / "run_1" / "final_info.json").read_text())
+    for entry, *names in (("detection", "detection", "detection_same_token", "detection_null"), ("core", "detection_reinitialised")):
+        for name in names:
+            assert 0 <= info[entry]["metrics"][name] <= 1 and f"{name}_mean" not in info[entry]["means"]
+    tasks, solved, *_ = np.sum([entry["detected"] for entry in features["latents"] if "detected" in entry], 0)
+    assert solved / tasks == pytest.approx(info["detection"]["metrics"]["detection"], abs=0.01)
     for entry in features["latents"][1:]:
         weights = [weight for _, weight in entry["related"]["attention by offset"]]
         assert len(weights) == 5 and sum(weights) == pytest.approx(1, abs=0.02)
@@ -444,7 +420,7 @@ def test_two_raters_through_plot(lab, rated, capsys):
     for name, content in files.items():
         (lab / "run_1" / f"human_ratings{name}.json").write_text(json.dumps(content))
     (lab / "run_1" / "human_ratings_cut.json").write_text(json.dumps(found)[:100])
-    plot = load(lab)
+    plot = load_module(lab / "plot.py")
     runs = plot.load_runs()
     text, figure, said = plot.ratings_text(runs), plot.fig_latents(runs), capsys.readouterr().out
     skipped = re.findall(r"human_ratings_(\w+)\.json: skipped, ", said)
@@ -465,7 +441,7 @@ def test_two_raters_through_plot(lab, rated, capsys):
 
 
 def test_without_ratings_plot_says_how(lab):
-    plot = load(lab)
+    plot = load_module(lab / "plot.py")
     plot.load_ratings = lambda folders: {}
     text = plot.ratings_text(plot.load_runs())
     assert "Nobody has rated" in text and "human_ratings_NAME.json" in text
