@@ -375,10 +375,9 @@ class SAE(nn.Module):
 
     def after_step(self, batch, latents, l0):
         """Changes, after each step of the optimiser, what the optimiser does not: thresholds,
-        running means, clamps, steering. l0: mean active latents per token of the whole batch. With
-        several processes `batch` and `latents` are this one's part; buffers are averaged in the
-        next step."""
-        self.steer(l0)
+        running means, clamps. l0: mean active latents per token of the whole batch. With several
+        processes `batch` and `latents` are this one's part; buffers are averaged in the next
+        step."""
 
     def exported(self):
         """Returns weights to add to the parameters at export, and names to drop from them. What the
@@ -423,9 +422,10 @@ class SAE(nn.Module):
         return error / variance if variance > 1e-12 else 0.0 * error
 
     def steer(self, l0):
-        """Raises the weight of L1 where too many latents are active, and lowers it else."""
+        """Raises the weight of L1 where too many latents are active, and lowers it else. The
+        trainer calls it after each step of a stage that weighs "sparsity"."""
         error = (l0.clamp_min(1e-2) / self.k).log().clamp(-1, 1)
-        self.sparsity_weight.mul_((0.05 * error).exp())
+        self.sparsity_weight.mul_((0.05 * error).exp()).clamp_(max=1e4)
 
     def running_mean_weight(self, batch):
         """Returns the weight of this batch in a running mean whose time constant is
@@ -448,9 +448,6 @@ class TopK(SAE):
 
     def select(self, centred, W_enc, batch):
         return top_k_pairs(centred, W_enc, self.b_enc, self.k)
-
-    def after_step(self, batch, latents, l0):
-        """Needs nothing: L0 is k."""
 
 
 class BatchTopK(TopK):
@@ -884,13 +881,13 @@ class TemporalAdaptation(SAE):
         return super().losses(batch, latents) | {"regularisation": regularisation}
 
     def after_step(self, batch, latents, l0):
-        """Also the running variance follows that of the batch."""
-        super().after_step(batch, latents, l0)
+        """The running variance follows that of the batch."""
         self.variance.lerp_(latents.extra, self.running_mean_weight(batch))
 
     def exported(self):
         return {"variance": self.variance}, ()
 
+    @torch.no_grad()
     def parameters_of_interest(self):
         return {"beta": self.beta.mean().item(), "theta": self.theta_raw.tanh().mean().item(),
                 "temperature": float(self.temperature())}
@@ -1123,14 +1120,13 @@ class Hierarchical(TopK):
                 "group": norms.sum() / n_tokens(batch)}
 
     def after_step(self, batch, latents, l0):
-        """Steers the L1 weights; keeps W_dec non-negative; no latent dies before level 2 begins."""
+        """Steers level 1's L1 weight; keeps W_dec non-negative; no latent dies before level 2
+        begins."""
         if self.lower.W_enc.requires_grad:
             self.lower.steer((latents.extra.values.detach() > 0).sum() / n_tokens(batch))
         if self.level == 1:
             self.tokens_since_fired.zero_()
             return
-        if LEVEL_SPARSITY == "l1":
-            self.steer(l0)
         if "nonnegative" not in ABLATE:
             self.W_dec.data.clamp_(min=0)
 
@@ -1340,8 +1336,11 @@ def train_step(sae, optimizer, batch, stage, done):
         n, fired = RANKS.reduce(sae, n_tokens(batch), fired)
         step_on_unit_sphere(sae, optimizer)
         sae.tokens_since_fired.add_(n).masked_fill_(fired > 0, 0)
-        sae.after_step(batch, latents, fired.sum() / n)
-    return {name: loss.detach() for name, loss in losses.items()} | {"l0": fired.sum() / n}
+        l0 = fired.sum() / n
+        sae.after_step(batch, latents, l0)
+        if "sparsity" in stage.weights:
+            sae.steer(l0)
+    return {name: loss.detach() for name, loss in losses.items()} | {"l0": l0}
 
 
 def step_on_unit_sphere(sae, optimizer):
