@@ -12,6 +12,7 @@ ROOMS = ("embedded", "data", "runtime", "pages")         # what experiment.py ne
 # A whole run in a few seconds
 SMALL = dict(TRAIN_TOKENS=8_192, CONTEXT_LENGTH=32, EXPANSION=2, TARGET_L0=8, EPOCHS_SCALE=0.25, BATCH_TOKENS=512,
              EVAL_FILES=24)
+FEWER = dict(NULL_DRAWS=3, DETECTED_LATENTS=8)             # where neither nulls nor the page are the point
 IN_SAELENS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae")
 VARIANTS = (*IN_SAELENS, "temporal", "temporal_adaptation", "temporal_context", "compositional", "hierarchical")
 

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-from copies import copy_template, PROJECT, results, timeless, write_text_data
+from copies import copy_template, FEWER, PROJECT, results, timeless, write_text_data
 from processes import run, start
 
-SETTINGS = dict(SEEDS=(0, 1), CHECKPOINT_SECONDS=0, SHARD_WINDOWS=16)
+SETTINGS = FEWER | dict(SEEDS=(0, 1), CHECKPOINT_SECONDS=0, SHARD_WINDOWS=16)
 MOMENTS = ("collecting", "training 0", "evaluation 0", "training 1", "evaluation 1")
 TABLE = PROJECT / "bench" / "results" / "kills.md"
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from copies import copy_template, edit, PROJECT, results, ROOMS, substitute, write_text_data
+from copies import copy_template, edit, FEWER, PROJECT, results, ROOMS, substitute, write_text_data
 from processes import environment, Process, run, run_in_turn, TAIL
 
 SECONDS, IMPORTS = 20, 15     # of CPU time, in which a mistake must show; and of the imports, twice what a quiet machine takes
@@ -492,7 +492,7 @@ class Lab:
         self.data = str(write_text_data(self.root / "library.jsonl"))
 
     def copy(self, name, mutation):
-        folder = copy_template(self.root / re.sub(r"\W", "_", name), **{"DATASET": self.data, "SAE_VARIANT": "topk"})
+        folder = copy_template(self.root / re.sub(r"\W", "_", name), **FEWER | {"DATASET": self.data, "SAE_VARIANT": "topk"})
         apply(folder, mutation)
         edit(folder, **mutation.constants)
         return folder

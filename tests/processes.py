@@ -151,5 +151,5 @@ def run_in_turn(out_dirs, cache, timeout=2_400):
     out_dirs = {str(folder): dict(out_dirs)[folder] if isinstance(out_dirs, dict) else "run_1" for folder in out_dirs}
     base = Path(next(iter(out_dirs))).parent
     finished = Copy(base, [DRIVER, json.dumps(out_dirs)], cache).wait(timeout)
-    assert finished.code == 0 and finished.stderr == "", finished.stderr[-3_000:]
+    assert finished.code == 0 and finished.stderr == "", finished
     return {Path(folder): Finished(*json.loads((Path(folder) / "outcome.json").read_text())) for folder in out_dirs}

@@ -2,13 +2,13 @@
 import json
 from pathlib import Path
 
-from copies import copy_template
+from copies import copy_template, FEWER
 from processes import Finished, Process, run, run_in_turn
 from runtime.files import locked
 
 DEFAULT = ("core", "temporal", "probes", "detection")
-# The runs that all files share: name -> constants beside those of copies.SMALL and FEWER
-FEWER = dict(NULL_DRAWS=3, EVALS=("core",))
+COMMON = FEWER | dict(EVALS=("core",))
+# The runs that all files share: name -> constants beside those of copies.SMALL and COMMON
 TRAINED = {
     "standard": dict(SEEDS=(3, 5), EVALS=DEFAULT, CHECKPOINT_SECONDS=0, SHARD_WINDOWS=16),
     "topk": dict(DATASET="embedded", EVALS=("core", "sparse_probing"), PROBING_SIZE=(60, 20)),
@@ -35,7 +35,7 @@ class Lab:
         self.root, self.shared, self.cache, self.data = root, shared, shared / "cache", str(data)
 
     def copy(self, name, **constants):
-        return copy_template(self.root / name, **{"DATASET": self.data} | FEWER | constants)
+        return copy_template(self.root / name, **{"DATASET": self.data} | COMMON | constants)
 
     def run(self, name, **constants):
         """Returns (folder, Finished) of a run in a Python of its own, as a harness starts it."""
@@ -49,8 +49,9 @@ class Lab:
         told = self.shared / "trained" / "finished.json"
         with locked(self.shared / "trained.lock"):
             if not told.exists():
+                assert not told.parent.exists(), "the shared runs failed: see the first error"
                 for each, folder in folders.items():
-                    copy_template(folder, **{"DATASET": self.data, "SAE_VARIANT": each} | FEWER | TRAINED[each])
+                    copy_template(folder, **{"DATASET": self.data, "SAE_VARIANT": each} | COMMON | TRAINED[each])
                 apart = folders[AS_A_HARNESS]
                 finished = {AS_A_HARNESS: run(apart, self.cache, kind=Process)}
                 in_turn = run_in_turn([folder for folder in folders.values() if folder != apart], self.cache)

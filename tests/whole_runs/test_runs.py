@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 from copies import IN_SAELENS, PROJECT, results, ROOMS, SMALL, VARIANTS
-from lab import FEWER, succeeded, TRAINED
+from lab import COMMON, succeeded, TRAINED
 
 BY_DOCUMENT = {"core", "temporal", "probes", "unlearning", "hierarchy"}          # evaluations with per_sequence
 WITHOUT_HEADLINES = {"recovery", "composition", "detection"}
@@ -43,7 +43,7 @@ def test_a_whole_run(runs, name):
     folder, finished = runs[name]
     succeeded(finished)
     assert "://" not in finished.stdout
-    made, wanted = folder / "run_1", dict(SAE_VARIANT=name, SEEDS=(0,)) | SMALL | FEWER | TRAINED[name]
+    made, wanted = folder / "run_1", dict(SAE_VARIANT=name, SEEDS=(0,)) | SMALL | COMMON | TRAINED[name]
     seeds = wanted["SEEDS"]
     files = {"final_info.json", "all_results.npy", "experiment.py", "sources.zip", "sae_weights.safetensors", "cfg.json",
              "features.json", "timing.json", "summary.md"}
