@@ -21,10 +21,10 @@ TRAINED = {
     "temporal_adaptation": dict(EVALS=("core", "temporal")),
     "temporal_context": dict(DATASET="embedded", EVALS=("core", "unlearning"), GATE_TOKENS=8, EVAL_WINDOWS_PER_FILE=2),
     "compositional": dict(EXPANSION=4, TARGET_L0=12, EVALS=("core", "recovery", "composition"), SYNTHETIC_TASKS=("grammar",),
-                          SYNTHETIC_RHOS=(1.0,), SYNTHETIC_TOKENS=16_384),
-    "hierarchical": dict(EVALS=("core", "hierarchy")),
-    "hierarchical_l1": dict(SAE_VARIANT="hierarchical", EVALS=("core", "hierarchy"), LEVEL_WIDTHS=(144, 96), LEVEL_SPARSITY="l1",
-                            EPOCHS_SCALE=1.0)}
+                          SYNTHETIC_RHOS=(1.0,), SYNTHETIC_TOKENS=8_192),
+    "hierarchical": dict(EVALS=("core", "hierarchy"), TRACED_PARENTS=8),
+    "hierarchical_l1": dict(SAE_VARIANT="hierarchical", EVALS=("core", "hierarchy"), TRACED_PARENTS=8, LEVEL_WIDTHS=(144, 96),
+                            LEVEL_SPARSITY="l1", EPOCHS_SCALE=1.0)}
 AS_A_HARNESS = "batch_topk"              # started in a Python of its own
 
 

@@ -1,4 +1,5 @@
 """Whole runs of every variant, and what they leave."""
+import functools
 import json
 import math
 import zlib
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from copies import IN_SAELENS, PROJECT, results, ROOMS, SMALL, VARIANTS
 from lab import COMMON, succeeded, TRAINED
+from runtime.files import fingerprint
 
 BY_DOCUMENT = {"core", "temporal", "probes", "unlearning", "hierarchy"}          # evaluations with per_sequence
 WITHOUT_HEADLINES = {"recovery", "composition", "detection"}
@@ -129,23 +131,29 @@ def reconstruct(weights, cfg, x):
     return z, z @ weights["W_dec"] + weights["b_dec"]
 
 
+@functools.cache
+def heldout(cache, data_hash, layer):
+    """Returns the model's own activations of the held-out tokens, float64 [token, d_in]; which tokens count
+    [window, position]; and the document of each window."""
+    files = [np.load(path) for path in (cache / "tokens").glob("*.npz")]
+    windows = next(f for f in files if fingerprint(zlib.crc32(f["tokens"].tobytes())) == data_hash)
+    tokens, lengths, documents = (windows[name][int(windows["n_train"]):] for name in ("tokens", "lengths", "doc_ids"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(PROJECT / "embedded" / "model", dtype=torch.float32)
+    with torch.no_grad():
+        states = model(torch.from_numpy(tokens).long(), output_hidden_states=True).hidden_states
+    position = np.arange(tokens.shape[1])
+    counts = torch.from_numpy((position > 0) & (position < lengths[:, None]))
+    return states[layer + 1][counts].double(), counts, documents
+
+
 @pytest.mark.parametrize("variant", IN_SAELENS)
-def test_exported_weights_give_the_reported_figures(E, lab, runs, variant):
+def test_exported_weights_give_the_reported_figures(lab, runs, variant):
     """From the files alone, on the language model's own activations, in float64."""
     folder, _ = runs[variant]
     info, cfg = results(folder), json.loads((folder / "run_1" / "cfg.json").read_text())
     entry, config = info["core"], info["training"]["config"]
-    files = [np.load(path) for path in (lab.cache / "tokens").glob("*.npz")]
-    windows = next(f for f in files if E.fingerprint(zlib.crc32(f["tokens"].tobytes())) == config["data_hash"])
-    heldout = slice(int(windows["n_train"]), None)
-    tokens, lengths, documents = (windows[name][heldout] for name in ("tokens", "lengths", "doc_ids"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(PROJECT / "embedded" / "model", dtype=torch.float32)
-    with torch.no_grad():
-        states = model(torch.from_numpy(tokens).long(), output_hidden_states=True).hidden_states
+    x, counts, documents = heldout(lab.cache, config["data_hash"], config["layer"])
     assert cfg["metadata"]["hook_name"] == f"blocks.{config['layer']}.hook_resid_post"
-    position = np.arange(tokens.shape[1])
-    counts = torch.from_numpy((position > 0) & (position < lengths[:, None]))
-    x = states[config["layer"] + 1][counts].double()
     variance = (x - x.mean(0)).square().sum(1).mean().item()
     first = np.sort(np.unique(documents, return_index=True)[1])
     for i, seed_folder in enumerate([folder / "run_1"] + [folder / "run_1" / "seed_5"] * (len(config["SEEDS"]) - 1)):
@@ -178,7 +186,7 @@ def test_exported_weights_of_the_attention_give_its_latents(E, lab, runs, monkey
     sae.load_state_dict(own, strict=False)
     sae.attends = True
     files = [np.load(path) for path in (lab.cache / "tokens").glob("*.npz")]
-    windows = next(f for f in files if E.fingerprint(zlib.crc32(f["tokens"].tobytes())) == config["data_hash"])
+    windows = next(f for f in files if fingerprint(zlib.crc32(f["tokens"].tobytes())) == config["data_hash"])
     n, lengths = int(windows["n_train"]), torch.from_numpy(windows["lengths"])
     tokens, mask = torch.from_numpy(windows["tokens"][n:]).long(), torch.arange(1, 32) < lengths[n:, None]
     model = transformers.AutoModelForCausalLM.from_pretrained(PROJECT / "embedded" / "model", dtype=torch.float32)
