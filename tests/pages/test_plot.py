@@ -92,24 +92,34 @@ def results(variant, fvu, seeds=1, starts=(0,), data="abc", ablate=(), temporal=
                 "l0": [32 + 3000 / s for s in steps], "dead_fraction": [0.0] * len(steps),
                 "parameters": {name: [1 / s for s in steps] for name in parameters.get(variant, ())},
                 "val_step": [200, 400], "val_loss": [fvu + 0.01, fvu], "stage_starts": list(starts), "stages": names}
-    entry = {
-        "means": {f"{k}_mean": v for k, v in values.items()}, "final_info_dict": {k: [v] * seeds for k, v in values.items()},
-        "metrics": values | {"bigram_explained_variance": 0.7, "untrained_explained_variance": 0.05, "detection": 0.5,
-                             "detection_same_token": 0.3, "detection_null": 0.2,
-                             "detection_reinitialised": 0.45},
-        "curves": [{"training": training, "explained_variance_by_position": [1 - fvu] * 127,
-                    "loss_increase_by_position": [fvu] * 126} for _ in range(seeds)],
-        "per_sequence": [{"fvu": (fvu * hard * rng.lognormal(0, 0.02, FILES)).tolist(),
-                          "loss_increase_nats": (0.3 * hard + rng.normal(0, 0.02, FILES)).tolist()} for _ in range(seeds)],
-        "config": {"SAE_VARIANT": variant, "ABLATE": list(ablate), "TARGET_L0": 32, "STABILITY_LAGS": [5, 16],
-                   "SEEDS": list(range(seeds)), "data_hash": data}}
-    if seeds > 1:
-        entry |= {"stderrs": {f"{k}_stderr": 0.01 for k in values}, "metric_stderrs": dict.fromkeys(values, 0.01)}
-    found = {"core": entry}
+    headlines = {"final_train_loss": fvu, "best_val_loss": fvu, "total_train_time": 60.0}
+    config = {"SAE_VARIANT": variant, "ABLATE": list(ablate), "TARGET_L0": 32, "STABILITY_LAGS": [5, 16],
+              "SEEDS": list(range(seeds)), "data_hash": data}
+    controls = {"bigram_explained_variance": 0.7, "untrained_explained_variance": 0.05, "detection_reinitialised": 0.45}
+    entries = {
+        "training": entry_of(headlines, {}, [{"training": training}] * seeds, [{}] * seeds) | {"config": config},
+        "core": entry_of(
+            values, controls,
+            [{"explained_variance_by_position": [1 - fvu] * 127, "loss_increase_by_position": [fvu] * 126}] * seeds,
+            [{"fvu": (fvu * hard * rng.lognormal(0, 0.02, FILES)).tolist(),
+              "loss_increase_nats": (0.3 * hard + rng.normal(0, 0.02, FILES)).tolist()} for _ in range(seeds)]),
+        "detection": entry_of({}, {"detection": 0.5, "detection_same_token": 0.3, "detection_null": 0.2},
+                              [{}] * seeds, [{}] * seeds)}
     if temporal:
-        found["temporal"] = temporal_entry(rng, seeds, variant == "temporal_adaptation")
-        found |= other_entries(seeds)
-    return found
+        entries["temporal"] = temporal_entry(rng, seeds, variant == "temporal_adaptation")
+        entries |= other_entries(seeds)
+    return entries
+
+
+def entry_of(headlines, others, curves, per_sequence):
+    """An evaluation's entry in final_info.json, with errors where there is more than one seed."""
+    seeds, metrics = len(curves), headlines | others
+    entry = {"means": {f"{k}_mean": v for k, v in headlines.items()}, "metrics": metrics,
+             "final_info_dict": {k: [v] * seeds for k, v in headlines.items()},
+             "curves": curves, "per_sequence": per_sequence}
+    if seeds > 1:
+        entry |= {"stderrs": {f"{k}_stderr": 0.01 for k in headlines}, "metric_stderrs": dict.fromkeys(metrics, 0.01)}
+    return entry
 
 
 def template(folder, runs, labels=None):
@@ -197,7 +207,7 @@ def test_no_run_at_all_is_an_error(tmp_path):
 # Reading and drawing -------------------------------------------------------------------------------------------------
 def test_legends_and_colors(tmp_path):
     ablated = results("topk", 0.2)
-    ablated["core"]["config"]["ABLATE"] = ["auxk"]
+    ablated["training"]["config"]["ABLATE"] = ["auxk"]
     runs = {"run_0": results("standard", 0.3), "run_1": results("topk", 0.2), "run_2": results("topk", 0.2), "run_3": ablated}
     plot = load(template(tmp_path, runs, {"run_0": "base", "run_1": None, "run_2": None, "run_3": None}))
     loaded = plot.load_runs()
@@ -229,8 +239,8 @@ def test_metrics_never_seen(tmp_path):
     axes = plot.fig_headlines(plot.load_runs()).axes
     panel = next(axis for axis in axes if axis.get_title(loc="left") == "other: brand new score")
     assert [text.get_text() for text in panel.texts] == ["not measured", "-0.400"]
-    assert panel.get_xlim()[0] < -0.5 and len(axes) == 12
-    assert [axis.get_title(loc="left") for axis in axes[5:8]] == ["stability ↑", "smoothness ↓", "coherence ↑"]
+    assert panel.get_xlim()[0] < -0.5 and len(axes) == 15
+    assert [axis.get_title(loc="left") for axis in axes[8:11]] == ["stability ↑", "smoothness ↓", "coherence ↑"]
     plot.plt.close("all")
 
 
@@ -464,7 +474,7 @@ def test_what_counts_as_an_ablation(tmp_path):
     runs = {"run_0": results("standard", 0.3), "run_1": results("temporal", 0.2), "run_2": results("temporal", 0.2)}
     for i, other in enumerate(others, 3):
         runs[f"run_{i}"] = results("temporal", 0.25, ablate=("attention",))
-        runs[f"run_{i}"]["core"]["config"] |= other
+        runs[f"run_{i}"]["training"]["config"] |= other
     plot = load(template(tmp_path, runs, dict.fromkeys(runs)))
     found = plot.ablations(plot.load_runs())
     assert [(run.folder, full.folder) for run, full in found] == [("run_6", "run_1"), ("run_7", "run_1")]
@@ -547,7 +557,7 @@ def test_family_is_corrected_together(tmp_path):
 def test_runs_that_cannot_be_paired(tmp_path):
     short, none = results("topk", 0.2), results("gated", 0.2)
     short["core"]["per_sequence"][0]["fvu"].pop()
-    del none["core"]["config"]["data_hash"], none["core"]["per_sequence"]
+    del none["training"]["config"]["data_hash"], none["core"]["per_sequence"]
     runs = {"run_0": results("standard", 0.3), "run_1": short, "run_2": none}
     rows, notes = (lambda plot: plot.compare(plot.load_runs()))(load(template(tmp_path, runs, dict.fromkeys(runs))))
     assert {(row.run.folder, row.metric) for row in rows} == {("run_1", name) for name in ("loss_increase_nats", "stability", "smoothness")}
