@@ -153,6 +153,9 @@ def bad_data(lab):
     for name, (constants, _) in data_files(lab.root / "data").items():
         folder = lab.copy(f"data {name}", **constants)
         substitute(folder, "            preflight(config, cache)\n", "            pass\n")
+        if "questions" in name:                                          # they come first, in place of last
+            unlearner = "    unlearner = Unlearner(run, plan)\n"
+            substitute(folder, unlearner, f'    question_scores(run, plan, {{"unclamped": None}})\n{unlearner}')
         (folder / "run_1").mkdir()
         for file, content in EARLIER.items():
             (folder / "run_1" / file).write_bytes(content)

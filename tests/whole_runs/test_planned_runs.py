@@ -14,7 +14,7 @@ from template_texts import PLANNED, plans, TEX, tracked
 
 # What evaluations measure with, where tests need only that they end
 TINY = FEWER | dict(GATE_TOKENS=8)
-ONCE = {"recovery", "sparse_probing"}       # for each variant: slow, and the same whatever else a plan sets
+ONCE = {"recovery", "sparse_probing", "unlearning"}     # for each variant and MATCHER: slow, and the same whatever else a plan sets
 
 
 @pytest.mark.parametrize("system", PLANNED)
@@ -27,9 +27,9 @@ def test_every_planned_run_passes_the_preflight(E, tmp_path, monkeypatch, system
             continue
         small = {name: SMALL[name] for name in ("TARGET_L0", "BATCH_TOKENS", "EXPANSION") if name in constants}
         small |= {"LEVEL_WIDTHS": (48, 24)} if "LEVEL_WIDTHS" in constants else {}
-        variant, wanted = constants["SAE_VARIANT"], constants | small
+        kind, wanted = (constants["SAE_VARIANT"], constants.get("MATCHER")), constants | small
         if "EVALS" in constants:
-            wanted["EVALS"] = tuple(name for name in constants["EVALS"] if (variant, name) not in passed)
+            wanted["EVALS"] = tuple(name for name in constants["EVALS"] if (kind, name) not in passed)
         with monkeypatch.context() as patch:
             for name, value in (SMALL | TINY | wanted).items():
                 patch.setattr(E, name, value)
@@ -41,7 +41,7 @@ def test_every_planned_run_passes_the_preflight(E, tmp_path, monkeypatch, system
         assert set(entries) == {"training", *wanted.get("EVALS", E.EVALS)} and all("means" in e for e in entries.values()), number
         assert {name: entries["training"]["config"][name] for name in wanted} == wanted, (number, letter)
         seen.append(constants)
-        passed |= {(variant, name) for name in ONCE & set(entries)}
+        passed |= {(kind, name) for name in ONCE & set(entries)}
 
 
 # ---- The copy ----
