@@ -2,6 +2,7 @@
 import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")    # the tests compare bits: on the CPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")        # numpy's libraries as well
 os.environ.setdefault("GOMP_SPINCOUNT", "0")         # as experiment.py has it, before torch is imported
 import numpy as np
 import pytest

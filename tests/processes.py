@@ -38,10 +38,12 @@ class Process:
     def __init__(self, folder, arguments, cache, label="", **variables):
         self.began, self.folder, self.ending = time.monotonic(), Path(folder), None
         self.logs = {name: self.folder / f"{label}{name}.log" for name in ("stdout", "stderr")}
+        for log in self.logs.values():
+            log.write_text("")                  # may be read before the process has opened it
         self.pid = self.begin(arguments, environment(cache) | variables)
 
     def begin(self, arguments, variables):
-        with open(self.logs["stdout"], "w") as out, open(self.logs["stderr"], "w") as err:
+        with open(self.logs["stdout"], "a") as out, open(self.logs["stderr"], "a") as err:
             self.process = subprocess.Popen([sys.executable, *arguments], cwd=self.folder, env=variables, stdin=subprocess.DEVNULL,
                                             stdout=out, stderr=err, start_new_session=True)
         return self.process.pid
@@ -95,7 +97,7 @@ for line in sys.stdin:
     else:
         os.setsid()
         for number, path in enumerate((os.devnull, *wanted["logs"])):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY, 0o644), number)
+            os.dup2(os.open(path, os.O_WRONLY if number else os.O_RDONLY), number)
         os.chdir(wanted["folder"])
         os.environ.update(wanted["variables"])
         sys.argv, sys.path[0] = wanted["arguments"], wanted["folder"]
