@@ -1,8 +1,8 @@
 # Two commands: `make run` (train, evaluate and plot one variant) and `make test`. `make help` says more.
 # Settings: make run VARIANT=topk IDEA=my_idea PYTHON=python3.12 SAE_CACHE_DIR=/large/disk
 PYTHON ?= python3
-VARIANT ?= temporal
-IDEA ?= $(VARIANT)
+VARIANT ?=
+IDEA ?=
 export PYTHON VARIANT IDEA SAE_CACHE_DIR
 .PHONY: help env run test references mutations kills interop
 .DEFAULT_GOAL := help
@@ -35,7 +35,9 @@ if ! [ -e "$$env/complete" ]; then ( \
 endef
 
 help:
-	@echo "make run [VARIANT=temporal] [IDEA=VARIANT]  trains, evaluates and plots VARIANT in a copy under ideas/IDEA"
+	@echo "make run [VARIANT=temporal] [IDEA=VARIANT]  trains, evaluates and plots VARIANT in a copy under ideas/IDEA, as its"
+	@echo "                                            next run_1, run_2, ... VARIANT is one of:"
+	@"$$PYTHON" -m runtime.idea_folder --list | fold -s -w 76 | sed 's/^/                                            /'
 	@echo "make test                                   runs the whole test suite"
 	@echo "make references                             makes the committed runs again: run_0 and run_batch_topk"
 	@echo "make mutations                              runs 93 edits of the kind agents make; a table of what comes of each"
@@ -49,23 +51,12 @@ env:
 
 run:
 	@$(BEGIN); \
-	case "$$VARIANT" in ''|*[!A-Za-z0-9_]*) die "VARIANT='$$VARIANT': only letters, digits and _" ;; esac; \
-	case "$$IDEA" in ''|.*|-*|*[!A-Za-z0-9_.-]*) die "IDEA='$$IDEA': only letters, digits, _, - and ." ;; esac; \
-	$(BUILD); \
-	idea="ideas/$$IDEA"; mkdir -p "$$idea"; \
-	echo "Copying the template to $$idea, with SAE_VARIANT = \"$$VARIANT\""; \
-	sed "s/^SAE_VARIANT = \"[^\"]*\"/SAE_VARIANT = \"$$VARIANT\"/" experiment.py > "$$idea/.experiment.py"; \
-	grep -q "^SAE_VARIANT = \"$$VARIANT\"" "$$idea/.experiment.py" \
-	    || { rm "$$idea/.experiment.py"; die "experiment.py has no line that begins with SAE_VARIANT = \"...\""; }; \
-	place() { if [ -e "$$2" ] && ! cmp -s "$$1" "$$2"; then mv "$$2" "$$2.old"; \
-	    echo "$$2 was another: kept as $$2.old"; fi; cp "$$1" "$$2"; }; \
-	place "$$idea/.experiment.py" "$$idea/experiment.py"; rm "$$idea/.experiment.py"; \
-	for file in plot.py notes.txt requirements.txt; do place "$$file" "$$idea/$$file"; done; \
-	for folder in embedded data runtime pages run_0 run_batch_topk; do if [ -d "$$folder" ]; then cp -R "$$folder" "$$idea/"; fi; done; \
-	cd "$$idea"; \
-	echo "Running python experiment.py --out_dir=run_1"; "$$python" experiment.py --out_dir=run_1; \
+	idea="$$("$$PYTHON" -m runtime.idea_folder --variant="$$VARIANT" --idea="$$IDEA")"; \
+	$(BUILD); cd "$$idea"; \
+	i=1; while [ -e "run_$$i" ]; do i=$$((i + 1)); done; \
+	echo "Running python experiment.py --out_dir=run_$$i"; "$$python" experiment.py --out_dir="run_$$i"; \
 	echo "Running python plot.py"; "$$python" plot.py; \
-	echo "Done. Results: $$idea/run_1/final_info.json; figures, beside run_0 where it exists: $$idea/*.png"
+	echo "Done. Open $$idea/run_$$i/features.html, then $$idea/comparison.md and $$idea/headline_metrics.png"
 
 test:
 	@$(BEGIN); $(BUILD); \
