@@ -81,6 +81,7 @@ from data.code_labels import LABELS
 from data.documents import data_identity
 from data.synthetic import COMPOSED, DIMENSIONS, PRIMITIVES, TASKS, make_synthetic
 from data.tasks import encoded_questions, probing_windows, unlearning_plan
+from data.token_text import token_texts, vocabulary_texts
 from data.windows import Wanted, load_windows, stand_in_windows
 from pages.case_studies import case_studies, family_tree
 from pages.latents_page import Passages, children_of, compositions_of, latents_page
@@ -2287,7 +2288,7 @@ def temporal_curves(run, statistics, codes, full):
     """Returns what the figures of the temporal evaluation draw."""
     windows, seq = run.store.windows, CONTEXT_LENGTH - 1
     weight, mean = statistics.weight, statistics.mean_stability
-    texts = load_tokenizer().batch_decode(windows.tokens[full[0] + windows.n_train, 1:, None])
+    texts = token_texts(load_tokenizer(), windows.tokens[full[0] + windows.n_train, 1:])
     curves = {
         "autocorrelation": weight @ statistics.autocorrelation,
         "stability_null": weight @ statistics.null,
@@ -2942,7 +2943,7 @@ class Matcher:
         threshold, and where "standard", which is `on` [n, seq], and "hybrid" clamp."""
         match, gate = self.match_and_gate(z)
         i, threshold = gate[:, -1].argsort()[len(gate) // 2].item(), self.thresholds["hybrid"]
-        return {"tokens": tokenizer.batch_decode(tokens[i, :, None]), "match": match[i],
+        return {"tokens": token_texts(tokenizer, tokens[i]), "match": match[i],
                 "gate": gate[i], "threshold": torch.full_like(gate[i], threshold),
                 "standard": on[i], "hybrid": on[i] & (gate[i] > threshold)}
 
@@ -3694,7 +3695,7 @@ def eval_composition(run):
         metrics |= interaction_metrics(pairs, seen)
     most = reuse.random_counts.max() + 1
     null = [np.bincount(row, minlength=most) for row in reuse.random_counts]
-    text = load_tokenizer().batch_decode(tokens)
+    text = vocabulary_texts(load_tokenizer(), tokens[:, 0])
     return Result(metrics, {
         "patterns": composition_patterns(codes, singles, pairs, text),
         "reuse": np.bincount(reuse.counts), "reuse_null": np.mean(null, 0)[:40]}, {})

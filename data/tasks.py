@@ -11,6 +11,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from data.documents import checked_rows, data_identity, embedded_documents, read_splits
+from data.token_text import vocabulary_texts
 from data.windows import cached_windows, first_token, padded, tokenizer_identity, Windows
 from runtime.errors import RunnerError
 from runtime.files import fingerprint
@@ -458,7 +459,7 @@ def unlearning_plan(windows, forget, tokenizer, most=(256, 128)):
     dev, dev_group = _spread(windows, "dev", train, forget, near, most[0])
     test, group = _spread(windows, "test", windows.heldout(), forget, near, most[1])
 
-    strings = tokenizer.batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
+    strings = vocabulary_texts(tokenizer, range(windows.tokens.max() + 1))
     clozes = make_clozes(windows, test, strings)
     cloze_group = group[np.searchsorted(test, clozes.window)]
     return UnlearningPlan(dev, dev_group, test, group, clozes, cloze_group)

@@ -3,15 +3,16 @@ import textwrap
 
 import numpy as np
 
+from data.token_text import token_texts
+
 WIDTH = 100     # characters of a line of Markdown
 
 
-def strongest_passages(windows, strings, places, values, n=3, around=8):
+def strongest_passages(windows, tokenizer, places, values, n=3, around=8):
     """Returns the n strongest firings of a unit, each from another window, as dictionaries: the
     texts "before" and "after" the "token" on which it fires, `around` tokens each, and its "value".
 
-    strings: token id -> text; places [firings]: indices into the held-out tokens that count;
-    values [firings].
+    places [firings]: indices into the held-out tokens that count; values [firings].
     """
     seq = windows.tokens.shape[1] - 1
     held_out = windows.heldout_tokens()
@@ -22,9 +23,12 @@ def strongest_passages(windows, strings, places, values, n=3, around=8):
             continue
         seen.add(window)
         row = windows.n_train + window
-        texts = [strings[token] for token in windows.tokens[row, 1:windows.lengths[row]]]
-        passages.append({"before": "".join(texts[max(0, offset - around):offset]),
-                         "token": texts[offset],
+        texts = token_texts(tokenizer, windows.tokens[row, 1:windows.lengths[row]])
+        begin = offset
+        while begin and not texts[begin]:  # within a character
+            begin -= 1
+        passages.append({"before": "".join(texts[max(0, offset - around):begin]),
+                         "token": texts[begin],
                          "after": "".join(texts[offset + 1:offset + 1 + around]),
                          "value": round(float(values[i]), 4)})
         if len(passages) == n:
@@ -40,13 +44,11 @@ def family_tree(windows, tokenizer, levels, families, parents, weights, traces):
     weights [parent, child]: the parents' decoder; traces: for each of `parents` the cosines of what
     ablating it (`parent_cosine`), or a matched control (`control_cosine`), does to the logits with
     what ablating its children does in sum."""
-    strings = tokenizer.batch_decode(np.arange(windows.tokens.max() + 1)[:, None])
-
     def unit(activity, i):
         """Returns what is shown of a parent or of a child."""
         places, values = activity.places[i], activity.values[i]
         return {"id": int(i), "rate": float(len(places) / activity.n),
-                "passages": strongest_passages(windows, strings, places, values)}
+                "passages": strongest_passages(windows, tokenizer, places, values)}
 
     tree = []
     for parent, trace in zip(parents, traces):

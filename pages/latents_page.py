@@ -4,6 +4,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from data.token_text import vocabulary_texts
 from runtime.sparse_ops import firings
 
 EXCERPT = 32                # tokens of a passage
@@ -161,7 +162,7 @@ def children_of(latents, weights, tokenizer, tokens, h):
     named by its number and the token at which it is largest, if it fires at all.
     """
     largest_value, token_index = h.flatten(0, 1).max(0)
-    texts = tokenizer.batch_decode(tokens.flatten()[token_index, None])
+    texts = vocabulary_texts(tokenizer, tokens.flatten()[token_index].tolist())
     names = [f"{i} {text}" if value > 0 else str(i)
              for i, (text, value) in enumerate(zip(texts, largest_value.tolist()))]
 

@@ -1,10 +1,10 @@
 """The hierarchical SAE against naive forms of its equations, and its training."""
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+from made_tokenizers import Joined
 
 D_IN = 8
 
@@ -71,8 +71,7 @@ def test_a_parent_is_shown_with_its_children(E, make, monkeypatch):
     sae.W_dec.data = torch.tensor([[0.6, 0.8, 0.0, 0.0], [0.0, 0.1, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     h = torch.tensor([[[0.0, 1.0, 3.0, 0.0], [2.0, 0.0, 1.0, 0.0], [1.0, 4.0, 0.0, 0.0]]])
     monkeypatch.setattr(sae, "levels", lambda batch: E.Latents.from_dense(h))
-    letters = SimpleNamespace(batch_decode=lambda ids: ["abcdefgh"[i] for i, in ids])
-    monkeypatch.setattr(E, "load_tokenizer", lambda: letters)
+    monkeypatch.setattr(E, "load_tokenizer", lambda: Joined("abcdefgh".__getitem__))
     found = sae.related(np.array([0, 1, 2]), batch._replace(tokens=torch.tensor([[5, 6, 7]])), None)
     own, other = "children, features of level 1", "other features of level 1"
     assert [{title: [(name, round(weight, 4)) for name, weight in rows] for title, rows in latent.items()} for latent in found] == [

@@ -2,12 +2,12 @@
 import copy
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from made_tokenizers import Joined
 from runtime.errors import RunnerError
 from small_saes import adaptive, D_IN
 from test_stability import by_hand, fire_given_token
@@ -118,8 +118,7 @@ def text(E, make_store, monkeypatch):
         return make_store(x, 12, tokens, lengths, doc_ids, name)
 
     monkeypatch.setattr(E, "STABILITY_LAGS", (2, 4))            # within windows of 39 positions
-    decode = SimpleNamespace(batch_decode=lambda tokens: [f"<{int(t[0])}>" for t in tokens])
-    monkeypatch.setattr(E, "load_tokenizer", lambda: decode)
+    monkeypatch.setattr(E, "load_tokenizer", lambda: Joined(lambda token: f"<{token}>"))
     return build
 
 

@@ -11,12 +11,13 @@ from scipy.sparse import csr_array
 
 from data.tasks import unlearning_plan, UnlearningPlan
 from data.windows import Windows
+from made_tokenizers import Joined
 from runtime.errors import RunnerError
 from test_questions import questions_file
 from tiny_models import CONTEXT, separable, SIZES, two_kinds
 
 # ---- The plan: which windows ----
-PARTS = SimpleNamespace(batch_decode=lambda tokens: [f" t{int(t[0])}" for t in tokens])
+PARTS = Joined(lambda token: f" t{token}")
 
 
 def plan_of_domains(E, names, per_domain=10, windows_of_each=4, heldout=3, seed=0):
