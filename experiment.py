@@ -84,7 +84,8 @@ from data.tasks import encoded_questions, probing_windows, unlearning_plan
 from data.token_text import token_texts, vocabulary_texts
 from data.windows import Wanted, load_windows, stand_in_windows
 from pages.case_studies import case_studies, family_tree
-from pages.latents_page import Passages, children_of, compositions_of, latents_page
+from pages.latents_page import (
+    PageLatent, Passages, children_of, compositions_of, latents_page, nearest_directions)
 from runtime.errors import RunnerError, run_stage
 from runtime.files import (
     atomic_run_folder, cache_folder, cached_json, fingerprint, folder_identity, make_folder,
@@ -209,7 +210,8 @@ SYNTHETIC_RHOS = (1.0, 0.5, 0.0)  # strengths of compositions in the first task;
 SYNTHETIC_TOKENS = 65_536  # of training
 SYNTHETIC_SAE = (384, 8)  # width, L0
 COMPOSED_TOKENS = 512  # tokens on which features are ablated one by one
-DETECTED_LATENTS = 50  # live ones that features.html shows and that detection is measured on
+DETECTED_LATENTS = 50  # live ones, drawn at random, that detection is measured on and people rate;
+#                     features.html shows them and those that figures of the run name
 DETECTION_TASKS = 10  # of a latent at most, one a file
 DETECTION_OPTIONS = 5  # excerpts to choose from: chance is .2
 DETECTION_TOKENS = 16  # of such an excerpt
@@ -1795,7 +1797,7 @@ class Run:
 
     @functools.cached_property
     def detections(self):
-        """The Detection of each latent that the page shows."""
+        """The Detection of each of random_latents."""
         return detections(self)
 
 
@@ -2294,7 +2296,8 @@ def temporal_curves(run, statistics, codes, full):
         "stability_null": weight @ statistics.null,
         "stability_by_rate_decile": mean_by_decile(mean, statistics.rate),
         "similarity_matrix": similarity_matrix(codes[:256 * seq], seq)[::2, ::2].round(4),
-        "evolution": top_latents_over_passage(codes[:seq].toarray(), texts, mean, run.live.ids)}
+        "evolution": top_latents_over_passage(codes[:seq].toarray(), texts, mean, run.live.ids),
+        "most_stable": most_stable(mean, run.live.ids)}
     if hasattr(run.sae, "variance"):
         curves |= {"variance": run.sae.variance, "decay": run.sae.decay(),
                    "scaled_variance": run.sae.scaled_variance()}
@@ -2435,6 +2438,23 @@ def top_latents_over_passage(z, tokens, stable, live, n=16):
     [seq] of text; z [seq, d_sae], stable [latent] stability of the latents `live`."""
     top = live[np.argsort(-np.square(z[:, live]).sum(0) * np.maximum(stable, 1e-6))[:n]]
     return {"tokens": tokens, "latents": top, "values": z[:, top].T.round(4)}
+
+
+def most_stable(stable, live, n=10):
+    """Returns the n latents with the highest stability, highest first, and that stability; stable
+    [latent]: of the latents `live`."""
+    top = np.argsort(-stable, kind="stable")[:n]
+    return {"latents": live[top], "stability": stable[top].round(4)}
+
+
+def stability_of(run, latents):
+    """Returns the mean stability of latents on full windows, as LatentStatistics has it:
+    [latent]."""
+    rows, seq = run.store.windows.full(), CONTEXT_LENGTH - 1
+    codes = run.encoded.codes[:, latents].tocsr()
+    active = torch.from_numpy(codes.toarray() > 0).to(DEVICE).view(-1, seq, len(latents))
+    active = active[torch.from_numpy(rows).to(DEVICE)].float()
+    return excess_autocorrelation(active, active.mean((0, 1)), STABILITY_LAGS).mean(0).tolist()
 
 
 def polysemanticity(fired, kinds, places, rng, draws=50, n=64):
@@ -4038,16 +4058,27 @@ class Detection(NamedTuple):
         return np.nansum(self.right, 0)
 
 
-def page_latents(run):
-    """Returns the latents that the page shows: random live ones, drawn before any look."""
+def random_latents(run):
+    """Returns random live latents, drawn before any look: those that detection is measured on and
+    that people rate."""
     live = run.live.ids
     n = min(4 if run.tiny else DETECTED_LATENTS, len(live))
     return np.sort(np.random.default_rng(0).choice(live, n, replace=False))
 
 
+def page_latents(run, temporal):
+    """Returns {latent: why features.html shows it, see PageLatent} in order: the random ones, and
+    those that the curves `temporal` of that evaluation name (none where it was not run)."""
+    named = {"random": random_latents(run).tolist()}
+    for why, curve in (("evolution", "evolution"), ("stable", "most_stable")):
+        named[why] = temporal.get(curve, {"latents": []})["latents"]
+    latents = sorted(set().union(*named.values()))
+    return {latent: [why for why, ids in named.items() if latent in ids] for latent in latents}
+
+
 def detections(run):
-    """Returns the Detection of each of page_latents."""
-    windows, latents = run.store.windows, page_latents(run)
+    """Returns the Detection of each of random_latents."""
+    windows, latents = run.store.windows, random_latents(run)
     excerpts, contexts = Passages(windows, DETECTION_TOKENS), token_contexts(windows)
     return [detection_of(excerpts, contexts, at, values, np.random.default_rng([0, int(latent)]))
             for latent, (at, values) in zip(latents, firings(run.encoded.codes, latents))]
@@ -4163,7 +4194,8 @@ def evaluate(run, train_seconds):
     run.sae.eval()
     results = {"training": training_result(run.log, train_seconds)}
     results |= {name: run_evaluation(EVALUATIONS[name].function, run) for name in EVALS}
-    return results | {"page": page_of_latents(run)}
+    temporal = results.get("temporal", {"curves": {}})["curves"]
+    return results | {"page": page_of_latents(run, temporal)}
 
 
 def run_evaluation(evaluation, run):
@@ -4195,20 +4227,40 @@ def training_result(log, train_seconds):
 
 
 @torch.no_grad()
-def page_of_latents(run):
-    """Returns what features.html shows of page_latents."""
-    sae, store, latents = run.sae, run.store, page_latents(run)
-    codes, model = run.encoded.codes, run.get_model()
-    batch = store.batch(store.heldout_chunks(64)[0])
-    rows = F.pad(sae.directions()[latents], (0, 0, 0, 1))[:, None]  # the last is 0
-    tokens = store.tokens([0])[:, :1].expand(len(rows), 1)
-    logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
+def page_of_latents(run, temporal):
+    """Returns what features.html shows of page_latents. temporal: the curves of that evaluation, {}
+    where it was not run."""
+    why = page_latents(run, temporal)
+    latents = np.array(list(why))
+    detected = dict(zip(random_latents(run).tolist(), run.detections))
+    similar = nearest_directions(run.sae.directions(), latents)
+    measured = temporal.get("most_stable")  # where it is, windows are long enough for stability
+    stability = stability_of(run, latents) if measured else [None] * len(latents)
 
-    fires = torch.from_numpy(codes[:, latents].tocsr()[:batch.tokens.numel()].toarray() > 0)
-    related = sae.related(latents, batch, fires.view(*batch.tokens.shape, -1).to(batch.x))
-    added = (logits[:-1] - logits[-1]).cpu().numpy()  # [latent, vocabulary]
-    return latents_page(store.windows, load_tokenizer(), latents, codes, added, related,
-                        len(run.live.ids), run.detections, DETECTION_TOKENS)
+    parts = zip(latents.tolist(), why.values(), added_logits(run, latents),
+                related_latents(run, latents), similar, stability)
+    shown = [PageLatent(*part, detected.get(part[0])) for part in parts]
+    return latents_page(run.store.windows, load_tokenizer(), shown, run.encoded.codes,
+                        run.live.mask, DETECTION_TOKENS)
+
+
+def added_logits(run, latents):
+    """Returns the logits that each latent's direction alone gives after the last norm, beyond those
+    of no direction: [latent, vocabulary]."""
+    model = run.get_model()
+    rows = F.pad(run.sae.directions()[latents], (0, 0, 0, 1))[:, None]  # the last is 0
+    tokens = run.store.tokens([0])[:, :1].expand(len(rows), 1)
+    logits = logits_from(model, len(find_blocks(model)) - 1, rows, tokens)[:, 0]
+    return (logits[:-1] - logits[-1]).cpu().numpy()
+
+
+def related_latents(run, latents):
+    """Returns what the variant says of each latent, on the first held-out windows: see
+    SAE.related."""
+    batch = run.store.batch(run.store.heldout_chunks(64)[0])
+    codes = run.encoded.codes[:, latents].tocsr()[:batch.tokens.numel()]
+    fires = torch.from_numpy(codes.toarray() > 0).view(*batch.tokens.shape, -1).to(batch.x)
+    return run.sae.related(latents, batch, fires)
 
 
 # --- export of the SAE ---

@@ -29,8 +29,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from scipy.stats import false_discovery_control, permutation_test
 
 from pages.ratings import (
-    agreement, BATCH, bootstrap_interval, Difference, load_ratings, mean_by_latent, RESAMPLES,
-    unpaired_test, write_page)
+    agreement, BATCH, bootstrap_interval, Difference, LEAST_RATED, load_ratings, mean_by_latent,
+    RESAMPLES, unpaired_test, write_page)
 
 # Run directory -> legend. Only these runs are drawn, in this order; None: the run's own variant.
 labels = {
@@ -395,6 +395,8 @@ def rating_cells(run, baseline, question):
     rated = mean_by_latent(run.ratings.get(question, {}))
     reference = mean_by_latent(baseline.ratings.get(question, {}))
     mean = f"{rated.values.mean():.3f} [{rated.low:.3f}, {rated.high:.3f}]" if rated else ""
+    if not rated and run.ratings:
+        return [f"fewer than {LEAST_RATED}", ""]
     if not (rated and reference) or run is baseline:
         return [mean, ""]
     test = unpaired_test(rated.values, reference.values)
@@ -420,7 +422,8 @@ def ratings_text(runs):
             "detection by people", "against baseline", *DETECTION.values()]
     notes = (
         f"Means over latents with 95 % bootstrap intervals; baseline: {baseline.folder}; p: "
-        f"{RESAMPLES:,} permutations of latents between runs. Alpha: Krippendorff's, ordinal. "
+        f"{RESAMPLES:,} permutations of latents between runs; all of them need {LEAST_RATED} rated "
+        "latents of a run. Alpha: Krippendorff's, ordinal. "
         "Detection: on which of five passages does the latent fire (chance .2)? Automatic "
         "detection chooses the passage that best fits a profile of the contexts in which the "
         "latent fires most strongly in other files; then the same where the other four passages "

@@ -1,10 +1,12 @@
 """The content of features.json, from which pages/ratings.py makes the page of a run's latents."""
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from data.token_text import vocabulary_texts
+from data.token_text import token_texts, vocabulary_texts
 from runtime.sparse_ops import firings
 
 EXCERPT = 32                # tokens of a passage
@@ -13,7 +15,27 @@ BANDS, PER_BAND = 5, 2      # bands of equally many firings by value, and passag
 RANDOM = 5                  # passages drawn without regard to the latent: a control
 COMMON = 10                 # times a token must occur in training to be named as promoted
 NAMED = 10                  # tokens that a latent promotes, and that it suppresses
+FIRED_ON = 6                # tokens on which it fires most often
+EFFECT_BINS = 41            # of the histogram of its effects on logits
+RATE_BINS = 40              # of the histogram of all latents' firing rates
 RELATIVES = 24              # rows of a list of related latents at most
+NEIGHBOURS = 8              # latents that fire together with one, and that point where it does
+ALL_LATENTS = 20_000        # a wider SAE's page has no facts of the latents that it does not show
+
+
+class PageLatent(NamedTuple):
+    """What the run knows of a latent that the page shows, besides where it fires."""
+    latent: int
+    why: list  # of "random" (drawn at random, and rated), "evolution" (in that figure), "stable"
+    logits: np.ndarray  # [vocabulary] that its direction adds
+    related: dict  # {title: rows (label, number)}; a label that is a whole number is a latent
+    similar: list  # (latent, cosine) whose directions are the nearest to its own
+    stability: float | None = None  # None where the run did not measure it
+    # `task_files` (documents of its detection tasks), `question` (where the five options of the
+    # first task begin, the right one first, or None), `order` (in which they are shown), `tasks`
+    # (their number), `solved` (how many its own profile solves, the same among options with the
+    # same token, and how many a random profile solves); None: it has no tasks
+    detection: object = None
 
 
 class Passages:
@@ -50,16 +72,35 @@ class Passages:
         return window * self.seq + np.minimum(offset + self.size, self.lengths[window])
 
     def shown(self, start, active, peak=None):
-        """Returns an excerpt as features.json has it: "values" are pairs (token in the excerpt,
-        value) where the latent fires, "peak" is the token for which the excerpt was chosen.
+        """Returns an excerpt as features.json has it, but for its texts: "values" are pairs (token
+        in the excerpt, value) where the latent fires, "peak" is the token for which the excerpt was
+        chosen, "place" where it begins, "tokens" how many it has.
 
         active [place]: the latent's values; peak: a place or None.
         """
         part = slice(start, self.stop(start))
         values = [[int(i), three_digits(active[start + i])] for i in np.flatnonzero(active[part])]
-        return {"file": int(self.file(start)), "at": int(start % self.seq) + 1,
-                "tokens": self.flat[part].tolist(), "values": values,
+        return {"file": int(self.file(start)), "place": int(start),
+                "at": int(start % self.seq) + 1, "tokens": len(self.flat[part]), "values": values,
                 "peak": None if peak is None else int(peak - start)}
+
+    def reader(self, tokenizer):
+        """Returns a function that returns the texts of n tokens from a place on, as they stand in
+        their window; an excerpt that begins within a character begins with all of it."""
+        known, rows = {}, {}
+
+        def texts(place, n):
+            window, offset = divmod(place, self.seq)
+            if window not in rows:
+                first = window * self.seq
+                tokens = self.flat[first:first + self.lengths[window]]
+                rows[window] = token_texts(tokenizer, tokens, known)
+            row, begin = rows[window], offset
+            while begin and not row[begin]:
+                begin -= 1
+            return [row[begin], *row[offset + 1:offset + n]]
+
+        return texts
 
 
 def three_digits(value):
@@ -82,10 +123,13 @@ def latent_passages(text, places, active, held, rng):
         return [text.shown(text.start(place, lead), active, place) for place in chosen]
 
     first_of_file = np.sort(np.unique(text.file(by_value), return_index=True)[1])
-    bands = [rng.permutation(band)[:PER_BAND] for band in np.array_split(by_value, BANDS)]
+    bands = np.array_split(by_value, BANDS)
+    drawn = [rng.permutation(band)[:PER_BAND] for band in bands]
     anywhere = rng.choice(text.places[~np.isin(text.file(text.places), held)], RANDOM)
     return {"top": around(by_value[first_of_file[:STRONGEST]]),
-            "stratified": [around(band) for band in bands],
+            "stratified": [around(band) for band in drawn],
+            "ranges": [[three_digits(active[band[-1]]), three_digits(active[band[0]])]
+                       if len(band) else None for band in bands],
             "random": [text.shown(text.start(place, lead), active) for place in anywhere]}
 
 
@@ -99,32 +143,82 @@ def mean_by_position(text, active):
     return [[int(first) + 1, three_digits(mean)] for first, mean in zip(edges, means)]
 
 
-def latent_entry(text, question_text, latent, firing, detection):
+def fired_on(text, places):
+    """Returns rows (token, share of the firings that are on it, share of its occurrences on which
+    the latent fires) of the FIRED_ON tokens on which a latent fires most often."""
+    seen = np.bincount(text.flat[text.places])
+    fired = np.bincount(text.flat[places], minlength=len(seen))
+    order = np.argsort(-fired, kind="stable")[:FIRED_ON]
+    return [[int(token), three_digits(fired[token] / len(places)),
+             three_digits(fired[token] / seen[token])] for token in order if fired[token]]
+
+
+def latent_entry(text, question_text, shown, firing, energy):
     """Returns what the page shows of a latent's firings.
 
-    text, question_text: Passages of the excerpts and of the question's options; firing: (places
-    [n] where the latent fires, its values [n]); detection: a record as in `latents_page`.
+    text, question_text: Passages of the excerpts and of the question's options; shown: its
+    PageLatent; firing: (places [n] where the latent fires, its values [n]); energy: sum of the
+    squared values of all latents.
     """
-    places, values = firing
+    (places, values), latent, detection = firing, int(shown.latent), shown.detection
     active = np.zeros(len(text.flat), dtype=np.float32)
     active[places] = values
-    rng = np.random.default_rng([1, int(latent)])
+    rng, held = np.random.default_rng([1, latent]), detection.task_files if detection else []
 
-    entry = {"latent": int(latent), "rate": three_digits(len(places) / len(text.places)),
+    entry = {"latent": latent, "why": shown.why,
+             "rate": three_digits(len(places) / len(text.places)),
              "files": len(np.unique(text.file(places))), "max": three_digits(values.max()),
              "mean": three_digits(values.mean()),
-             "passages": latent_passages(text, places, active, detection.task_files, rng),
+             "energy": three_digits(np.square(values, dtype=float).sum() / energy),
+             "fired_on": fired_on(text, places),
+             "passages": latent_passages(text, places, active, held, rng),
              "histogram": np.histogram(values, 30, (0, values.max()))[0].tolist(),
              "by_position": mean_by_position(text, active)}
 
-    if detection.question is not None:
+    if shown.stability is not None:
+        entry["stability"] = three_digits(shown.stability)
+    if detection and detection.question is not None:
         options = [question_text.shown(detection.question[i], active) for i in detection.order]
         entry["question"] = {"passages": options, "answer": int(np.argmin(detection.order))}
-    if detection.tasks:
+    if detection and detection.tasks:
         entry["detected"] = [int(detection.tasks), *map(three_digits, detection.solved)]
     return entry
 
 
+# ---- Neighbours ----
+def nearest_directions(directions, latents, most=NEIGHBOURS):
+    """Returns for each of `latents` pairs (another latent, cosine of the two directions), of the
+    nearest ones, nearest first; directions [d_sae, d_in]."""
+    unit = F.normalize(directions.float(), dim=1)
+    cosines = unit[latents] @ unit.T
+    cosines[torch.arange(len(latents)), torch.as_tensor(latents)] = -2.0  # itself: last
+    values, nearest = cosines.topk(min(most, len(unit) - 1))
+    return [[*zip(*row)] for row in zip(nearest.tolist(), values.tolist())]
+
+
+def fires_together(z, latents, n_tokens, most=NEIGHBOURS):
+    """Returns for each of `latents` rows (another latent, share of this one's firings at which the
+    other fires too, correlation of the two over all tokens) of those with the highest correlations
+    above 0. A latent counts as 1 where it fires and 0 elsewhere.
+
+    z: codes, sparse by column [place, d_sae]; n_tokens: tokens that count.
+    """
+    fires = z.astype(np.float32)  # a copy
+    fires.data[:] = 1
+    counts = np.diff(fires.indptr).astype(float)
+    both = (fires[:, latents].T @ fires).toarray().astype(float)  # [latents, d_sae]
+    deviation = np.sqrt(counts * (n_tokens - counts))
+
+    product = np.maximum(deviation[latents, None] * deviation, 1e-9)
+    correlation = (both * n_tokens - counts[latents, None] * counts) / product
+    correlation[np.arange(len(latents)), latents] = -2.0  # itself: last
+    order = np.argsort(-correlation, axis=1, kind="stable")[:, :most]
+    return [[(int(other), both[i, other] / counts[latent], correlation[i, other])
+             for other in order[i] if correlation[i, other] > 0]
+            for i, latent in enumerate(latents)]
+
+
+# ---- Logits ----
 def common_tokens(windows):
     """Returns the tokens that occur at least COMMON times in the training windows."""
     train = np.arange(windows.n_train)
@@ -133,20 +227,24 @@ def common_tokens(windows):
 
 def effect_on_logits(logits, common):
     """Returns the common tokens that a latent promotes and suppresses most, with what it adds to
-    their logits [vocabulary] beyond the mean over common tokens.
+    their logits [vocabulary] beyond the mean over common tokens, and a histogram of that.
 
     Tokens never seen in training share one direction and would fill both lists otherwise.
     """
     order = common[np.argsort(logits[common], kind="stable")]
     above_mean = logits - logits[common].sum() / max(1, len(common))
+    counts, edges = np.histogram(above_mean[common], EFFECT_BINS)
 
     def rows(tokens):
         """Returns pairs (token, what is added to its logit)."""
         return [[int(token), three_digits(above_mean[token])] for token in tokens]
 
-    return {"promoted": rows(order[::-1][:NAMED]), "suppressed": rows(order[:NAMED])}
+    return {"promoted": rows(order[::-1][:NAMED]), "suppressed": rows(order[:NAMED]),
+            "logits": {"low": three_digits(edges[0]), "high": three_digits(edges[-1]),
+                       "counts": counts.tolist()}}
 
 
+# ---- Relatives, by variant ----
 def strongest_names(weights, names, most=12):
     """Returns pairs (name, weight) of the largest positive weights [n], largest first."""
     values, indices = weights.cpu().topk(min(most, len(weights)))
@@ -214,11 +312,11 @@ def compositions_of(latents, reads, fires, ids, values, attention, most=256):
     return related
 
 
-def strongest_tokens(text, z, relations):
-    """Returns {latent: the token on which it fires most strongly} of the latents that fire among
-    those named by whole numbers in `relations`; z: codes, sparse by column."""
-    rows = chain(*relations.values())
-    latents = np.array(sorted({label for label, _ in rows if isinstance(label, int)}), dtype=int)
+# ---- The whole page ----
+def strongest_tokens(text, z, latents):
+    """Returns {latent: the token on which it fires most strongly} of those of `latents` that fire;
+    z: codes, sparse by column."""
+    latents = np.array(sorted(set(latents)), dtype=int)
     return {int(latent): int(text.flat[places[values.argmax()]])
             for latent, (places, values) in zip(latents, firings(z, latents)) if len(places)}
 
@@ -231,57 +329,85 @@ def passages_of(entries):
                          question["passages"])
 
 
-def number_tokens_and_files(entries, named):
-    """Replaces ids of tokens and of documents in entries and `named` by their index among those
-    that occur; returns these tokens and these documents, sorted."""
-    passages = list(passages_of(entries))
-    effects = [entry[key] for entry in entries for key in ("promoted", "suppressed")]
-    tokens = {token for passage in passages for token in passage["tokens"]}
-    tokens.update(named.values(), (token for rows in effects for token, _ in rows))
-    tokens, files = sorted(tokens), sorted({passage["file"] for passage in passages})
-    token_index = {token: i for i, token in enumerate(tokens)}
-    file_index = {file: i for i, file in enumerate(files)}
-
-    for passage in passages:
-        passage["tokens"] = [token_index[token] for token in passage["tokens"]]
-        passage["file"] = file_index[passage["file"]]
-    for rows in effects:
-        rows[:] = [[token_index[token], value] for token, value in rows]
-    named.update((latent, token_index[token]) for latent, token in named.items())
-    return tokens, files
+def neighbours_of(entries):
+    """Yields the latents that the entries of latents name."""
+    for entry in entries:
+        rows = chain(entry["similar"], entry["together"], *entry.get("related", {}).values())
+        yield from (row[0] for row in rows if isinstance(row[0], int))
 
 
-def latents_page(windows, tokenizer, latents, z, logits, related, n_live, detections,
-                 question_size):
-    """Returns the content of features.json: what the page shows of `latents` [n].
+class Numbering(dict):
+    """Numbers values from 0, in the order in which they are first asked for."""
+    def __missing__(self, value):
+        return self.setdefault(value, len(self))
 
-    z: codes of the held-out tokens, sparse [place, d_sae] by column; logits [n, vocabulary]: what
-    each latent's decoder row adds to the model's logits; related: for each latent {title: rows of
-    (label, number)}, a label that is a whole number being a latent; n_live: latents from which
-    these were drawn; question_size: tokens of an option of the question; detections: a record for
-    each latent with `task_files` (documents of its detection tasks), `question` (where the five
-    options of the first task begin, the right one first, or None), `order` (in which they are
-    shown), `tasks` (their number) and `solved` (how many of them the latent's own profile solves,
-    the same among options with the same token, and how many a random profile solves)."""
+
+def number_texts_and_files(entries, named, text, tokenizer):
+    """Puts texts in the place of tokens in entries and `named`, and then in the place of each text
+    and each document its number; returns these texts and these documents, in order."""
+    texts, files, read = Numbering(), Numbering(), text.reader(tokenizer)
+    rows = [row for entry in entries for key in ("promoted", "suppressed", "fired_on")
+            for row in entry[key]]
+    tokens = sorted({row[0] for row in rows} | set(named.values()))
+    token_text = dict(zip(tokens, vocabulary_texts(tokenizer, tokens)))
+
+    for passage in passages_of(entries):
+        passage["tokens"] = [texts[part] for part in read(passage.pop("place"), passage["tokens"])]
+        passage["file"] = files[passage["file"]]
+    for row in rows:
+        row[0] = texts[token_text[row[0]]]
+    named.update((latent, texts[token_text[token]]) for latent, token in named.items())
+    return list(texts), list(files)
+
+
+def activity_of(z, live, n_tokens):
+    """Returns for the page, of all latents: "activity", a digit for each (0: it never fires, 1: too
+    seldom, in too few files or on too many tokens to be live, 2: live), and "rates", a histogram of
+    log10 of the firing rates of those that fire; and up to ALL_LATENTS each one's "rate" and "max",
+    its largest value. live [d_sae]: bool."""
+    fired = np.diff(z.indptr)
+    kinds = (fired > 0).astype(int) + (live & (fired > 0))
+    lowest = int(np.floor(np.log10(1 / n_tokens)))
+    counts, _ = np.histogram(np.log10(fired[fired > 0] / n_tokens), RATE_BINS, (lowest, 0))
+    found = {"activity": "".join(map(str, kinds)),
+             "rates": {"low": lowest, "high": 0, "counts": counts.tolist()}}
+    if len(fired) <= ALL_LATENTS:
+        found["rate"] = [three_digits(n / n_tokens) for n in fired]
+        found["max"] = [three_digits(values.max()) if len(values) else 0
+                        for _, values in firings(z, np.arange(len(fired)))]
+    return found
+
+
+def latents_page(windows, tokenizer, shown, z, live, question_size):
+    """Returns the content of features.json: what the page shows of latents.
+
+    shown: a PageLatent for each of them; z: codes of the held-out tokens, sparse [place, d_sae] by
+    column; live [d_sae]: True at live latents; question_size: tokens of an option of the question.
+    """
     text, question_text = Passages(windows, EXCERPT), Passages(windows, question_size)
+    latents = np.array([part.latent for part in shown])
     common = common_tokens(windows)
-    common = common[common < logits.shape[1]]
-    rows = zip(latents, firings(z, latents), logits, related, detections)
+    common = common[common < len(shown[0].logits)]
+    energy = np.square(z.data, dtype=float).sum()
+    neighbours = fires_together(z, latents, len(text.places))
 
-    entries, named = [], {}     # named: related latent -> the token on which it is strongest
-    for latent, firing, logits_added, relations, detection in rows:
-        entry = latent_entry(text, question_text, latent, firing, detection)
-        entry |= effect_on_logits(logits_added, common)
-        if relations:
+    entries = []
+    for part, firing, together in zip(shown, firings(z, latents), neighbours):
+        entry = latent_entry(text, question_text, part, firing, energy)
+        entry |= effect_on_logits(part.logits, common)
+        entry["similar"] = [[other, three_digits(cosine)] for other, cosine in part.similar]
+        entry["together"] = [[other, *map(three_digits, row)] for other, *row in together]
+        if part.related:
             entry["related"] = {title: [[label, three_digits(number)]
                                         for label, number in pairs[:RELATIVES]]
-                                for title, pairs in relations.items()}
-            named |= strongest_tokens(text, z, relations)
+                                for title, pairs in part.related.items()}
         entries.append(entry)
 
-    tokens, files = number_tokens_and_files(entries, named)
-    return {"schema": "temporal-sae-runner/features/1", "seed": 0, "n_live": int(n_live),
+    few = z.shape[1] <= ALL_LATENTS
+    named = strongest_tokens(text, z, range(z.shape[1]) if few else neighbours_of(entries))
+    texts, files = number_texts_and_files(entries, named, text, tokenizer)
+    return {"schema": "temporal-sae-runner/features/2", "seed": 0, "n_live": int(live.sum()),
             "tokens": len(text.places), "n_files": len(np.unique(text.files)),
-            "strings": tokenizer.batch_decode([[token] for token in tokens]),
+            "n_common": len(common), **activity_of(z, live, len(text.places)), "strings": texts,
             "files": [str(windows.names[file]) for file in files],
             "latents": entries, "named": named}

@@ -2,16 +2,17 @@
 import hashlib
 import json
 from collections import defaultdict
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import bootstrap, permutation_test
 
-TEMPLATE = Path(__file__).resolve().parent / "features.html"
+from pages.templates import filled
+
 MOST_BYTES = 3_000_000          # of a page
 SCHEMA = "temporal-sae-runner/ratings/1"
 SCORES = {"no": 0.0, "partly": 0.5, "yes": 1.0}
+LEAST_RATED = 5                 # latents of a run, before means, intervals and tests are made
 BASELINE = "run_0"              # its latents are mixed into those to be rated on every page
 RESAMPLES = 10_000              # permutations of a test, draws of a bootstrap
 BATCH = 1_000                   # of these at a time: a few megabytes
@@ -48,17 +49,23 @@ def load_features(folder):
     return features | {"hash": hashlib.sha256(content).hexdigest()[:16]}
 
 
+def rated_latents(features):
+    """Returns the entries of the latents that people rate: those drawn at random."""
+    return [entry for entry in features["latents"] if "random" in entry.get("why", ["random"])]
+
+
 def rating_part(features):
-    """Returns features with only what rating shows of each latent."""
+    """Returns features with only what rating shows of each latent that is rated."""
     latents = []
-    for entry in features["latents"]:
+    for entry in rated_latents(features):
         passages = entry["passages"]
         part = {key: entry[key] for key in ("latent", "max", "promoted", "question")
                 if key in entry}
         latents.append(part | {"passages": {
             "top": passages["top"][:6],
             "stratified": [band[:1] for band in passages["stratified"]]}})
-    return features | {"latents": latents}
+    kept = {key: features[key] for key in ("strings", "files") if key in features}
+    return kept | {"latents": latents}
 
 
 def page_html(folder, label, config, metrics):
@@ -69,17 +76,28 @@ def page_html(folder, label, config, metrics):
     features, baseline = load_features(folder), load_features(folder.parent / BASELINE)
     if features is None:
         return None
-    known = {"explained_variance": "explained variance", "l0": "L0", "loss_increase_nats": "nats"}
+    known = {"explained_variance": "explained variance {:.3g}", "l0": "L0 {:.3g}",
+             "loss_increase_nats": "loss {:+.3g} nats"}
     about = [folder.name, config.get("MODEL_NAME", "model"), f"after block {config.get('layer')}"]
-    about += [f"{text} {metrics[key]:.3g}" for key, text in known.items() if key in metrics]
-    data = {"run": folder.name, "label": label, "about": ", ".join(about),
+    about += [text.format(metrics[key]) for key, text in known.items() if key in metrics]
+    data = {"run": folder.name, "label": label, "about": ", ".join(about), "made": made_of(config),
             "hash": features["hash"], "length": config.get("CONTEXT_LENGTH", 1) - 1,
-            "features": features}
+            "lags": config.get("STABILITY_LAGS"), "d_in": config.get("d_in"),
+            "least": LEAST_RATED, "features": features}
     if baseline and folder.name != BASELINE:
         data["baseline"] = {"run": BASELINE, "hash": baseline["hash"],
                             "features": rating_part(baseline)}
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text)
+    return filled("features.html", data)
+
+
+def made_of(config):
+    """Returns a sentence on what was trained on what; "" where a run has not recorded it."""
+    names = ("SAE_VARIANT", "d_sae", "TARGET_L0", "MODEL_NAME", "layer", "d_in", "DATASET")
+    if any(name not in config for name in names):
+        return ""
+    variant, d_sae, l0, model, layer, d_in, data = (config[name] for name in names)
+    return (f"{variant}: {d_sae:,} latents, {l0} of them active on a token, read the residual "
+            f"stream of {model} after block {layer} ({d_in:,} dimensions). Data: {data}.")
 
 
 def write_page(folder, label, config, metrics):
@@ -101,7 +119,7 @@ def check_answers(answers, features):
     """Raises ValueError at the first of `answers` that does not fit a latent of `features`
     {run: load_features of it}."""
     options = {(run, entry["latent"]): len(entry.get("question", {}).get("passages", ()))
-               for run, content in features.items() for entry in content["latents"]}
+               for run, content in features.items() for entry in rated_latents(content)}
     for row in answers:
         valid = isinstance(row, dict) and (row.get("run"), row.get("latent")) in options
         if valid:
@@ -123,6 +141,8 @@ def check_ratings(content, folder):
         raise ValueError(f"it rates {content.get('run')!r}")
     if not isinstance(content.get("rater_id"), str) or not isinstance(answers, list):
         raise ValueError("it has no rater_id or no list of answers")
+    if not answers:
+        raise ValueError("it holds no answers")
     if set(hashes) - {folder.name, BASELINE}:
         raise ValueError(f"it rates latents of other runs than {folder.name} and {BASELINE}")
 
@@ -163,7 +183,9 @@ def load_ratings(folders):
             print(f"{name}: skipped, {error}")
             continue
         add_answers(ratings, content, features)
-        print(f"{name}: {len(content['answers'])} latents rated")
+        rated = sum(row.get("score") is not None or row.get("choice") is not None
+                    for row in content["answers"])
+        print(f"{name}: {rated} latents rated")
     return dict(ratings)
 
 
@@ -187,9 +209,9 @@ def bootstrap_interval(samples, statistic):
 
 
 def mean_by_latent(answers):
-    """Returns the RatedMean of answers {latent: {rater: value}}; None with fewer than two
+    """Returns the RatedMean of answers {latent: {rater: value}}; None with fewer than LEAST_RATED
     latents."""
-    if len(answers) < 2:
+    if len(answers) < LEAST_RATED:
         return None
     values = np.array([np.mean([*by_rater.values()]) for by_rater in answers.values()])
     return RatedMean(values, *bootstrap_interval((values,), np.mean))
@@ -207,15 +229,15 @@ def unpaired_test(values, baseline):
 
 
 def agreement(answers):
-    """Returns Krippendorff's ordinal alpha of answers {latent: {rater: value}}; None if no two
-    people rated the same latent, or all of them agree on one value."""
+    """Returns Krippendorff's ordinal alpha of answers {latent: {rater: value}}; None if fewer than
+    LEAST_RATED latents were rated by two people, or all of them agree on one value."""
     raters = sorted({rater for by_rater in answers.values() for rater in by_rater})
     if len(raters) < 2:
         return None
     table = np.array([[by_rater.get(rater, np.nan) for by_rater in answers.values()]
                       for rater in raters])
     compared = table[:, np.isfinite(table).sum(0) > 1]
-    if len(np.unique(compared[np.isfinite(compared)])) < 2:
+    if compared.shape[1] < LEAST_RATED or len(np.unique(compared[np.isfinite(compared)])) < 2:
         return None
     import krippendorff         # here: needed only where people have rated
     return krippendorff.alpha(reliability_data=table, level_of_measurement="ordinal")

@@ -154,8 +154,14 @@ def planted_run(E, planted, make_store):
     return with_codes(E, run_of(E, sae, store, live=(50, 10)), codes)
 
 
-def test_detection_is_of_the_latents_that_the_page_shows(E, planted_run):
-    assert E.page_latents(planted_run).tolist() == [0, 1, 2]
+def test_detection_is_of_random_latents_alone(E, planted_run):
+    """The page shows the latents of figures too, and says why each is there."""
+    assert E.random_latents(planted_run).tolist() == [0, 1, 2]
+    curves = {"evolution": {"latents": [2, 9]}, "most_stable": {"latents": [9, 7, 0]}}
+    assert E.page_latents(planted_run, curves) == {
+        0: ["random", "stable"], 1: ["random"], 2: ["random", "evolution"], 7: ["stable"],
+        9: ["evolution", "stable"]}
+    assert E.page_latents(planted_run, {}) == dict.fromkeys(range(3), ["random"])
     first, again = E.detections(planted_run), planted_run.detections
     assert len(first) == 3 and planted_run.detections is again
     for one, other in zip(first, again):
@@ -170,7 +176,7 @@ def test_the_order_of_evaluations_changes_no_metric(E, spoken, settings, monkeyp
     settings(TARGET_L0=4)
     monkeypatch.setattr(E, "training_result", lambda log, seconds: {})
     monkeypatch.setattr(E, "page_of_latents",
-                        lambda run: [part.question for part in run.detections])
+                        lambda run, temporal: [part.question for part in run.detections])
     orders, found = (("core", "temporal", "probes", "detection"),
                      ("detection", "probes", "temporal", "core"), ("detection",)), []
     for i, order in enumerate(orders):

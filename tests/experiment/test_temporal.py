@@ -143,7 +143,7 @@ def is_plain(value):
 METRICS = {"stability", "stability_unweighted", "energy", "stability_token", "stability_null_95", "stability_far",
            "stable_fraction", "autocorrelation_lag1", "smoothness", "smoothness_raw", "polysemanticity",
            "polysemanticity_channels", "explained_variance_early", "explained_variance_late"}
-CURVES = {"autocorrelation", "stability_null", "stability_by_rate_decile", "similarity_matrix", "evolution"}
+CURVES = {"autocorrelation", "stability_null", "stability_by_rate_decile", "similarity_matrix", "evolution", "most_stable"}
 
 
 @pytest.mark.parametrize("name, ablate, own, drawn", [
@@ -210,6 +210,21 @@ def test_evolution_shows_the_latents_with_the_most_stable_energy(E, text):
         assert found["latents"].tolist() == alive[np.argsort(-score)[:7]].tolist()
         assert found["values"] == pytest.approx(z[:, found["latents"]].T, abs=1e-4)
         assert found["tokens"] == ["a"] * len(z)
+
+
+def test_the_most_stable_latents_and_the_stability_of_any(E, settings, text):
+    settings(NULL_DRAWS=2)
+    lengths = np.full(52, CONTEXT)
+    lengths[[14, 30]] = 20, 33                          # of windows that are left out
+    store, sae = text(lengths=lengths), dictionary(E)
+    run, _, found = statistics(E, store, sae, store.windows.full())
+    mean, alive = found.mean_stability, run.live.ids
+    assert E.stability_of(run, alive[::7]) == pytest.approx(mean[::7], abs=1e-6)
+    best = E.eval_temporal(run).curves["most_stable"]
+    order = sorted(range(len(alive)), key=lambda i: -mean[i])[:10]
+    assert best["latents"].tolist() == alive[order].tolist()
+    assert best["stability"] == pytest.approx(mean[order], abs=1e-4)
+    assert E.most_stable(mean[:3], alive[:3])["latents"].tolist() == alive[np.argsort(-mean[:3])].tolist()
 
 
 def statistics(E, store, sae, full):
