@@ -56,10 +56,15 @@ def load_run(E, run):
 
 def context(tokenizer, tokens, position, width=12):
     """The text around one position, the firing token between markers."""
-    def text(ids):
-        return tokenizer.decode(ids).replace("\n", "⏎").replace("`", "'").replace("|", "¦")
-    start = max(1, position - width)
-    return f"{text(tokens[start:position])}**⟦{text(tokens[position:position + 1])}⟧**{text(tokens[position + 1:position + 5])}"
+    from data.token_text import token_texts     # here: load_runner has made it known
+    texts = token_texts(tokenizer, tokens)
+
+    def text(start, stop):
+        return "".join(texts[start:stop]).replace("\n", "⏎").replace("`", "'").replace("|", "¦")
+    start, begin = max(1, position - width), position
+    while not texts[begin]:                     # within a character
+        begin -= 1
+    return f"{text(start, begin)}**⟦{text(begin, position + 1)}⟧**{text(position + 1, position + 5)}"
 
 
 def main():

@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import sys
 import time
 from contextlib import suppress
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from scipy.sparse import csc_array
 from copies import copy_template, load_module, PROJECT, write_text_data
 from data.windows import Windows
 from made_tokenizers import byte_level, Joined, sentencepiece
+from pages import own_text
 from pages.latents_page import fires_together, latents_page, nearest_directions, PageLatent, Passages
 from pages.ratings import agreement, check_ratings, LEAST_RATED, load_ratings, mean_by_latent, unpaired_test
 from processes import run
@@ -377,7 +379,7 @@ def test_every_number_has_a_sentence_and_every_chart_its_axes(browser, lab):
     assert re.search(rf"Asked {tasks} questions, on which of five passages it fires, a classifier .* answered {own:g} rightly\. Guessing answers "
                      rf"{tasks / 5:g}; a classifier of random places answered {chance:g}\.", text), text
     for sentence in (r"It fires on .+ % of the .+ held-out tokens, in \d+ of \d+ files\.", r"its value is .+ on average and .+ at most, in units in which",
-                     r"It has .+ % of the sum of all latents' squared values", r"more often than in shuffled text it is active again 5 to 16 tokens later"):
+                     r"It has .+ % of the sum of all latents' squared values", r"more often it is active again 5 to 16 tokens later than with the positions of the window shuffled"):
         assert re.search(sentence, text), (sentence, text)
     charts = js(browser, """[...document.querySelectorAll('#detail .card:has(.chart)')].map(card => ({title: card.querySelector('h3').innerText,
         note: card.querySelector('.note').innerText, y: [...card.querySelectorAll('.y span')].map(x => x.innerText), unit: card.querySelector('.unit').innerText,
@@ -760,6 +762,115 @@ def test_without_ratings_plot_says_how(lab):
     plot.load_ratings = lambda folders: {}
     text = plot.ratings_text(plot.load_runs())
     assert "Nobody has rated" in text and "human_ratings_NAME.json" in text
+
+
+# --- a text of one's own --------------------------------------------------------------------------------------------------
+TOKENS = ["the", " file", " ", "\U0001f600", "", "", " is", "\n", " </script>"]
+
+
+def own_values(width):
+    """[token, latent]: latents 1 to 6 and the last one fire, latent 3 most strongly, within the smiling face."""
+    values = np.zeros((len(TOKENS), width), np.float32)
+    values[4, 3], values[3, 3], values[8, 3] = 2.5, 1.0, 0.5
+    values[0, 1], values[1, 2], values[1, 4], values[1, 5], values[1, 6] = 0.75, 0.5, 0.4, 0.3, 0.2
+    values[1, width - 1] = 0.1
+    return values
+
+
+class LoadedRun:
+    """A stand-in for what runtime.load's load_run returns."""
+    def __init__(self, width):
+        self.values, self.text = own_values(width), None
+
+    def latents_of(self, text):
+        self.text = text
+        return TOKENS, self.values
+
+
+@pytest.fixture
+def own(lab, monkeypatch):
+    """own(*arguments) runs the command with a stand-in for the run; the stand-in, and the data of its page."""
+    width = len(json.loads((lab / "run_1" / "features.json").read_text())["activity"])
+    monkeypatch.chdir(lab)
+
+    def command(*arguments):
+        loaded = LoadedRun(width)
+        monkeypatch.setitem(sys.modules, "runtime.load", SimpleNamespace(load_run=lambda folder: loaded))
+        monkeypatch.setattr(sys, "argv", ["own_text", *arguments])
+        own_text.main()
+        return loaded
+    return command
+
+
+def test_the_strongest_latents_of_a_text():
+    values = own_values(20)
+    assert own_text.strongest_latents(values).tolist() == [3, 1, 2, 4, 5, 6, 19] and own_text.strongest_latents(values, 2).tolist() == [3, 1]
+    rows = own_text.strongest_by_token(values, 3)
+    assert [[latent for latent, _ in row] for row in rows] == [[1], [2, 4, 5], [], [3], [3], [], [], [], [3]]
+    assert rows[4] == [(3, 2.5)]
+
+
+def test_own_text_as_a_command(lab, own, capsys):
+    loaded = own("run_1", "the file")
+    features = json.loads((lab / "run_1" / "features.json").read_text())
+    here = {entry["latent"] for entry in features["latents"]}
+    lines = capsys.readouterr().out.splitlines()
+    assert loaded.text == "the file" and lines[0] == "run_1/own_text.html: 9 tokens, 7 latents fire; the strongest:" and len(lines) == 8
+    assert [int(line.split()[1]) for line in lines[1:]] == [3, 1, 2, 4, 5, 6, len(features["activity"]) - 1]
+    assert "2.5 on '\U0001f600' (token 4), fires 3 times" in lines[1] and "0.75 on 'the' (token 1), fires once" in lines[2]
+    for line in lines[1:]:
+        latent = int(line.split()[1])
+        assert line.endswith(f"features.html#latent-{latent}" if latent in here else "not on features.html")
+    (lab / "text.txt").write_text("from a file \u00e9", encoding="utf-8")
+    assert own("run_1", "text.txt").text == "from a file \u00e9" and own("run_1", "no-such.txt").text == "no-such.txt"
+    for text in ("x" * 10_000, "\u00e9" * 200, "a\0b"):                    # no names of files
+        assert own("run_1", text).text == text
+    for wrong in ((), ("run_1",), ("run_1", "a", "b")):
+        with pytest.raises(SystemExit, match="python -m pages.own_text run_1"):
+            own(*wrong)
+
+
+def test_own_text_without_a_page_and_without_firings(tmp_path):
+    values = np.zeros((9, 5), np.float32)
+    ids = own_text.strongest_latents(values)
+    assert not len(ids) and own_text.latent_lines(TOKENS, values[:, ids], ids) == []
+    page = own_text.own_text_page(TOKENS, values[:, ids], ids, own_text.strongest_by_token(values), "run_1")
+    assert '"latents":[]' in page and '"has_page":false' in page and page.count("</script>") == 3
+
+
+@needs_chromium
+def test_the_page_of_ones_own_text(browser, lab, own):
+    features = json.loads((lab / "run_1" / "features.json").read_text())
+    shown = features["latents"][2]["latent"]                            # 3 stands for one that is on the page
+    features["latents"][2]["latent"] = 3
+    kept = (lab / "run_1" / "features.json").read_text()
+    try:
+        (lab / "run_1" / "features.json").write_text(json.dumps(features))
+        own("run_1", "the file")
+    finally:
+        (lab / "run_1" / "features.json").write_text(kept)
+    leave(browser, lambda: browser.get("about:blank"), "location.href == 'about:blank'")
+    leave(browser, lambda: browser.get((lab / "run_1" / "own_text.html").as_uri()), "document.title == 'Your text, run_1'")
+    assert js(browser, "document.getElementById('which').innerText") == "Latent 3 on this text"
+    pieces = js(browser, "[...document.querySelectorAll('#text .token')].map(x => [x.innerText, x.title, x.style.getPropertyValue('--v')])")
+    assert [text for text, _, _ in pieces] == ["the", " file", " ", "\U0001f600", " is", "\u21b5", " </script>"]
+    assert pieces[3][1].endswith("3 tokens \u00b7 value 1, 2.5, 0 \u00b7 position 4\u20136") and float(pieces[3][2]) == 0.9 and pieces[0][2] == ""
+    rows = js(browser, "[...document.querySelectorAll('#latents tbody tr')].map(row => [...row.cells].map(cell => cell.innerText))")
+    assert [int(row[0]) for row in rows] == [3, 1, 2, 4, 5, 6, len(features["activity"]) - 1] and rows[0][2:5] == ["2.5", "\U0001f600", "3 of 9"]
+    assert float(rows[1][5].split()[0]) == pytest.approx(75 / features["max"][1], rel=0.01) if features["max"][1] else rows[1][5] == "\u2013"
+    browser.execute_script("document.querySelectorAll('#latents button')[1].click()")
+    assert js(browser, "document.getElementById('which').innerText") == "Latent 1 on this text"
+    assert js(browser, "[...document.querySelectorAll('#text .token')].map(x => x.style.length)") == [1, 0, 0, 0, 0, 0, 0]
+    tokens = js(browser, "[...document.querySelectorAll('#tokens tbody tr')].map(row => row.innerText)")
+    assert len(tokens) == 9 and "same character" in tokens[4] and "3 2.5" in tokens[4].replace("\u00a0", " ").replace("32.5", "3 2.5")
+    for width in (390, 1400):
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
+        assert js(browser, "document.documentElement.scrollWidth") <= width
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    link = js(browser, "document.querySelector('#latents a').href")
+    assert link == (lab / "run_1" / "features.html").as_uri() + "#latent-3"
+    silent(browser)
+    visit(browser, lab, f"#latent-{shown}")
 
 
 # --- statistics of ratings ----------------------------------------------------------------------------------------------
