@@ -24,7 +24,7 @@ ALL_LATENTS = 20_000        # a wider SAE's page has no facts of the latents tha
 
 
 class PageLatent(NamedTuple):
-    """What the run knows of a latent that the page shows, besides where it fires."""
+    """A latent that the page shows: all that the run knows of it besides where it fires."""
     latent: int
     why: list  # of "random" (drawn at random, and rated), "evolution" (in that figure), "stable"
     logits: np.ndarray  # [vocabulary] that its direction adds

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pages.latents_page import three_digits
-from pages.ratings import load_features
+from pages.ratings import load_features, load_labels
 from pages.templates import filled
 
 STRONGEST = 40      # latents that the page lists
@@ -50,13 +50,13 @@ def facts_of(ids, features):
     return facts
 
 
-def own_text_page(tokens, values, ids, by_token, run, features=None):
+def own_text_page(tokens, values, ids, by_token, run, features=None, labels=None):
     """Returns the page of a text.
 
     tokens [seq]: its tokens' texts, "" for one that is part of the character before it; values
     [seq, n]: what the latents `ids` [n] are there; by_token: rows (latent, value) of each token, as
     strongest_by_token gives them; run: the name of the run's folder; features: the content of its
-    features.json, or None.
+    features.json, or None; labels: {latent: what people called it}, or None.
     """
     pairs = [[[int(i), three_digits(column[i])] for i in np.flatnonzero(column)]
              for column in values.T]
@@ -65,7 +65,7 @@ def own_text_page(tokens, values, ids, by_token, run, features=None):
     rows = [[[latent, three_digits(value)] for latent, value in row] for row in by_token]
     return filled("own_text.html", {
         "run": run, "tokens": list(tokens), "latents": latents, "by_token": rows,
-        "has_page": features is not None,
+        "labels": labels or {}, "has_page": features is not None,
         "heldout": features["tokens"] if features else None})
 
 
@@ -98,7 +98,7 @@ def main():
     ids = strongest_latents(values)
     shown = values[:, ids]
     page = own_text_page(tokens, shown, ids, strongest_by_token(values), folder.resolve().name,
-                         features)
+                         features, load_labels(folder))
     (folder / "own_text.html").write_text(page, encoding="utf-8")
     print(f"{folder / 'own_text.html'}: {len(tokens)} tokens, "
           f"{np.count_nonzero(values.any(0)):,} latents fire; the strongest:")

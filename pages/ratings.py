@@ -2,6 +2,7 @@
 import hashlib
 import json
 from collections import defaultdict
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -83,7 +84,7 @@ def page_html(folder, label, config, metrics):
     data = {"run": folder.name, "label": label, "about": ", ".join(about), "made": made_of(config),
             "hash": features["hash"], "length": config.get("CONTEXT_LENGTH", 1) - 1,
             "lags": config.get("STABILITY_LAGS"), "d_in": config.get("d_in"),
-            "least": LEAST_RATED, "features": features}
+            "least": LEAST_RATED, "labels": load_labels(folder), "features": features}
     if baseline and folder.name != BASELINE:
         data["baseline"] = {"run": BASELINE, "hash": baseline["hash"],
                             "features": rating_part(baseline)}
@@ -169,6 +170,27 @@ def add_answers(ratings, content, features):
             ratings[run]["correct"][latent][rater] = float(is_right)
 
 
+def read_ratings(path):
+    """Returns the content of a file of ratings, and {run: load_features of it} of the runs whose
+    latents it rates; raises OSError, ValueError or TypeError where it is none, see
+    `check_ratings`."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content, check_ratings(content, path.parent)
+
+
+def load_labels(folder):
+    """Returns {latent: the different labels that people gave it} of the run in `folder`, from those
+    of its files of ratings that can be used."""
+    labels = defaultdict(dict)
+    for path in sorted(folder.glob("human_ratings*.json")):
+        with suppress(OSError, ValueError, TypeError):
+            for row in read_ratings(path)[0]["answers"]:
+                label = row.get("label")
+                if row["run"] == folder.name and isinstance(label, str) and label.strip():
+                    labels[row["latent"]][label.strip()] = None
+    return {latent: [*found] for latent, found in labels.items()}
+
+
 def load_ratings(folders):
     """Returns {run: {"score": answers, "correct": answers}}, answers being {latent: {rater: value
     in [0, 1]}}, of all human_ratings*.json in folders of runs; prints how many latents each file
@@ -177,8 +199,7 @@ def load_ratings(folders):
     for path in [path for folder in folders for path in sorted(folder.glob("human_ratings*.json"))]:
         name = f"{path.parent.name}/{path.name}"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            features = check_ratings(content, path.parent)
+            content, features = read_ratings(path)
         except (OSError, ValueError, TypeError) as error:
             print(f"{name}: skipped, {error}")
             continue

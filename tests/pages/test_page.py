@@ -17,7 +17,7 @@ from data.windows import Windows
 from made_tokenizers import byte_level, Joined, sentencepiece
 from pages import own_text
 from pages.latents_page import fires_together, latents_page, nearest_directions, PageLatent, Passages
-from pages.ratings import agreement, check_ratings, LEAST_RATED, load_ratings, mean_by_latent, unpaired_test
+from pages.ratings import agreement, check_ratings, LEAST_RATED, load_labels, load_ratings, mean_by_latent, unpaired_test, write_page
 from processes import run
 
 CHROMIUM, DRIVER = (next(filter(None, map(shutil.which, names)), None) for names in (
@@ -378,7 +378,7 @@ def test_every_number_has_a_sentence_and_every_chart_its_axes(browser, lab):
     tasks, own, _, chance = entry["detected"]
     assert re.search(rf"Asked {tasks} questions, on which of five passages it fires, a classifier .* answered {own:g} rightly\. Guessing answers "
                      rf"{tasks / 5:g}; a classifier of random places answered {chance:g}\.", text), text
-    for sentence in (r"It fires on .+ % of the .+ held-out tokens, in \d+ of \d+ files\.", r"its value is .+ on average and .+ at most, in units in which",
+    for sentence in (r"It fires on .+ % of the .+ held-out tokens, in \d+ of \d+ files\.", r"its value is .+ on average and .+ at most \(the mean squared length of an activation is 1\)\.",
                      r"It has .+ % of the sum of all latents' squared values", r"more often it is active again 5 to 16 tokens later than with the positions of the window shuffled"):
         assert re.search(sentence, text), (sentence, text)
     charts = js(browser, """[...document.querySelectorAll('#detail .card:has(.chart)')].map(card => ({title: card.querySelector('h3').innerText,
@@ -708,6 +708,8 @@ def test_two_raters_through_plot(lab, rated, capsys):
         assert row[1:3] == ["2", "50"]
         assert float(row[3].split()[0]) == pytest.approx(mean, abs=6e-4)
         assert float(row[6].split()[0]) == pytest.approx(np.mean(right), abs=6e-4)
+    label, = (row for row in found["answers"] if row.get("label"))
+    assert load_labels(lab / "run_1") == ({label["latent"]: ["a <b>label</b>"]} if label["run"] == "run_1" else {})
     assert float(rows["run_1"][4].split()[0]) > 0.3 and rows["run_0"][4] == rows["run_0"][7] == ""
     figure.savefig(lab / "latents.png")
     assert {len(axis.containers) for axis in figure.axes} == {2} and "Nobody has rated" not in text      # both runs in both
@@ -753,8 +755,29 @@ def test_a_file_without_answers_is_none(lab, tmp_path, capsys):
     label = [{"run": "run_1", "latent": rated_of(data_of(lab)["features"])[0], "label": "only a label"}]
     (tmp_path / "run_1" / "human_ratings_b.json").write_text(json.dumps(content | {"answers": label}))
     load_ratings([tmp_path / "run_1"])
+    assert load_labels(tmp_path / "run_1") == {label[0]["latent"]: ["only a label"]}
     assert capsys.readouterr().out.splitlines() == ["run_1/human_ratings_a.json: skipped, it holds no answers",
                                                     "run_1/human_ratings_b.json: 0 latents rated"]
+
+
+@needs_chromium
+def test_labels_that_people_gave_are_shown(browser, lab):
+    latent = rated_of(data_of(lab)["features"])[1]
+    kept = (lab / "run_1" / "features.html").read_text()
+    content = {"schema": "temporal-sae-runner/ratings/1", "run": "run_1", "hashes": {"run_1": data_of(lab)["hash"]}, "rater_id": "a",
+               "answers": [{"run": "run_1", "latent": latent, "label": " <b>imports</b> "}]}
+    path = lab / "run_1" / "human_ratings_label.json"
+    try:
+        path.write_text(json.dumps(content))
+        write_page(lab / "run_1", "run_1: labelled", {"CONTEXT_LENGTH": 32}, {})
+        visit(browser, lab, f"#latent-{latent}")
+        assert "People call it\n\u201c<b>imports</b>\u201d" in js(browser, "document.querySelector('.facts').innerText")
+        press(browser, "/", "<b>imports")
+        assert listed(browser) == [latent]
+        silent(browser)
+    finally:
+        path.unlink()
+        (lab / "run_1" / "features.html").write_text(kept)
 
 
 def test_without_ratings_plot_says_how(lab):
