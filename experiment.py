@@ -54,7 +54,10 @@ import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Callable, NamedTuple
+
+from runtime.interrupts import INTERRUPTS  # first: Ctrl-C must work during the imports below
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # spinning threads cost 4x on a busy machine
@@ -63,7 +66,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array, vstack
 from scipy.spatial.distance import cdist
@@ -87,11 +90,12 @@ from pages.latents_page import Passages, children_of, compositions_of, latents_p
 from runtime.errors import RunnerError, run_stage
 from runtime.files import (
     atomic_run_folder, cache_folder, cached_json, fingerprint, folder_identity, make_folder,
-    replacing, resumable_state)
+    next_run, replacing, resumable_state)
 from runtime.hub import go_offline, hub_reachable
 from runtime.preflight import WATCHDOG, SettingRules, preflight_sandbox
 from runtime.process import allow_tf32, prefetched, readable_bytes, run_script
-from runtime.progress import Progress, fit_to_deadline, steps_left
+from runtime.progress import (
+    KnownTimes, Progress, fit_to_deadline, readable_time, steps_left)
 from runtime.provenance import code_key, sources_key
 from runtime.ranks import RANKS
 from runtime.results import finite_number, jsonable, summarise_seeds, write_result_files
@@ -1148,6 +1152,12 @@ SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprel
 
 # region Trainer
 # Knows no variant: only its curriculum, `encode`, `losses`, `begin_stage` and `after_step`.
+class Later(NamedTuple):
+    """What a run does after a training, for the forecast."""
+    evaluation: float = 0.0  # seconds of one seed's evaluations; 0: unknown
+    seeds: int = 0  # to train after this one
+
+
 class TrainingSchedule:
     """Steps of each stage, done and to do; a forecast of their time that the deadline may
     shrink."""
@@ -1173,18 +1183,32 @@ class TrainingSchedule:
         """Returns the seconds of this training, those of a killed process before it included."""
         return self.spent + time.time() - self.began
 
-    def start(self, what, seconds, deadline):
-        """Starts the clock: a step of each stage takes so many `seconds` at first."""
-        self.seconds, self.deadline, self.first_interval_over = seconds, deadline, False
+    def start(self, what, seconds, deadline, later):
+        """Starts the clock: a step of each stage takes so many `seconds` at first; the Later
+        follows."""
+        self.seconds, self.deadline, self.later = seconds, deadline, later
+        self.first_interval_over = False
         if not self.step:
             self.steps = RANKS.agree(fit_to_deadline(self.planned, 0, seconds, deadline))
-        left = steps_left(self.steps, self.step)
-        minutes = sum(n * s for n, s in zip(left, seconds)) / 60
         carrying = f"carrying on at step {self.step}, " if self.step else ""
-        print(f"{what}: {carrying}about {minutes:.1f} min for {sum(left):,} steps", flush=True)
+        evaluation = f" and {readable_time(later.evaluation)} for the evaluations"
+        print(f"{what}: {carrying}about {readable_time(self.forecast(self.step))} for "
+              f"{sum(self.steps) - self.step:,} steps{evaluation * bool(later.evaluation)}",
+              flush=True)
 
-        self.progress, self.saved_at = Progress(sum(self.steps), self.step), time.time()
+        self.progress = Progress(what, sum(self.steps), self.step)
+        self.saved_at = time.time()
         self.timed_from = self.saved_at, self.step
+
+    def forecast(self, step):
+        """Returns the seconds of the steps after the first `step`."""
+        return sum(n * s for n, s in zip(steps_left(self.steps, step), self.seconds))
+
+    def run_forecast(self):
+        """Returns the seconds that are left of the whole run, as far as they are known."""
+        later = self.later
+        return (self.forecast(self.step) + later.seeds * self.forecast(0)
+                + (later.seeds + 1) * later.evaluation)
 
     def steps_of(self, i):
         """Yields (step, the stage's progress in [0, 1)) for each step of stage i still to do."""
@@ -1195,16 +1219,17 @@ class TrainingSchedule:
     def advance(self, stage, losses):
         """Counts a step as done."""
         self.step += 1
-        self.progress.update(f"{stage.name}: step {self.step}/{sum(self.steps)}", losses)
+        self.progress.update(stage.name, self.step, losses, self.run_forecast())
 
     def is_multiple_of(self, every):
         """Returns whether the steps done are a multiple of `every`, or all are done."""
         return self.step % every == 0 or self.step == sum(self.steps)
 
     def checkpoint_due(self, seconds):
-        """Returns whether so many `seconds` have passed since the last checkpoint, or all steps are
-        done; if so, starts to count anew."""
-        if time.time() - self.saved_at <= seconds and self.step < sum(self.steps):
+        """Returns whether so many `seconds` have passed since the last checkpoint, all steps are
+        done, or the run is to stop; if so, starts to count anew."""
+        over = self.step == sum(self.steps) or INTERRUPTS.requested
+        if time.time() - self.saved_at <= seconds and not over:
             return False
         self.saved_at = time.time()
         return True
@@ -1400,9 +1425,11 @@ def epoch_order(seed, epoch, n_windows):
 
 
 @allow_tf32()
-def train(sae, store, stages, seed, size, deadline, state_path):
+@INTERRUPTS.deferred()
+def train(sae, store, stages, seed, size, deadline, state_path, later=Later()):
     """Trains `sae` in place on batches of `size` windows until `deadline` at the latest; returns
-    the Training. A killed run carries on from the checkpoint at `state_path`, to the same bits."""
+    the Training. A killed run carries on from the checkpoint at `state_path`, to the same bits.
+    later: what follows, for the forecast."""
     n_windows, pool = store.windows.n_train, store.windows.train_pool(TRAIN_ON, FORGET)
     steps_per_epoch = n_windows // size
 
@@ -1418,7 +1445,7 @@ def train(sae, store, stages, seed, size, deadline, state_path):
     seconds, optimizer = seconds_per_step(sae, store, stages, size), ContiguousAdam(sae, 1e-4)
     parts = {"sae": sae, "optimizer": optimizer, "schedule": schedule, "log": log}
     load_state(state_path, parts)
-    schedule.start(f"seed {seed}", seconds, deadline)
+    schedule.start(f"seed {seed}", seconds, deadline, later)
 
     for i, stage in enumerate(stages):
         # a resumed run skips finished stages but needs the attributes they ended with
@@ -1442,7 +1469,9 @@ def train(sae, store, stages, seed, size, deadline, state_path):
                 log.append(val_step=schedule.step, val_loss=validation_loss(sae, store))
             if schedule.checkpoint_due(CHECKPOINT_SECONDS):
                 save_state(state_path, parts)
+            INTERRUPTS.stop_here()
 
+    schedule.progress.close()
     if sae.dead_mask().all():
         raise RunnerError(f"all {sae.d_sae} latents are dead after training.")
     return finished_training(schedule, log)
@@ -2082,12 +2111,12 @@ def sparsity_metrics(run):
 
 def next_token_metrics(losses, kl, control):
     """Returns the model's loss with x_hat in place of x, its increase in nats, KL, and the share
-    recovered of the loss between a worst case and the model's own: ce_recovered with unigrams as
-    the worst case, _vs_mean and _vs_zero with the stream ablated. All are means over tokens."""
+    recovered of the loss between a worst case and the model's own: unigrams, or the stream ablated
+    to its mean or to zero. All are means over tokens."""
     ce_sae, metrics = np.nanmean(losses), {}
-    for name, worst in (("", "ce_unigram"), ("_vs_mean", "ce_mean"), ("_vs_zero", "ce_zero")):
-        whole = control[worst] - control["ce_model"]
-        metrics[f"ce_recovered{name}"] = (control[worst] - ce_sae) / whole
+    for worst in ("unigram", "mean", "zero"):
+        whole = control[f"ce_{worst}"] - control["ce_model"]
+        metrics[f"ce_recovered_vs_{worst}"] = (control[f"ce_{worst}"] - ce_sae) / whole
     return metrics | {"kl": np.nanmean(kl), "ce_sae": ce_sae,
                       "loss_increase_nats": ce_sae - control["ce_model"]}
 
@@ -2576,12 +2605,15 @@ def eval_probes(run):
         predicted = cross_fitted_probe(scaled, task.labels, task.fold)
         metrics[f"probe_{name}"] = balanced_accuracy_score(task.labels, predicted)
         metrics[f"probe_{name}_token"], metrics[f"probe_{name}_bag"] = base[name]
-        correct[f"probe_{name}"] = windows.by_document(
+        correct[f"accuracy_{name}"] = windows.by_document(  # plain: a file lacks some classes
             predicted == task.labels, docs[task.places // seq])
 
-    if context := [name for name in correct if name != "probe_token_type"]:
-        metrics["probe_context"] = np.mean([metrics[name] for name in context])
-        correct["probe_context"] = np.nanmean([correct[name] for name in context], 0)
+    if context := [name for name in base if f"probe_{name}" in metrics and name != "token_type"]:
+        for kind in ("", "_token", "_bag"):
+            values = [metrics[f"probe_{name}{kind}"] for name in context]
+            metrics[f"probe_context{kind}"] = np.mean(values)
+        accuracies = [correct[f"accuracy_{name}"] for name in context]
+        correct["accuracy_context"] = np.nanmean(accuracies, 0)
     return Result(metrics, {}, correct)
 
 
@@ -4143,7 +4175,7 @@ class Evaluation(NamedTuple):
 EVALUATIONS = {
     "core": Evaluation(eval_core, (
         "avg_inference_tokens_per_second", "explained_variance", "l0", "dead_fraction",
-        "loss_increase_nats", "ce_recovered")),
+        "loss_increase_nats", "ce_recovered_vs_unigram")),
     "temporal": Evaluation(eval_temporal, ("stability", "smoothness")),
     "probes": Evaluation(eval_probes, ("probe_token_type", "probe_context")),
     "detection": Evaluation(eval_detection),
@@ -4156,13 +4188,23 @@ TRAINING_HEADLINES = ("final_train_loss", "best_val_loss", "total_train_time")
 NOT_IN_PREFLIGHT = {"probe_token_type"}  # its windows have no labels
 
 
-def evaluate(run, train_seconds):
+def evaluate(run, train_seconds, times):
     """Returns {"training": ..., evaluation: ..., "page": ...} of one seed; each but the page is a
-    dict of metrics, curves and per_sequence."""
+    dict of metrics, curves and per_sequence. times: the KnownTimes of evaluations."""
     run.sae.eval()
     results = {"training": training_result(run.log, train_seconds)}
-    results |= {name: run_evaluation(EVALUATIONS[name].function, run) for name in EVALS}
+    steps = evaluation_steps(run.store, run.sae.d_sae)
+    for i, name in enumerate(EVALS):
+        with run_stage(name), times.measured(f"evaluation {i + 1} of {len(EVALS)}: {name}",
+                                             steps[i]):
+            results[name] = run_evaluation(EVALUATIONS[name].function, run)
     return results | {"page": page_of_latents(run)}
+
+
+def evaluation_steps(store, d_sae):
+    """Returns the names of EVALS in KnownTimes, with what decides how long they take."""
+    size = f"{d_sae} latents, {len(store.windows.heldout())} windows of {CONTEXT_LENGTH}, {DEVICE}"
+    return [f"{name}: {SAE_VARIANT}, {size}" for name in EVALS]
 
 
 def run_evaluation(evaluation, run):
@@ -4260,6 +4302,27 @@ def export(sae, store, layer, folder):
         "context_size": CONTEXT_LENGTH, "prepend_bos": True})
 
 
+def save_trained(folder, sae, store):
+    """Writes trained_sae.safetensors, from which load_trained makes the same SAE again, whatever
+    its variant: the parameters and buffers as they are, and what brings activations to their
+    scale."""
+    state = sae.state_dict() | {"input_mean": store.mean, "input_scale": torch.tensor(store.scale)}
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    save_file(state, folder / "trained_sae.safetensors")
+
+
+def load_trained(folder, d_in, steps_done):
+    """Returns the SAE of a run's folder in evaluation mode, and the mean [d_in] and scale of its
+    inputs. d_in and steps_done are those of the run's config."""
+    state = load_file(folder / "trained_sae.safetensors", device=DEVICE)
+    mean, scale = state.pop("input_mean"), state.pop("input_scale").item()
+    sae = make_sae(d_in, round(EXPANSION * d_in), 0)
+    for stage, n_steps in zip(planned_stages(type(sae)), steps_done):
+        anneal(sae, stage, (n_steps - 1) / n_steps)
+    sae.load_state_dict(state)
+    return sae.eval().requires_grad_(False), mean, scale
+
+
 def save_sae(folder, weights, sae, metadata):
     """Writes sae_weights.safetensors and cfg.json of weights {name: tensor} that read the model's
     own activations. Raises RunnerError where the architecture promises another SAE of SAELens's."""
@@ -4282,7 +4345,6 @@ def save_sae(folder, weights, sae, metadata):
     if architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     save_file(weights, folder / "sae_weights.safetensors")
-    (folder / "sae_weights.safetensors").chmod(0o644)  # written readable for its owner alone
     (folder / "cfg.json").write_text(json.dumps(cfg, indent=1), encoding="utf-8")
 
 
@@ -4306,6 +4368,7 @@ def recorded_config(seeds, store, layer):
         "budget_hit": any(seed.planned != seed.done for seed in seeds),
         "evaluation_files": len(windows.sample()),
         "data_hash": fingerprint(zlib.crc32(windows.tokens.tobytes())),
+        "first_token": int(windows.tokens[0, 0]),
         "code": code_key(open_store, train, evaluate, type(first.sae)),
         "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -4319,6 +4382,7 @@ def write_results(folder, seeds, store, layer, timing):
     for seed, part in zip(SEEDS, seeds):
         prefix = "" if seed == SEEDS[0] else f"seed_{seed}/"
         export(part.sae, store, layer, folder / prefix)
+        save_trained(folder / prefix, part.sae, store)
         texts[f"{prefix}features.json"] = json.dumps(part.results["page"], separators=(",", ":"))
         per_seed.append({name: part.results[name] for name in ("training", *EVALS)})
 
@@ -4334,25 +4398,58 @@ def write_results(folder, seeds, store, layer, timing):
     return info
 
 
+SUMMARY = (  # sentences of summary.md; those with a number that a run lacks are left out
+    "It explains {explained_variance} of the variance of held-out activations with {l0} active "
+    "latents per token; a lookup table of token pairs explains {bigram_explained_variance}.",
+    "With the reconstruction in place of the activations the model's next-token loss rises by "
+    "{loss_increase_nats} nats from {ce_model}; word frequencies alone give {ce_unigram}.",
+    "{dead_fraction} of the latents never fire, and {single_token_fraction} of the live ones fire "
+    "on one token only.",
+    "Live latents that fire do so again 5 to 16 tokens later with an excess correlation of "
+    "{stability_unweighted}; weighted by energy it is {stability}, of which tokens alone give "
+    "{stability_token}, and {stability_null_95} is chance.",
+    "Linear probes on the latents predict where in its text a token is with a balanced accuracy of "
+    "{probe_context}; the token alone gives {probe_context_token}, the last eight tokens "
+    "{probe_context_bag}.",
+    "A profile of a latent's strongest contexts finds the passage on which it fires among five in "
+    "{detection} of the cases; chance is 0.2, and latents of an untrained SAE on a model with "
+    "random weights reach {detection_reinitialised}.")
+
+
 def summary_text(info):
-    """Returns a paragraph on a run from final_info.json's content: what it trained on what, and the
-    means."""
-    config = info["training"]["config"]
-    off = f" without {', '.join(config['ABLATE'])}" if config["ABLATE"] else ""
-    planned, done = sum(config["steps_planned"]), sum(config["steps_done"])
-    cut = f" of {planned:,} planned, cut to the time budget" if config["budget_hit"] else ""
-    means = []
+    """Returns a paragraph on a run from final_info.json's content: what was trained on what, and
+    the numbers beside their controls."""
+    config, values = info["training"]["config"], {}
     for entry in info.values():
-        for name, value in entry["means"].items():
-            name = name.removesuffix("_mean")
-            error = entry.get("stderrs", {}).get(f"{name}_stderr")
-            means.append(f"{name} {value:.4g}" + ("" if error is None else f" ± {error:.2g}"))
-    return (
-        f"{config['SAE_VARIANT']}{off}, {config['d_sae']:,} latents with TARGET_L0 "
-        f"{config['TARGET_L0']}, on {config['MODEL_NAME']} after block {config['layer']}: {done:,} "
-        f"steps{cut} on {config['TRAIN_TOKENS']:,} tokens of {config['DATASET']}, seeds "
-        f"{', '.join(map(str, config['SEEDS']))}; measured on {config['evaluation_files']} "
-        f"held-out files. {', '.join(means)}.")
+        errors = entry.get("metric_stderrs", {})
+        values |= {name: f"{round(value, 4):.4g}" + f" ± {errors.get(name, 0):.2g}" * bool(
+            errors.get(name)) for name, value in entry["metrics"].items()}
+    sentences = [text for text in SUMMARY if set(placeholders(text)) <= set(values)]
+    said = {name for text in sentences for name in placeholders(text)}
+    headlines = [key.removesuffix("_mean") for entry in info.values() for key in entry["means"]]
+    rest = [f"{name} {values[name]}" for name in headlines if name not in said]
+    return " ".join([training_text(config), *sentences, "Also: " + ", ".join(rest) + "."]
+                    ).format_map(values)
+
+
+def placeholders(text):
+    """Returns the names in braces in a text."""
+    return [name for _, name, _, _ in Formatter().parse(text) if name]
+
+
+def training_text(config):
+    """Returns a sentence on what was trained on what."""
+    off = f" without {' and '.join(config['ABLATE'])}" if config["ABLATE"] else ""
+    planned, done = sum(config["steps_planned"]), sum(config["steps_done"])
+    cut = f" (of {planned:,} planned: the time budget ended)" if config["budget_hit"] else ""
+    several = len(config["SEEDS"]) > 1
+    return (f"`{config['SAE_VARIANT']}`{off}, {config['d_sae']:,} latents with TARGET_L0 = "
+            f"{config['TARGET_L0']}, was trained on the activations of {config['MODEL_NAME']} "
+            f"after block {config['layer']}: {done:,} steps{cut} over {config['TRAIN_TOKENS']:,} "
+            f"tokens of {config['DATASET']}, {'seeds' if several else 'seed'} "
+            f"{', '.join(map(str, config['SEEDS']))}. All numbers are of "
+            f"{config['evaluation_files']} held-out files"
+            f"{', means with their standard errors over the seeds' * several}.")
 # endregion
 
 
@@ -4582,7 +4679,7 @@ def preflight(config, cache):
         state, deadline = folder / "checkpoint.pt", time.time() + 60
         log, planned, done, _ = train(sae, store, stages, 0, 2, deadline, state)
         run = Run(sae, store, lambda: model, 0, LiveRule(1, 1), log, tiny=True)
-        results = evaluate(run, 1.0)
+        results = evaluate(run, 1.0, KnownTimes(folder / "seconds.json"))
         check_metrics(results)
         write_results(folder, [SeedResult(sae, results, planned, done)] * len(SEEDS), store, 0, {})
 # endregion
@@ -4601,17 +4698,20 @@ def make_sae(d_in, d_sae, seed, target_l0=None):
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
     """Returns the SeedResult of one seed (None where another process evaluates); the folder `state`
     keeps what is finished."""
+    times = KnownTimes(cache_folder() / "seconds.json")
     with run_stage(f"training, seed {seed}", timing):
         sae = make_sae(store.d_in, round(EXPANSION * store.d_in), seed)
         stages, size = planned_stages(type(sae)), BATCH_TOKENS // CONTEXT_LENGTH
+        seconds, all_known = times.of(evaluation_steps(store, sae.d_sae))
+        later = Later(seconds * all_known, len(SEEDS) - 1 - SEEDS.index(seed))
         log, planned, done, seconds = train(sae, store, stages, seed, size, deadline,
-                                            state / f"seed_{seed}.pt")
+                                            state / f"seed_{seed}.pt", later)
     if RANKS.rank:
         return None
     with run_stage(f"evaluation, seed {seed}", timing), RANKS.alone():
         rule = LiveRule(LIVE_MIN_FIRINGS, LIVE_MIN_FILES)
         run = Run(sae, store, get_model, layer, rule, log, seed)
-        results = cached_json(state / f"seed_{seed}.json", lambda: evaluate(run, seconds))
+        results = cached_json(state / f"seed_{seed}.json", lambda: evaluate(run, seconds, times))
     return SeedResult(sae, results, planned, done)
 
 
@@ -4636,8 +4736,9 @@ def open_store(config, layer, cache):
 def main():
     """Preflight, tokens, activations, training, evaluation, results."""
     parser = argparse.ArgumentParser(description="all else is a constant of this file")
-    parser.add_argument("--out_dir", default="run_0", help="folder for the results")
-    out_dir = Path(parser.parse_args().out_dir).resolve()
+    parser.add_argument("--out_dir", help="folder for the results; without it, the next free of "
+                        "run_1, run_2, ... beside this file")
+    out_dir = Path(parser.parse_args().out_dir or next_run(HERE)).resolve()
     began, cache, timing, seeds = time.time(), cache_folder(), {}, []
     with run_stage("checking the settings"):
         check_config()
@@ -4663,7 +4764,9 @@ def main():
             with run_stage("writing the results"):
                 timing["total_seconds"] = time.time() - began
                 info = write_results(partial, seeds, store, layer, timing)
-    print(f"{out_dir.name}, {time.time() - began:.0f} s:", summary_text(info), flush=True)
+    print(f"{out_dir.name} ({readable_time(time.time() - began)}): {summary_text(info)}\n"
+          "Then: python plot.py, which draws the figures and writes comparison.md and "
+          f"{out_dir.name}/features.html, a page of latents to look at.", flush=True)
 
 
 if __name__ == "__main__":

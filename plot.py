@@ -19,6 +19,8 @@ from collections import ChainMap
 from pathlib import Path
 from typing import NamedTuple
 
+import runtime.interrupts  # first: Ctrl-C must work during the imports below
+
 import matplotlib
 
 matplotlib.use("Agg")

@@ -1,0 +1,60 @@
+"""Ctrl-C and a polite kill (SIGTERM): one line instead of a traceback, and no step cut in two.
+
+Imported before the large libraries: their imports take seconds, in which Ctrl-C must work too.
+"""
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STATUS = 130  # of a process that Ctrl-C ended
+
+
+def leave(*_):
+    """Ends the process before it has begun its work; takes what a signal's handler takes."""
+    print("\ninterrupted before anything was done", file=sys.stderr, flush=True)
+    os._exit(STATUS)
+
+
+class Interrupts:
+    """Turns signals into KeyboardInterrupt: at once, or where the work can be saved."""
+
+    def __init__(self):
+        self.deferring = self.requested = False
+
+    def listen(self):
+        """Takes over the signals from now on."""
+        self.deferring = self.requested = False
+        for number in SIGNALS:
+            signal.signal(number, self.handle)
+
+    def handle(self, *_):
+        """Raises KeyboardInterrupt, or notes that one is wanted; a second signal does not wait."""
+        if self.deferring and not self.requested:
+            self.requested = True
+            print("\nstopping after this step", file=sys.stderr, flush=True)
+            return
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def deferred(self):
+        """Within the block a signal waits for `stop_here`."""
+        self.deferring = True
+        try:
+            yield
+        finally:
+            self.deferring = False
+
+    def stop_here(self):
+        """Raises KeyboardInterrupt where one is wanted: all is saved."""
+        if self.requested:
+            raise KeyboardInterrupt
+
+
+INTERRUPTS = Interrupts()
+if SCRIPT in ("experiment.py", "plot.py"):
+    for interrupt in SIGNALS:
+        signal.signal(interrupt, leave)
