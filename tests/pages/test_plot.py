@@ -130,7 +130,8 @@ def template(folder, runs, labels=None):
         assert found == 1
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plot.py").write_text(source)
-    (folder / "pages").symlink_to(PROJECT / "pages", target_is_directory=True)
+    for room in ("pages", "runtime"):
+        (folder / room).symlink_to(PROJECT / room, target_is_directory=True)
     for name, content in runs.items():
         (folder / name).mkdir()
         if content is not None:
@@ -550,7 +551,7 @@ def test_family_is_corrected_together(tmp_path):
     assert len(rows) == 12 and notes == []
     assert {row.metric for row in rows} == {"fvu", "loss_increase_nats", "stability", "smoothness"}
     q = np.minimum.accumulate([p[i] * 12 / (i + 1) for i in reversed(range(12))])[::-1]
-    shown = sorted(float(line.split("|")[8]) for line in plot.comparison_text(loaded).splitlines() if line.startswith("| run_"))
+    shown = sorted(float(line.split("|")[8]) for line in plot.file_table(rows) if line.startswith("| run_"))
     assert shown == pytest.approx(np.minimum(q, 1), abs=6e-5)
 
 
