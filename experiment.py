@@ -57,8 +57,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Callable, NamedTuple
 
-from runtime.interrupts import INTERRUPTS  # first: Ctrl-C must work during the imports below
+from runtime.interrupts import INTERRUPTS, leave_quietly
 
+leave_quietly()  # where Ctrl-C ends the imports below
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # spinning threads cost 4x on a busy machine
 import numpy as np
@@ -1153,7 +1154,7 @@ SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprel
 # region Trainer
 # Knows no variant: only its curriculum, `encode`, `losses`, `begin_stage` and `after_step`.
 class Later(NamedTuple):
-    """What a run does after a training, for the forecast."""
+    """The rest of a run after a training, for the forecast."""
     evaluation: float = 0.0  # seconds of one seed's evaluations; 0: unknown
     seeds: int = 0  # to train after this one
 
@@ -4398,7 +4399,7 @@ def write_results(folder, seeds, store, layer, timing):
     return info
 
 
-SUMMARY = (  # sentences of summary.md; those with a number that a run lacks are left out
+SUMMARY = [  # sentences of summary.md; those with a number that a run lacks are left out
     "It explains {explained_variance} of the variance of held-out activations with {l0} active "
     "latents per token; a lookup table of token pairs explains {bigram_explained_variance}.",
     "With the reconstruction in place of the activations the model's next-token loss rises by "
@@ -4413,7 +4414,7 @@ SUMMARY = (  # sentences of summary.md; those with a number that a run lacks are
     "{probe_context_bag}.",
     "A profile of a latent's strongest contexts finds the passage on which it fires among five in "
     "{detection} of the cases; chance is 0.2, and latents of an untrained SAE on a model with "
-    "random weights reach {detection_reinitialised}.")
+    "random weights reach {detection_reinitialised}."]
 
 
 def summary_text(info):

@@ -19,8 +19,9 @@ from collections import ChainMap
 from pathlib import Path
 from typing import NamedTuple
 
-import runtime.interrupts  # first: Ctrl-C must work during the imports below
+from runtime.interrupts import leave_quietly
 
+leave_quietly()  # where Ctrl-C ends the imports below, or the drawing
 import matplotlib
 
 matplotlib.use("Agg")
@@ -432,7 +433,8 @@ def seed_row(row, q):
         low, high, p = row.difference.low, row.difference.high, row.difference.p
         tested = [f"[{low:+.3g}, {high:+.3g}]", f"{p:.4f} ({q:.4f})",
                   (direction or "differs") if q < 0.05 else "no difference shown"]
-    return [f"{row.run.folder}: {row.run.label}", row.metric, {1: "higher", 0: "", -1: "lower"}[sign],
+    better = {1: "higher", 0: "", -1: "lower"}[sign]
+    return [f"{row.run.folder}: {row.run.label}", row.metric, better,
             f"{row.values.mean():.4g}", f"{row.baseline.mean():.4g}", f"{change:+.3g}", direction,
             "" if noise is None else f"{noise:.2g}", *tested,
             f"{len(row.values)} against {len(row.baseline)}"]

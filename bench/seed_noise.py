@@ -13,16 +13,14 @@ from pathlib import Path
 import numpy as np
 
 PROJECT = Path(__file__).resolve().parent.parent
-RENAMED = {"ce_recovered": "ce_recovered_vs_unigram"}       # in runs of earlier code
 
 
 def seeds_of_rows(folder):
     """Returns {row: [metrics of each seed]} of the rows with three seeds."""
     rows = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
-        name, seed = re.fullmatch(r"(.+)\.(\d+)\.json", path.name).groups()
-        metrics = json.loads(path.read_text())["metrics"]
-        rows[name].append({RENAMED.get(metric, metric): value for metric, value in metrics.items()})
+        name = re.fullmatch(r"(.+)\.\d+\.json", path.name)[1]
+        rows[name].append(json.loads(path.read_text())["metrics"])
     return {name: seeds for name, seeds in rows.items() if len(seeds) >= 3}
 
 

@@ -1,6 +1,6 @@
 """Ctrl-C and a polite kill (SIGTERM): one line instead of a traceback, and no step cut in two.
 
-Imported before the large libraries: their imports take seconds, in which Ctrl-C must work too.
+To be imported before the large libraries: their imports take seconds, in which Ctrl-C must work.
 """
 import os
 import signal
@@ -14,9 +14,16 @@ STATUS = 130  # of a process that Ctrl-C ended
 
 
 def leave(*_):
-    """Ends the process before it has begun its work; takes what a signal's handler takes."""
-    print("\ninterrupted before anything was done", file=sys.stderr, flush=True)
+    """Ends the process with a line; takes what a signal's handler takes."""
+    print("\ninterrupted", file=sys.stderr, flush=True)
     os._exit(STATUS)
+
+
+def leave_quietly():
+    """From now on Ctrl-C ends a script of the template with a line; call it before slow imports."""
+    if SCRIPT in ("experiment.py", "plot.py"):
+        for number in SIGNALS:
+            signal.signal(number, leave)
 
 
 class Interrupts:
@@ -55,6 +62,3 @@ class Interrupts:
 
 
 INTERRUPTS = Interrupts()
-if SCRIPT in ("experiment.py", "plot.py"):
-    for interrupt in SIGNALS:
-        signal.signal(interrupt, leave)

@@ -170,20 +170,25 @@ class Rooms:
     """The packages data, runtime and pages of a folder, in place of those of this process."""
 
     def __init__(self, folder):
-        self.folder, self.modules = str(folder), {}
+        self.folder, self.modules = folder, {}
 
     @contextmanager
     def entered(self):
         """Within the block imports, and what looks up modules by name, see the folder's."""
         mine = self.taken_out()
-        sys.modules.update(self.modules)
-        sys.path.insert(0, self.folder)
+        sys.modules.update(self.modules or self.packages())
         try:
             yield
         finally:
-            sys.path.remove(self.folder)
             self.modules = self.taken_out()
             sys.modules.update(mine)
+
+    def packages(self):
+        """Returns {name: package} of the folder's rooms, whose modules are imported from there."""
+        specs = [importlib.util.spec_from_file_location(
+            room, self.folder / room / "__init__.py",
+            submodule_search_locations=[str(self.folder / room)]) for room in ROOMS]
+        return {spec.name: importlib.util.module_from_spec(spec) for spec in specs}
 
     @staticmethod
     def taken_out():

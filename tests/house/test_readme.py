@@ -6,10 +6,8 @@ import os
 import re
 
 import pytest
-import torch
 from copies import copy_template, edit, PROJECT, results, substitute, write_text_data
 from processes import run
-from safetensors.torch import save_file
 
 PAGES = {str(path.relative_to(PROJECT)): path.read_text()
          for path in (PROJECT / "README.md", *(PROJECT / "docs").glob("*.md"))}
