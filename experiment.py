@@ -196,6 +196,8 @@ LIVE_MIN_FIRINGS = 50  # of a live latent, on held-out tokens
 LIVE_MIN_FILES = 10  # held-out files in which a live latent fires
 STABILITY_LAGS = (5, 16)  # tokens apart, beyond WINDOW
 FAR_LAGS = (17, 32)  # beyond CONTRAST_SPAN too
+SLOW_AUTOCORRELATION = 0.2  # of a latent's values over FAR_LAGS, from which it counts as slow
+ENERGY_ALARM = 1.5  # sum of E[z^2] from which latents are large and cancel each other
 NULL_DRAWS = 50  # permutations
 PROBE_EVERY = 8  # one held-out token in so many is probed
 PROBING = ("embedded",)  # data sets, e.g. (*PROBING_DATASETS,) of data/tasks.py
@@ -392,6 +394,11 @@ class SAE(nn.Module):
     def parameters_of_interest(self):
         """Returns the scalars to follow through training, {name: float}."""
         return {}
+
+    def bound_codes(self, latents):
+        """Returns the codes [batch, seq, n], of unit or zero length, that losses over time bind;
+        None where there are none."""
+        return None
 
     def related(self, latents, batch, fires):
         """Returns, for features.html, {title: [(latent or text, number), ...]} of each of
@@ -650,17 +657,19 @@ class Temporal(BatchTopK):
         return torch.cat([batch.x, context], -1), self.b_dec.repeat(1 + HEADS), W_enc
 
     def losses(self, batch, latents):
-        """Returns BatchTopK's losses; from the second stage the consistency and its gap, in the
-        third the contrastive loss too."""
+        """Returns BatchTopK's losses; from the second stage the consistency too, in the third the
+        contrastive loss."""
         terms = super().losses(batch, latents)
         if not self.attends:
             return terms
-        z = latents.dense()[..., :round(CONSISTENT_FRACTION * self.d_sae)]
-        z = F.normalize(z, dim=-1)
-        terms |= consistency(batch, z)
+        z = self.bound_codes(latents)
+        terms["consistency"] = consistency(batch, z)
         if self.binds:
             terms["contrastive"] = contrastive(batch, z, CONTRAST_SPAN, 2 * CONTRAST_SPAN)
         return terms
+
+    def bound_codes(self, latents):
+        return F.normalize(latents.dense()[..., :round(CONSISTENT_FRACTION * self.d_sae)], dim=-1)
 
     def parameters_of_interest(self):
         return {} if "attention" in ABLATE else {"gate": self.gate.tanh().abs().mean().item()}
@@ -679,18 +688,23 @@ class Temporal(BatchTopK):
 
 
 def consistency(batch, z):
-    """Returns the consistency loss of codes z [batch, seq, n] of unit or zero length, the mean of
-    1 - cos(z_t, z_{t-1}) where both are non-zero; and the gap: how far that cosine lies above the
-    one between different documents at the same position."""
+    """Returns the consistency loss of codes z [batch, seq, n] of unit or zero length: the mean of
+    1 - cos(z_t, z_{t-1}) where both are non-zero."""
     coded = z.detach().any(-1)  # [batch, seq]
-    other = (batch.doc_ids != batch.doc_ids.roll(1))[:, None]
-    adjacent, across = coded[:, 1:] & coded[:, :-1], coded & coded.roll(1, 0) & other
-    adjacent_dot = (z[:, 1:] * z[:, :-1]).sum(-1)
-    across_dot = (z * z.roll(1, 0)).detach().sum(-1)
+    adjacent = coded[:, 1:] & coded[:, :-1]
+    cosine = (z[:, 1:] * z[:, :-1]).sum(-1)
+    return 1 - (cosine * adjacent).sum() / adjacent.sum().clamp_min(1)
 
-    cosine = (adjacent_dot * adjacent).sum() / adjacent.sum().clamp_min(1)
-    gap = cosine.detach() - (across_dot * across).sum() / across.sum().clamp_min(1)
-    return {"consistency": 1 - cosine, "consistency_gap": gap}
+
+def consistency_gap(batch, z):
+    """Returns how far the cosine of adjacent codes lies above the one between different documents
+    at the same position. Codes z [batch, seq, n] as in `consistency`; rows of one document are
+    neighbours."""
+    half = len(z) // 2
+    coded = z.any(-1)
+    across = coded & coded.roll(half, 0) & (batch.doc_ids != batch.doc_ids.roll(half))[:, None]
+    other = ((z * z.roll(half, 0)).sum(-1) * across).sum() / across.sum().clamp_min(1)
+    return 1 - consistency(batch, z) - other
 
 
 def contrastive(batch, z, span, far=None):
@@ -733,13 +747,17 @@ class TSAE(Matryoshka):
         return (Stage("autoencoder", 20, PLAIN | {"reconstruction": 2.0, "contrastive": alpha}),)
 
     def losses(self, batch, latents):
-        """Returns Matryoshka's losses, InfoNCE on the first prefix, and the consistency terms,
-        which are only logged."""
-        z = latents.dense()[..., :round(self.group_fractions[0] * self.d_sae)]
-        unit = F.normalize(z, dim=-1)
+        """Returns Matryoshka's losses, InfoNCE on the first prefix, and its consistency, which is
+        only logged."""
+        unit = self.bound_codes(latents)
+        z = latents.dense()[..., :unit.shape[-1]]
         code, span = (unit, 1) if TSAE_READING == "paper" else (z, z.shape[1])
         return super().losses(batch, latents) | {
-            "contrastive": contrastive(batch, code, span)} | consistency(batch, unit)
+            "contrastive": contrastive(batch, code, span), "consistency": consistency(batch, unit)}
+
+    def bound_codes(self, latents):
+        bound = round(self.group_fractions[0] * self.d_sae)
+        return F.normalize(latents.dense()[..., :bound], dim=-1)
 
 
 class TemporalContext(Temporal):
@@ -1392,11 +1410,15 @@ def only_positions(batch):
 
 
 @torch.no_grad()
-def validation_loss(sae, store):
-    """Returns the reconstruction loss on the first 64 held-out windows; leaves evaluation mode
-    on."""
-    batch = store.batch(store.heldout_chunks(64)[0])
-    return squared_error(batch, sae.eval().decode(sae.encode(batch))).item()
+def validation(sae, store):
+    """Returns {"val_loss": the reconstruction loss on the first 128 held-out windows}, and the
+    "consistency_gap" there of a variant that binds codes over time; leaves evaluation mode on."""
+    batch = store.batch(store.heldout_chunks(128)[0])
+    latents = sae.eval().encode(batch)
+    found = {"val_loss": squared_error(batch, sae.decode(latents)).item()}
+    if (bound := sae.bound_codes(latents)) is not None:
+        found["consistency_gap"] = consistency_gap(batch, bound).item()
+    return found
 
 
 def seconds_per_step(sae, store, stages, size):
@@ -1467,7 +1489,7 @@ def train(sae, store, stages, seed, size, deadline, state_path, later=Later()):
                 log.record(schedule.step, stage, losses, sae)
                 schedule.correct_forecast(i)
             if schedule.is_multiple_of(steps_per_epoch):
-                log.append(val_step=schedule.step, val_loss=validation_loss(sae, store))
+                log.append(val_step=schedule.step, **validation(sae, store))
             if schedule.checkpoint_due(CHECKPOINT_SECONDS):
                 save_state(state_path, parts)
             INTERRUPTS.stop_here()
@@ -2224,13 +2246,14 @@ def random_model_detection(run):
 
 
 # region Evaluation: temporal
-# Stability and smoothness are of the held-out windows without padding, all else of all held-out
-# tokens; so are the firing rates: LatentStatistics.rate is of the former, run.live.rate of the
-# latter.
+# Slow explained variance, stability and smoothness are of the held-out windows without padding, all
+# else of all held-out tokens; so are the firing rates: LatentStatistics.rate is of the former,
+# run.live.rate of the latter.
 class LatentStatistics(NamedTuple):
     """Statistics of the live latents on full windows."""
     stability: np.ndarray  # [latent, window] excess autocorrelation over STABILITY_LAGS
     stability_far: np.ndarray  # [latent, window] over FAR_LAGS
+    between: np.ndarray  # [latent] the autocorrelation that stays with positions permuted
     null: np.ndarray  # [latent, draw] mean stability with positions permuted
     token_surrogate: np.ndarray  # [latent] mean stability of P(fire | token)
     autocorrelation: np.ndarray  # [latent, lag] from lag 1
@@ -2252,7 +2275,8 @@ class LatentStatistics(NamedTuple):
 
 @torch.no_grad()
 def eval_temporal(run):
-    """Stability and polysemanticity beside their nulls, smoothness, coherence, parameters."""
+    """Slow explained variance, stability and polysemanticity beside their nulls, smoothness,
+    coherence, parameters."""
     windows, live, rng = run.store.windows, run.live.ids, np.random.default_rng(0)
     torch.manual_seed(0)
     full, seq, codes = windows.full(), CONTEXT_LENGTH - 1, run.encoded.codes  # full: rows
@@ -2262,35 +2286,45 @@ def eval_temporal(run):
     statistics = latent_statistics(run, full_codes, full, live, q95)
 
     stability, by_window = stability_metrics(statistics, seq)
+    slow, slow_by_window = slow_metrics(run, full_codes, full)
     smooth = {"smoothness": statistics.smoothness.mean(),
               "smoothness_raw": statistics.smoothness_raw.mean()}
-    metrics = stability | smooth | polysemanticity_metrics(run, fired, statistics.rate.mean(), rng)
+    metrics = slow | stability | smooth | polysemanticity_metrics(
+        run, fired, statistics.rate.mean(), rng)
     metrics |= halves_of_the_window(run) | parameter_metrics(run)
     files = windows.doc_ids[windows.n_train:]
     value = coherence(fired, token_classes(windows), files, run.live.rate[live], rng)
     metrics |= {} if value is None else {"coherence": value}
 
-    of_window = by_window | {"smoothness": statistics.smoothness}
+    of_window = slow_by_window | by_window | {"smoothness": statistics.smoothness}
     per_sequence = {name: windows.by_document(values, files[full])
                     for name, values in of_window.items()}
     return Result(metrics, temporal_curves(run, statistics, full_codes, full), per_sequence)
 
 
 def stability_metrics(statistics, seq):
-    """Returns the stability metrics, means over live latents weighted by energy but for
-    `stability_unweighted` and `stable_fraction`; and by window those that are tested between runs:
-    {name: [window]}."""
-    weight, mean = statistics.weight, statistics.mean_stability
-    by_window = {"stability": weight @ statistics.stability}
+    """Returns the stability metrics, plain means over live latents but for those `_weighted` by
+    energy E[z^2]; and by window those that are tested between runs: {name: [window]}. `_raw` is
+    what positions permuted within their windows do not lower, with their part, `_between`
+    windows."""
+    if seq <= STABILITY_LAGS[1]:
+        print(f"note: CONTEXT_LENGTH = {CONTEXT_LENGTH} is too short for stability over "
+              f"{STABILITY_LAGS[0]} to {STABILITY_LAGS[1]} positions: it is left out")
+        return {}, {}
+    weight, by_window = statistics.weight, {"stability": statistics.stability.mean(0)}
+    metrics = {"stability_weighted": weight @ statistics.mean_stability}
     if seq > FAR_LAGS[1]:
-        by_window["stability_far"] = weight @ statistics.stability_far
-    return {
-        "stability_token": statistics.token_surrogate @ weight,
-        "stability_unweighted": mean.mean(), "energy": statistics.energy.sum(),
-        "stability_null_95": np.quantile(weight @ statistics.null, 0.95),
-        "stable_fraction": significant_fraction(mean, statistics.null),
-        "autocorrelation_lag1": statistics.autocorrelation[:, 0] @ weight,
-        **{name: values.mean() for name, values in by_window.items()}}, by_window
+        by_window["stability_far"] = statistics.stability_far.mean(0)
+        metrics["stability_far_weighted"] = weight @ statistics.stability_far.mean(1)
+    energy, between = statistics.energy.sum(), statistics.between.mean()
+    return metrics | {name: values.mean() for name, values in by_window.items()} | {
+        "stability_raw": by_window["stability"].mean() + between, "stability_between": between,
+        "stability_token": statistics.token_surrogate.mean(),
+        "stability_null_95": np.quantile(statistics.null.mean(0), 0.95),
+        "stable_fraction": significant_fraction(statistics.mean_stability, statistics.null),
+        "autocorrelation_lag1": statistics.autocorrelation[:, 0].mean(),
+        "energy": energy, "energy_alarm": float(energy > ENERGY_ALARM),
+        "largest_ten_share": np.sort(weight)[-10:].sum()}, by_window
 
 
 def polysemanticity_metrics(run, fired, rate, rng):
@@ -2316,11 +2350,11 @@ def halves_of_the_window(run):
 def temporal_curves(run, statistics, codes, full):
     """Returns what the figures of the temporal evaluation draw."""
     windows, seq = run.store.windows, CONTEXT_LENGTH - 1
-    weight, mean = statistics.weight, statistics.mean_stability
+    mean = statistics.mean_stability
     texts = load_tokenizer().batch_decode(windows.tokens[full[0] + windows.n_train, 1:, None])
     curves = {
-        "autocorrelation": weight @ statistics.autocorrelation,
-        "stability_null": weight @ statistics.null,
+        "autocorrelation": statistics.autocorrelation.mean(0),
+        "stability_null": statistics.null.mean(0),
         "stability_by_rate_decile": mean_by_decile(mean, statistics.rate),
         "similarity_matrix": similarity_matrix(codes[:256 * seq], seq)[::2, ::2].round(4),
         "evolution": top_latents_over_passage(codes[:seq].toarray(), texts, mean, run.live.ids)}
@@ -2355,47 +2389,54 @@ def latent_statistics(run, codes, full, live, q95):
 
 
 def autocorrelations(active, surrogate):
-    """Returns the first five fields of LatentStatistics, as tensors, of activity [window, seq, d]
+    """Returns the first six fields of LatentStatistics, as tensors, of activity [window, seq, d]
     and of P(fire | token) of the same shape."""
-    rate = active.mean((0, 1))
-    near, far = (excess_autocorrelation(active, rate, lags) for lags in (STABILITY_LAGS, FAR_LAGS))
+    rate = active.mean(0)
+    near, between = excess_autocorrelation(active, rate, STABILITY_LAGS)
+    far, _ = excess_autocorrelation(active, rate, FAR_LAGS)
     null, r = autocorrelation_null(active, rate, STABILITY_LAGS, NULL_DRAWS)
-    token = excess_autocorrelation(surrogate, rate, STABILITY_LAGS)
-    return near.t(), far.t(), null.t(), token.mean(0), r.t()
+    token = excess_autocorrelation(surrogate, rate, STABILITY_LAGS)[0]
+    return near.t(), far.t(), between.mean(0), null.t(), token.mean(0), r.t()
 
 
 class AutocorrelationTerms(NamedTuple):
     """Terms that the autocorrelation of activity and its null share."""
-    active: torch.Tensor  # [d, window, seq]
+    active: torch.Tensor  # [d, window, seq] without its mean at each position
     lag_weights: torch.Tensor  # [seq, seq] uniform over pairs of positions so far apart, sum 1
     shuffled_product: torch.Tensor  # [d, window] mean product of two positions, in random order
-    variance: torch.Tensor  # [d, 1] rate (1 - rate)
+    variance: torch.Tensor  # [d, 1] mean over these pairs of the product of the two deviations
 
 
 def autocorrelation_terms(active, rate, lags):
-    """Returns the AutocorrelationTerms of activity [window, seq, d], mean rate [d], lags (low,
-    high)."""
-    a, seq = active.permute(2, 0, 1).float(), active.shape[1]
+    """Returns the AutocorrelationTerms of activity [window, seq, d], the rate at each position
+    [seq, d], lags (low, high)."""
+    a, seq = (active.float() - active.float().mean(0)).permute(2, 0, 1), active.shape[1]
     band = torch.ones(seq, seq, device=active.device).triu(lags[0]).tril(lags[1])
+    weights = band / band.sum().clamp_min(1)
     shuffled = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))
-    variance = (rate * (1 - rate)).clamp_min(1e-9)[:, None]
-    return AutocorrelationTerms(a, band / band.sum().clamp_min(1), shuffled, variance)
+    deviation = (rate * (1 - rate)).clamp_min(0).sqrt().t()  # [d, seq]
+    variance = ((deviation @ weights) * deviation).sum(1, keepdim=True).clamp_min(1e-9)
+    return AutocorrelationTerms(a, weights, shuffled, variance)
 
 
 def excess_autocorrelation(active, rate, lags):
-    """Returns for each window and latent the mean of a_s a_t over all pairs of positions that are
-    lags[0] to lags[1] apart, both included, minus its mean over all pairs of different positions
-    of that window (its expectation in random order), over rate (1 - rate): [window, d].
+    """Returns for each window and latent [window, d] the mean of (a_s - p_s)(a_t - p_t) over all
+    pairs of positions that are lags[0] to lags[1] apart, both included, minus its mean over all
+    pairs of different positions of that window (its expectation in random order), over the mean of
+    sqrt(p_s (1 - p_s) p_t (1 - p_t)); and the part that is subtracted, [window, d].
 
-    active [window, seq, d]: 0 or 1, or a probability of firing; rate [d] its mean."""
+    active [window, seq, d]: 0 or 1, or a probability of firing; rate [seq, d]: p at each position,
+    so that a latent that knows its position has none."""
     terms = autocorrelation_terms(active, rate, lags)
     product = ((terms.active @ terms.lag_weights) * terms.active).sum(2)
-    return ((product - terms.shuffled_product) / terms.variance).t()
+    excess = (product - terms.shuffled_product) / terms.variance
+    return excess.t(), (terms.shuffled_product / terms.variance).t()
 
 
 def autocorrelation_null(active, rate, lags, draws):
     """Returns the mean excess under random permutations of the positions, shared by 64 windows
-    each, [draws, d]; and (E[a_t a_t+l] - rate^2) / (rate (1 - rate)) by lag l from 1, [lag, d]."""
+    each, [draws, d]; and the autocorrelation by lag l from 1, E[(a_t - p_t)(a_t+l - p_t+l)] over
+    the product of the two deviations, each a mean over t, [lag, d]."""
     terms = autocorrelation_terms(active, rate, lags)
     n, seq, d = active.shape
     null, coactivations = active.new_zeros(d, draws), active.new_zeros(d, seq, seq)
@@ -2406,9 +2447,107 @@ def autocorrelation_null(active, rate, lags, draws):
         null += sums.flatten(1) @ shuffled.t()
         coactivations += sums
     null = (null / n - terms.shuffled_product.mean(1, keepdim=True)) / terms.variance
-    r = torch.stack([coactivations.diagonal(lag, 1, 2).mean(1) / n
-                     for lag in range(1, min(FAR_LAGS[1] + 1, seq))])
-    return null.t(), (r - rate ** 2) / terms.variance[:, 0]
+    deviation, r = (rate * (1 - rate)).clamp_min(0).sqrt(), []
+    for lag in range(1, min(FAR_LAGS[1] + 1, seq)):
+        scale = (deviation[:-lag] * deviation[lag:]).mean(0).clamp_min(1e-9)
+        r.append(coactivations.diagonal(lag, 1, 2).mean(1) / n / scale)
+    return null.t(), torch.stack(r)
+
+
+# --- slow explained variance ---
+def slow_metrics(run, codes, full):
+    """Returns the slow explained variance, its null and its ceilings; and by window: {name:
+    [window]}. {} twice where windows are shorter than FAR_LAGS.
+
+    Of the files in two halves: latents whose values last (see slow_latents) are found on one half;
+    on the other, what their sum at position t - lag explains of x_t, means over FAR_LAGS; then the
+    other way round. Latents that cancel count only through their sum, and neither the place in the
+    window, constants, density nor the scale of z gain anything. Null: the sum of another document's
+    latents at the same positions. codes: sparse [window * seq, d_sae] of the held-out windows
+    `full`."""
+    store, seq = run.store, CONTEXT_LENGTH - 1
+    if seq <= FAR_LAGS[1]:
+        return {}, {}
+    ids = full + store.windows.n_train
+    first, x, W = store.windows.doc_ids[ids] % 2 == 0, store.x(ids), run.sae.directions()
+    explained, null, chosen = np.zeros(len(ids)), [], []
+    for half in (first, ~first):
+        found_on, tested_on = (np.repeat(part, seq) for part in (~half, half))
+        slow = run.live.ids[slow_latents(codes[found_on][:, run.live.ids], seq)]
+        latents = torch.from_numpy(codes[tested_on][:, slow].toarray()).to(x)
+        total = (latents @ W[slow]).unflatten(0, (-1, seq))
+        target = x[torch.from_numpy(half).to(x.device)]
+        explained[half] = lagged_share(total, target).cpu().numpy()
+        other = total.roll(len(total) // 2, 0)  # windows of one document are neighbours
+        null.append(lagged_share(other, target).mean().item())
+        chosen.append(len(slow))
+    names = "slow_ceiling_x", "slow_ceiling_mean"
+    return {"slow_explained_variance": explained.mean(), "slow_latents": np.mean(chosen),
+            "slow_explained_variance_null": np.mean(null)} | dict(
+                zip(names, slow_ceilings(store, ids))), {"slow_explained_variance": explained}
+
+
+def slow_latents(codes, seq):
+    """Returns [latent] True where the autocorrelation of its values over FAR_LAGS, without their
+    mean at each position, is at least SLOW_AUTOCORRELATION; codes sparse [window * seq, latent]."""
+    position, n = np.arange(codes.shape[0]) % seq, codes.shape[0] // seq
+    at_position = csr_array((np.ones(len(position)), (position, np.arange(len(position)))))
+    mean, square = ((at_position @ part).toarray() / n for part in (codes, codes.power(2)))
+    deviation = np.sqrt(np.maximum(square - mean ** 2, 0))  # [seq, latent]
+    total = np.zeros(codes.shape[1])
+    for lag in range(FAR_LAGS[0], FAR_LAGS[1] + 1):
+        product = codes[position < seq - lag].multiply(codes[position >= lag]).sum(0) / n
+        covariance = product - (mean[:-lag] * mean[lag:]).sum(0)
+        total += covariance / np.maximum((deviation[:-lag] * deviation[lag:]).sum(0), 1e-12)
+    return total / (FAR_LAGS[1] + 1 - FAR_LAGS[0]) >= SLOW_AUTOCORRELATION
+
+
+def lagged_share(total, x):
+    """Returns for each window [window] what total_(t - lag), times one number, explains of x_t
+    without its mean at each position, as a share of the latter's mean; mean over FAR_LAGS. Its mean
+    over windows is the squared correlation of the two. total, x: [window, seq, d]."""
+    total, x, share = total - total.mean((0, 1)), x - x.mean(0), 0.0
+    for lag in range(FAR_LAGS[0], FAR_LAGS[1] + 1):
+        before, now = total[:, :-lag], x[:, lag:]
+        product, size = (before * now).sum((1, 2)), before.square().sum((1, 2))
+        scale = product.sum() / size.sum().clamp_min(1e-12)
+        share = share + (2 * scale * product - scale ** 2 * size) / now.square().sum() * len(x)
+    return share / (FAR_LAGS[1] + 1 - FAR_LAGS[0])
+
+
+def slow_ceilings(store, ids):
+    """Returns what linear regressions explain of x_t in the windows `ids`, means over FAR_LAGS:
+    from x_(t - lag), and from its exponential mean up to t - lag. Fitted on one half of the files,
+    measured on the other, both ways. Kept beside the activations."""
+    key = fingerprint(code_key(slow_ceilings), len(ids), int(ids.sum()))
+    return cached_json(store.folder / f"slow-{key}.json", lambda: [
+        explained_from_before(store, ids, running) for running in (False, True)])
+
+
+def explained_from_before(store, ids, running):
+    """Returns one of slow_ceilings: from the exponential mean where `running`."""
+    x = store.x(ids)
+    first = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(x.device)
+    before, shares = exponential_mean(x) if running else x, []
+    before, x = before - before.mean(0), x - x.mean(0)
+    for lag in range(FAR_LAGS[0], FAR_LAGS[1] + 1):
+        past, now = before[:, :-lag], x[:, lag:]
+        for half in (first, ~first):
+            a, b = past[~half].flatten(0, 1), now[~half].flatten(0, 1)
+            ridge = 1e-3 * a.square().sum() / a.shape[1] * torch.eye(a.shape[1], device=a.device)
+            weights = torch.linalg.solve(a.T @ a + ridge, a.T @ b)
+            error = (now[half] - past[half] @ weights).square().sum()
+            shares.append(1 - (error / now[half].square().sum()).item())
+    return np.mean(shares)
+
+
+def exponential_mean(x, decay=0.95):
+    """Returns the bias-corrected exponential mean of x [window, seq, d] up to each position."""
+    mean, means = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        mean = decay * mean + (1 - decay) * x[:, t]
+        means.append(mean / (1 - decay ** (t + 1)))
+    return torch.stack(means, 1)
 
 
 def smoothness(z, x, scale):
@@ -2522,9 +2661,9 @@ def coherence(fired, classes, files, rate, rng, n_firings=50, group=100):
 # --- parameters of interest ---
 def parameter_metrics(run):
     """Returns what training did to the parameters of interest, and the alarm of a collapse."""
-    metrics = parameter_convergence(run.log) | consistency_gap(run.log)
+    metrics = parameter_convergence(run.log) | consistency_metrics(run.log)
     sae = copy.deepcopy(run.sae)
-    metrics |= parameter_sensitivities(sae, lambda: validation_loss(sae, run.store))
+    metrics |= parameter_sensitivities(sae, lambda: validation(sae, run.store)["val_loss"])
     if getattr(run.sae, "traces", False):
         metrics |= decay_slope(run.sae.scaled_variance().detach(), run.sae.decay().detach())
     return metrics
@@ -2549,12 +2688,12 @@ def parameter_convergence(log):
     return metrics
 
 
-def consistency_gap(log):
-    """Returns the consistency gap at the end and before the last stage, with an alarm where it
-    fell: {} where the log has none."""
-    if "consistency_gap" not in log["losses"]:
+def consistency_metrics(log):
+    """Returns the consistency gap on held-out windows at the end and before the last stage, with an
+    alarm where it fell: {} where the log has none."""
+    if "consistency_gap" not in log:
         return {}
-    steps, gaps = logged_values(log, "losses", "consistency_gap")
+    steps, gaps = log["val_step"], log["consistency_gap"]
     before = gaps[max(np.searchsorted(steps, log["stage_starts"][-1], "right") - 1, 0)]
     return {"consistency_gap": gaps[-1], "consistency_gap_before": before,
             "collapse_alarm": float(gaps[-1] < before)}
@@ -4177,7 +4316,8 @@ EVALUATIONS = {
     "core": Evaluation(eval_core, (
         "avg_inference_tokens_per_second", "explained_variance", "l0", "dead_fraction",
         "loss_increase_nats", "ce_recovered_vs_unigram")),
-    "temporal": Evaluation(eval_temporal, ("stability", "smoothness")),
+    "temporal": Evaluation(eval_temporal, (
+        "slow_explained_variance", "stability", "smoothness")),
     "probes": Evaluation(eval_probes, ("probe_token_type", "probe_context")),
     "detection": Evaluation(eval_detection),
     "unlearning": Evaluation(eval_unlearning, ("auroc_hybrid",)),
@@ -4186,7 +4326,8 @@ EVALUATIONS = {
     "composition": Evaluation(eval_composition, needs="compose"),
     "hierarchy": Evaluation(eval_hierarchy, ("causal_specificity",), needs="levels")}
 TRAINING_HEADLINES = ("final_train_loss", "best_val_loss", "total_train_time")
-NOT_IN_PREFLIGHT = {"probe_token_type"}  # its windows have no labels
+# Its windows have no labels, and in short windows there are no far lags
+NOT_IN_PREFLIGHT = {"probe_token_type", "slow_explained_variance", "stability"}
 
 
 def evaluate(run, train_seconds, times):
