@@ -54,8 +54,12 @@ import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Callable, NamedTuple
 
+from runtime.interrupts import INTERRUPTS, leave_quietly
+
+leave_quietly()  # where Ctrl-C ends the imports below
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # spinning threads cost 4x on a busy machine
 import numpy as np
@@ -63,7 +67,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array, vstack
 from scipy.spatial.distance import cdist
@@ -89,11 +93,12 @@ from pages.latents_page import (
 from runtime.errors import RunnerError, run_stage
 from runtime.files import (
     atomic_run_folder, cache_folder, cached_json, fingerprint, folder_identity, make_folder,
-    replacing, resumable_state)
+    next_run, replacing, resumable_state)
 from runtime.hub import go_offline, hub_reachable
 from runtime.preflight import WATCHDOG, SettingRules, preflight_sandbox
 from runtime.process import allow_tf32, prefetched, readable_bytes, run_script
-from runtime.progress import Progress, fit_to_deadline, steps_left
+from runtime.progress import (
+    KnownTimes, Progress, fit_to_deadline, readable_time, steps_left)
 from runtime.provenance import code_key, sources_key
 from runtime.ranks import RANKS
 from runtime.results import finite_number, jsonable, summarise_seeds, write_result_files
@@ -193,6 +198,8 @@ LIVE_MIN_FIRINGS = 50  # of a live latent, on held-out tokens
 LIVE_MIN_FILES = 10  # held-out files in which a live latent fires
 STABILITY_LAGS = (5, 16)  # tokens apart, beyond WINDOW
 FAR_LAGS = (17, 32)  # beyond CONTRAST_SPAN too
+SLOW_AUTOCORRELATION = 0.2  # of a latent's values over FAR_LAGS, from which it counts as slow
+ENERGY_ALARM = 1.5  # sum of E[z^2] from which latents are large and cancel each other
 NULL_DRAWS = 50  # permutations
 PROBE_EVERY = 8  # one held-out token in so many is probed
 PROBING = ("embedded",)  # data sets, e.g. (*PROBING_DATASETS,) of data/tasks.py
@@ -390,6 +397,11 @@ class SAE(nn.Module):
     def parameters_of_interest(self):
         """Returns the scalars to follow through training, {name: float}."""
         return {}
+
+    def bound_codes(self, latents):
+        """Returns the codes [batch, seq, n], of unit or zero length, that losses over time bind;
+        None where there are none."""
+        return None
 
     def related(self, latents, batch, fires):
         """Returns, for features.html, {title: [(latent or text, number), ...]} of each of
@@ -648,17 +660,19 @@ class Temporal(BatchTopK):
         return torch.cat([batch.x, context], -1), self.b_dec.repeat(1 + HEADS), W_enc
 
     def losses(self, batch, latents):
-        """Returns BatchTopK's losses; from the second stage the consistency and its gap, in the
-        third the contrastive loss too."""
+        """Returns BatchTopK's losses; from the second stage the consistency too, in the third the
+        contrastive loss."""
         terms = super().losses(batch, latents)
         if not self.attends:
             return terms
-        z = latents.dense()[..., :round(CONSISTENT_FRACTION * self.d_sae)]
-        z = F.normalize(z, dim=-1)
-        terms |= consistency(batch, z)
+        z = self.bound_codes(latents)
+        terms["consistency"] = consistency(batch, z)
         if self.binds:
             terms["contrastive"] = contrastive(batch, z, CONTRAST_SPAN, 2 * CONTRAST_SPAN)
         return terms
+
+    def bound_codes(self, latents):
+        return F.normalize(latents.dense()[..., :round(CONSISTENT_FRACTION * self.d_sae)], dim=-1)
 
     def parameters_of_interest(self):
         return {} if "attention" in ABLATE else {"gate": self.gate.tanh().abs().mean().item()}
@@ -677,18 +691,23 @@ class Temporal(BatchTopK):
 
 
 def consistency(batch, z):
-    """Returns the consistency loss of codes z [batch, seq, n] of unit or zero length, the mean of
-    1 - cos(z_t, z_{t-1}) where both are non-zero; and the gap: how far that cosine lies above the
-    one between different documents at the same position."""
+    """Returns the consistency loss of codes z [batch, seq, n] of unit or zero length: the mean of
+    1 - cos(z_t, z_{t-1}) where both are non-zero."""
     coded = z.detach().any(-1)  # [batch, seq]
-    other = (batch.doc_ids != batch.doc_ids.roll(1))[:, None]
-    adjacent, across = coded[:, 1:] & coded[:, :-1], coded & coded.roll(1, 0) & other
-    adjacent_dot = (z[:, 1:] * z[:, :-1]).sum(-1)
-    across_dot = (z * z.roll(1, 0)).detach().sum(-1)
+    adjacent = coded[:, 1:] & coded[:, :-1]
+    cosine = (z[:, 1:] * z[:, :-1]).sum(-1)
+    return 1 - (cosine * adjacent).sum() / adjacent.sum().clamp_min(1)
 
-    cosine = (adjacent_dot * adjacent).sum() / adjacent.sum().clamp_min(1)
-    gap = cosine.detach() - (across_dot * across).sum() / across.sum().clamp_min(1)
-    return {"consistency": 1 - cosine, "consistency_gap": gap}
+
+def consistency_gap(batch, z):
+    """Returns how far the cosine of adjacent codes lies above the one between different documents
+    at the same position. Codes z [batch, seq, n] as in `consistency`; rows of one document are
+    neighbours."""
+    half = len(z) // 2
+    coded = z.any(-1)
+    across = coded & coded.roll(half, 0) & (batch.doc_ids != batch.doc_ids.roll(half))[:, None]
+    other = ((z * z.roll(half, 0)).sum(-1) * across).sum() / across.sum().clamp_min(1)
+    return 1 - consistency(batch, z) - other
 
 
 def contrastive(batch, z, span, far=None):
@@ -731,13 +750,17 @@ class TSAE(Matryoshka):
         return (Stage("autoencoder", 20, PLAIN | {"reconstruction": 2.0, "contrastive": alpha}),)
 
     def losses(self, batch, latents):
-        """Returns Matryoshka's losses, InfoNCE on the first prefix, and the consistency terms,
-        which are only logged."""
-        z = latents.dense()[..., :round(self.group_fractions[0] * self.d_sae)]
-        unit = F.normalize(z, dim=-1)
+        """Returns Matryoshka's losses, InfoNCE on the first prefix, and its consistency, which is
+        only logged."""
+        unit = self.bound_codes(latents)
+        z = latents.dense()[..., :unit.shape[-1]]
         code, span = (unit, 1) if TSAE_READING == "paper" else (z, z.shape[1])
         return super().losses(batch, latents) | {
-            "contrastive": contrastive(batch, code, span)} | consistency(batch, unit)
+            "contrastive": contrastive(batch, code, span), "consistency": consistency(batch, unit)}
+
+    def bound_codes(self, latents):
+        bound = round(self.group_fractions[0] * self.d_sae)
+        return F.normalize(latents.dense()[..., :bound], dim=-1)
 
 
 class TemporalContext(Temporal):
@@ -1151,6 +1174,12 @@ SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprel
 
 # region Trainer
 # Knows no variant: only its curriculum, `encode`, `losses`, `begin_stage` and `after_step`.
+class Later(NamedTuple):
+    """The rest of a run after a training, for the forecast."""
+    evaluation: float = 0.0  # seconds of one seed's evaluations; 0: unknown
+    seeds: int = 0  # to train after this one
+
+
 class TrainingSchedule:
     """Steps of each stage, done and to do; a forecast of their time that the deadline may
     shrink."""
@@ -1176,18 +1205,32 @@ class TrainingSchedule:
         """Returns the seconds of this training, those of a killed process before it included."""
         return self.spent + time.time() - self.began
 
-    def start(self, what, seconds, deadline):
-        """Starts the clock: a step of each stage takes so many `seconds` at first."""
-        self.seconds, self.deadline, self.first_interval_over = seconds, deadline, False
+    def start(self, what, seconds, deadline, later):
+        """Starts the clock: a step of each stage takes so many `seconds` at first; the Later
+        follows."""
+        self.seconds, self.deadline, self.later = seconds, deadline, later
+        self.first_interval_over = False
         if not self.step:
             self.steps = RANKS.agree(fit_to_deadline(self.planned, 0, seconds, deadline))
-        left = steps_left(self.steps, self.step)
-        minutes = sum(n * s for n, s in zip(left, seconds)) / 60
         carrying = f"carrying on at step {self.step}, " if self.step else ""
-        print(f"{what}: {carrying}about {minutes:.1f} min for {sum(left):,} steps", flush=True)
+        evaluation = f" and {readable_time(later.evaluation)} for the evaluations"
+        print(f"{what}: {carrying}about {readable_time(self.forecast(self.step))} for "
+              f"{sum(self.steps) - self.step:,} steps{evaluation * bool(later.evaluation)}",
+              flush=True)
 
-        self.progress, self.saved_at = Progress(sum(self.steps), self.step), time.time()
+        self.progress = Progress(what, sum(self.steps), self.step)
+        self.saved_at = time.time()
         self.timed_from = self.saved_at, self.step
+
+    def forecast(self, step):
+        """Returns the seconds of the steps after the first `step`."""
+        return sum(n * s for n, s in zip(steps_left(self.steps, step), self.seconds))
+
+    def run_forecast(self):
+        """Returns the seconds that are left of the whole run, as far as they are known."""
+        later = self.later
+        return (self.forecast(self.step) + later.seeds * self.forecast(0)
+                + (later.seeds + 1) * later.evaluation)
 
     def steps_of(self, i):
         """Yields (step, the stage's progress in [0, 1)) for each step of stage i still to do."""
@@ -1198,16 +1241,17 @@ class TrainingSchedule:
     def advance(self, stage, losses):
         """Counts a step as done."""
         self.step += 1
-        self.progress.update(f"{stage.name}: step {self.step}/{sum(self.steps)}", losses)
+        self.progress.update(stage.name, self.step, losses, self.run_forecast())
 
     def is_multiple_of(self, every):
         """Returns whether the steps done are a multiple of `every`, or all are done."""
         return self.step % every == 0 or self.step == sum(self.steps)
 
     def checkpoint_due(self, seconds):
-        """Returns whether so many `seconds` have passed since the last checkpoint, or all steps are
-        done; if so, starts to count anew."""
-        if time.time() - self.saved_at <= seconds and self.step < sum(self.steps):
+        """Returns whether so many `seconds` have passed since the last checkpoint, all steps are
+        done, or the run is to stop; if so, starts to count anew."""
+        over = self.step == sum(self.steps) or INTERRUPTS.requested
+        if time.time() - self.saved_at <= seconds and not over:
             return False
         self.saved_at = time.time()
         return True
@@ -1369,11 +1413,15 @@ def only_positions(batch):
 
 
 @torch.no_grad()
-def validation_loss(sae, store):
-    """Returns the reconstruction loss on the first 64 held-out windows; leaves evaluation mode
-    on."""
-    batch = store.batch(store.heldout_chunks(64)[0])
-    return squared_error(batch, sae.eval().decode(sae.encode(batch))).item()
+def validation(sae, store):
+    """Returns {"val_loss": the reconstruction loss on the first 128 held-out windows}, and the
+    "consistency_gap" there of a variant that binds codes over time; leaves evaluation mode on."""
+    batch = store.batch(store.heldout_chunks(128)[0])
+    latents = sae.eval().encode(batch)
+    found = {"val_loss": squared_error(batch, sae.decode(latents)).item()}
+    if (bound := sae.bound_codes(latents)) is not None:
+        found["consistency_gap"] = consistency_gap(batch, bound).item()
+    return found
 
 
 def seconds_per_step(sae, store, stages, size):
@@ -1403,9 +1451,11 @@ def epoch_order(seed, epoch, n_windows):
 
 
 @allow_tf32()
-def train(sae, store, stages, seed, size, deadline, state_path):
+@INTERRUPTS.deferred()
+def train(sae, store, stages, seed, size, deadline, state_path, later=Later()):
     """Trains `sae` in place on batches of `size` windows until `deadline` at the latest; returns
-    the Training. A killed run carries on from the checkpoint at `state_path`, to the same bits."""
+    the Training. A killed run carries on from the checkpoint at `state_path`, to the same bits.
+    later: what follows, for the forecast."""
     n_windows, pool = store.windows.n_train, store.windows.train_pool(TRAIN_ON, FORGET)
     steps_per_epoch = n_windows // size
 
@@ -1421,7 +1471,7 @@ def train(sae, store, stages, seed, size, deadline, state_path):
     seconds, optimizer = seconds_per_step(sae, store, stages, size), ContiguousAdam(sae, 1e-4)
     parts = {"sae": sae, "optimizer": optimizer, "schedule": schedule, "log": log}
     load_state(state_path, parts)
-    schedule.start(f"seed {seed}", seconds, deadline)
+    schedule.start(f"seed {seed}", seconds, deadline, later)
 
     for i, stage in enumerate(stages):
         # a resumed run skips finished stages but needs the attributes they ended with
@@ -1442,10 +1492,12 @@ def train(sae, store, stages, seed, size, deadline, state_path):
                 log.record(schedule.step, stage, losses, sae)
                 schedule.correct_forecast(i)
             if schedule.is_multiple_of(steps_per_epoch):
-                log.append(val_step=schedule.step, val_loss=validation_loss(sae, store))
+                log.append(val_step=schedule.step, **validation(sae, store))
             if schedule.checkpoint_due(CHECKPOINT_SECONDS):
                 save_state(state_path, parts)
+            INTERRUPTS.stop_here()
 
+    schedule.progress.close()
     if sae.dead_mask().all():
         raise RunnerError(f"all {sae.d_sae} latents are dead after training.")
     return finished_training(schedule, log)
@@ -2085,12 +2137,12 @@ def sparsity_metrics(run):
 
 def next_token_metrics(losses, kl, control):
     """Returns the model's loss with x_hat in place of x, its increase in nats, KL, and the share
-    recovered of the loss between a worst case and the model's own: ce_recovered with unigrams as
-    the worst case, _vs_mean and _vs_zero with the stream ablated. All are means over tokens."""
+    recovered of the loss between a worst case and the model's own: unigrams, or the stream ablated
+    to its mean or to zero. All are means over tokens."""
     ce_sae, metrics = np.nanmean(losses), {}
-    for name, worst in (("", "ce_unigram"), ("_vs_mean", "ce_mean"), ("_vs_zero", "ce_zero")):
-        whole = control[worst] - control["ce_model"]
-        metrics[f"ce_recovered{name}"] = (control[worst] - ce_sae) / whole
+    for worst in ("unigram", "mean", "zero"):
+        whole = control[f"ce_{worst}"] - control["ce_model"]
+        metrics[f"ce_recovered_vs_{worst}"] = (control[f"ce_{worst}"] - ce_sae) / whole
     return metrics | {"kl": np.nanmean(kl), "ce_sae": ce_sae,
                       "loss_increase_nats": ce_sae - control["ce_model"]}
 
@@ -2197,13 +2249,14 @@ def random_model_detection(run):
 
 
 # region Evaluation: temporal
-# Stability and smoothness are of the held-out windows without padding, all else of all held-out
-# tokens; so are the firing rates: LatentStatistics.rate is of the former, run.live.rate of the
-# latter.
+# Slow explained variance, stability and smoothness are of the held-out windows without padding, all
+# else of all held-out tokens; so are the firing rates: LatentStatistics.rate is of the former,
+# run.live.rate of the latter.
 class LatentStatistics(NamedTuple):
     """Statistics of the live latents on full windows."""
     stability: np.ndarray  # [latent, window] excess autocorrelation over STABILITY_LAGS
     stability_far: np.ndarray  # [latent, window] over FAR_LAGS
+    between: np.ndarray  # [latent] the autocorrelation that stays with positions permuted
     null: np.ndarray  # [latent, draw] mean stability with positions permuted
     token_surrogate: np.ndarray  # [latent] mean stability of P(fire | token)
     autocorrelation: np.ndarray  # [latent, lag] from lag 1
@@ -2225,7 +2278,8 @@ class LatentStatistics(NamedTuple):
 
 @torch.no_grad()
 def eval_temporal(run):
-    """Stability and polysemanticity beside their nulls, smoothness, coherence, parameters."""
+    """Slow explained variance, stability and polysemanticity beside their nulls, smoothness,
+    coherence, parameters."""
     windows, live, rng = run.store.windows, run.live.ids, np.random.default_rng(0)
     torch.manual_seed(0)
     full, seq, codes = windows.full(), CONTEXT_LENGTH - 1, run.encoded.codes  # full: rows
@@ -2235,35 +2289,45 @@ def eval_temporal(run):
     statistics = latent_statistics(run, full_codes, full, live, q95)
 
     stability, by_window = stability_metrics(statistics, seq)
+    slow, slow_by_window = slow_metrics(run, full_codes, full)
     smooth = {"smoothness": statistics.smoothness.mean(),
               "smoothness_raw": statistics.smoothness_raw.mean()}
-    metrics = stability | smooth | polysemanticity_metrics(run, fired, statistics.rate.mean(), rng)
+    metrics = slow | stability | smooth | polysemanticity_metrics(
+        run, fired, statistics.rate.mean(), rng)
     metrics |= halves_of_the_window(run) | parameter_metrics(run)
     files = windows.doc_ids[windows.n_train:]
     value = coherence(fired, token_classes(windows), files, run.live.rate[live], rng)
     metrics |= {} if value is None else {"coherence": value}
 
-    of_window = by_window | {"smoothness": statistics.smoothness}
+    of_window = slow_by_window | by_window | {"smoothness": statistics.smoothness}
     per_sequence = {name: windows.by_document(values, files[full])
                     for name, values in of_window.items()}
     return Result(metrics, temporal_curves(run, statistics, full_codes, full), per_sequence)
 
 
 def stability_metrics(statistics, seq):
-    """Returns the stability metrics, means over live latents weighted by energy but for
-    `stability_unweighted` and `stable_fraction`; and by window those that are tested between runs:
-    {name: [window]}."""
-    weight, mean = statistics.weight, statistics.mean_stability
-    by_window = {"stability": weight @ statistics.stability}
+    """Returns the stability metrics, plain means over live latents but for those `_weighted` by
+    energy E[z^2]; and by window those that are tested between runs: {name: [window]}. `_raw` is
+    what positions permuted within their windows do not lower, with their part, `_between`
+    windows."""
+    if seq <= STABILITY_LAGS[1]:
+        print(f"note: CONTEXT_LENGTH = {CONTEXT_LENGTH} is too short for stability over "
+              f"{STABILITY_LAGS[0]} to {STABILITY_LAGS[1]} positions: it is left out")
+        return {}, {}
+    weight, by_window = statistics.weight, {"stability": statistics.stability.mean(0)}
+    metrics = {"stability_weighted": weight @ statistics.mean_stability}
     if seq > FAR_LAGS[1]:
-        by_window["stability_far"] = weight @ statistics.stability_far
-    return {
-        "stability_token": statistics.token_surrogate @ weight,
-        "stability_unweighted": mean.mean(), "energy": statistics.energy.sum(),
-        "stability_null_95": np.quantile(weight @ statistics.null, 0.95),
-        "stable_fraction": significant_fraction(mean, statistics.null),
-        "autocorrelation_lag1": statistics.autocorrelation[:, 0] @ weight,
-        **{name: values.mean() for name, values in by_window.items()}}, by_window
+        by_window["stability_far"] = statistics.stability_far.mean(0)
+        metrics["stability_far_weighted"] = weight @ statistics.stability_far.mean(1)
+    energy, between = statistics.energy.sum(), statistics.between.mean()
+    return metrics | {name: values.mean() for name, values in by_window.items()} | {
+        "stability_raw": by_window["stability"].mean() + between, "stability_between": between,
+        "stability_token": statistics.token_surrogate.mean(),
+        "stability_null_95": np.quantile(statistics.null.mean(0), 0.95),
+        "stable_fraction": significant_fraction(statistics.mean_stability, statistics.null),
+        "autocorrelation_lag1": statistics.autocorrelation[:, 0].mean(),
+        "energy": energy, "energy_alarm": float(energy > ENERGY_ALARM),
+        "largest_ten_share": np.sort(weight)[-10:].sum()}, by_window
 
 
 def polysemanticity_metrics(run, fired, rate, rng):
@@ -2289,15 +2353,16 @@ def halves_of_the_window(run):
 def temporal_curves(run, statistics, codes, full):
     """Returns what the figures of the temporal evaluation draw."""
     windows, seq = run.store.windows, CONTEXT_LENGTH - 1
-    weight, mean = statistics.weight, statistics.mean_stability
+    mean = statistics.mean_stability
     texts = token_texts(load_tokenizer(), windows.tokens[full[0] + windows.n_train, 1:])
     curves = {
-        "autocorrelation": weight @ statistics.autocorrelation,
-        "stability_null": weight @ statistics.null,
+        "autocorrelation": statistics.autocorrelation.mean(0),
+        "stability_null": statistics.null.mean(0),
         "stability_by_rate_decile": mean_by_decile(mean, statistics.rate),
         "similarity_matrix": similarity_matrix(codes[:256 * seq], seq)[::2, ::2].round(4),
-        "evolution": top_latents_over_passage(codes[:seq].toarray(), texts, mean, run.live.ids),
-        "most_stable": most_stable(mean, run.live.ids)}
+        "evolution": top_latents_over_passage(codes[:seq].toarray(), texts, mean, run.live.ids)}
+    if seq > STABILITY_LAGS[1]:
+        curves["most_stable"] = most_stable(mean, run.live.ids)
     if hasattr(run.sae, "variance"):
         curves |= {"variance": run.sae.variance, "decay": run.sae.decay(),
                    "scaled_variance": run.sae.scaled_variance()}
@@ -2329,47 +2394,54 @@ def latent_statistics(run, codes, full, live, q95):
 
 
 def autocorrelations(active, surrogate):
-    """Returns the first five fields of LatentStatistics, as tensors, of activity [window, seq, d]
+    """Returns the first six fields of LatentStatistics, as tensors, of activity [window, seq, d]
     and of P(fire | token) of the same shape."""
-    rate = active.mean((0, 1))
-    near, far = (excess_autocorrelation(active, rate, lags) for lags in (STABILITY_LAGS, FAR_LAGS))
+    rate = active.mean(0)
+    near, between = excess_autocorrelation(active, rate, STABILITY_LAGS)
+    far, _ = excess_autocorrelation(active, rate, FAR_LAGS)
     null, r = autocorrelation_null(active, rate, STABILITY_LAGS, NULL_DRAWS)
-    token = excess_autocorrelation(surrogate, rate, STABILITY_LAGS)
-    return near.t(), far.t(), null.t(), token.mean(0), r.t()
+    token = excess_autocorrelation(surrogate, rate, STABILITY_LAGS)[0]
+    return near.t(), far.t(), between.mean(0), null.t(), token.mean(0), r.t()
 
 
 class AutocorrelationTerms(NamedTuple):
     """Terms that the autocorrelation of activity and its null share."""
-    active: torch.Tensor  # [d, window, seq]
+    active: torch.Tensor  # [d, window, seq] without its mean at each position
     lag_weights: torch.Tensor  # [seq, seq] uniform over pairs of positions so far apart, sum 1
     shuffled_product: torch.Tensor  # [d, window] mean product of two positions, in random order
-    variance: torch.Tensor  # [d, 1] rate (1 - rate)
+    variance: torch.Tensor  # [d, 1] mean over these pairs of the product of the two deviations
 
 
 def autocorrelation_terms(active, rate, lags):
-    """Returns the AutocorrelationTerms of activity [window, seq, d], mean rate [d], lags (low,
-    high)."""
-    a, seq = active.permute(2, 0, 1).float(), active.shape[1]
+    """Returns the AutocorrelationTerms of activity [window, seq, d], the rate at each position
+    [seq, d], lags (low, high)."""
+    a, seq = (active.float() - active.float().mean(0)).permute(2, 0, 1), active.shape[1]
     band = torch.ones(seq, seq, device=active.device).triu(lags[0]).tril(lags[1])
+    weights = band / band.sum().clamp_min(1)
     shuffled = (a.sum(2) ** 2 - a.square().sum(2)) / (seq * (seq - 1))
-    variance = (rate * (1 - rate)).clamp_min(1e-9)[:, None]
-    return AutocorrelationTerms(a, band / band.sum().clamp_min(1), shuffled, variance)
+    deviation = (rate * (1 - rate)).clamp_min(0).sqrt().t()  # [d, seq]
+    variance = ((deviation @ weights) * deviation).sum(1, keepdim=True).clamp_min(1e-9)
+    return AutocorrelationTerms(a, weights, shuffled, variance)
 
 
 def excess_autocorrelation(active, rate, lags):
-    """Returns for each window and latent the mean of a_s a_t over all pairs of positions that are
-    lags[0] to lags[1] apart, both included, minus its mean over all pairs of different positions
-    of that window (its expectation in random order), over rate (1 - rate): [window, d].
+    """Returns for each window and latent [window, d] the mean of (a_s - p_s)(a_t - p_t) over all
+    pairs of positions that are lags[0] to lags[1] apart, both included, minus its mean over all
+    pairs of different positions of that window (its expectation in random order), over the mean of
+    sqrt(p_s (1 - p_s) p_t (1 - p_t)); and the part that is subtracted, [window, d].
 
-    active [window, seq, d]: 0 or 1, or a probability of firing; rate [d] its mean."""
+    active [window, seq, d]: 0 or 1, or a probability of firing; rate [seq, d]: p at each position,
+    so that a latent that knows its position has none."""
     terms = autocorrelation_terms(active, rate, lags)
     product = ((terms.active @ terms.lag_weights) * terms.active).sum(2)
-    return ((product - terms.shuffled_product) / terms.variance).t()
+    excess = (product - terms.shuffled_product) / terms.variance
+    return excess.t(), (terms.shuffled_product / terms.variance).t()
 
 
 def autocorrelation_null(active, rate, lags, draws):
     """Returns the mean excess under random permutations of the positions, shared by 64 windows
-    each, [draws, d]; and (E[a_t a_t+l] - rate^2) / (rate (1 - rate)) by lag l from 1, [lag, d]."""
+    each, [draws, d]; and the autocorrelation by lag l from 1, E[(a_t - p_t)(a_t+l - p_t+l)] over
+    the product of the two deviations, each a mean over t, [lag, d]."""
     terms = autocorrelation_terms(active, rate, lags)
     n, seq, d = active.shape
     null, coactivations = active.new_zeros(d, draws), active.new_zeros(d, seq, seq)
@@ -2380,9 +2452,107 @@ def autocorrelation_null(active, rate, lags, draws):
         null += sums.flatten(1) @ shuffled.t()
         coactivations += sums
     null = (null / n - terms.shuffled_product.mean(1, keepdim=True)) / terms.variance
-    r = torch.stack([coactivations.diagonal(lag, 1, 2).mean(1) / n
-                     for lag in range(1, min(FAR_LAGS[1] + 1, seq))])
-    return null.t(), (r - rate ** 2) / terms.variance[:, 0]
+    deviation, r = (rate * (1 - rate)).clamp_min(0).sqrt(), []
+    for lag in range(1, min(FAR_LAGS[1] + 1, seq)):
+        scale = (deviation[:-lag] * deviation[lag:]).mean(0).clamp_min(1e-9)
+        r.append(coactivations.diagonal(lag, 1, 2).mean(1) / n / scale)
+    return null.t(), torch.stack(r)
+
+
+# --- slow explained variance ---
+def slow_metrics(run, codes, full):
+    """Returns the slow explained variance, its null and its ceilings; and by window: {name:
+    [window]}. {} twice where windows are shorter than FAR_LAGS.
+
+    Of the files in two halves: latents whose values last (see slow_latents) are found on one half;
+    on the other, what their sum at position t - lag explains of x_t, means over FAR_LAGS; then the
+    other way round. Latents that cancel count only through their sum, and neither the place in the
+    window, constants, density nor the scale of z gain anything. Null: the sum of another document's
+    latents at the same positions. codes: sparse [window * seq, d_sae] of the held-out windows
+    `full`."""
+    store, seq = run.store, CONTEXT_LENGTH - 1
+    if seq <= FAR_LAGS[1]:
+        return {}, {}
+    ids = full + store.windows.n_train
+    first, x, W = store.windows.doc_ids[ids] % 2 == 0, store.x(ids), run.sae.directions()
+    explained, null, chosen = np.zeros(len(ids)), [], []
+    for half in (first, ~first):
+        found_on, tested_on = (np.repeat(part, seq) for part in (~half, half))
+        slow = run.live.ids[slow_latents(codes[found_on][:, run.live.ids], seq)]
+        latents = torch.from_numpy(codes[tested_on][:, slow].toarray()).to(x)
+        total = (latents @ W[slow]).unflatten(0, (-1, seq))
+        target = x[torch.from_numpy(half).to(x.device)]
+        explained[half] = lagged_share(total, target).cpu().numpy()
+        other = total.roll(len(total) // 2, 0)  # windows of one document are neighbours
+        null.append(lagged_share(other, target).mean().item())
+        chosen.append(len(slow))
+    names = "slow_ceiling_x", "slow_ceiling_mean"
+    return {"slow_explained_variance": explained.mean(), "slow_latents": np.mean(chosen),
+            "slow_explained_variance_null": np.mean(null)} | dict(
+                zip(names, slow_ceilings(store, ids))), {"slow_explained_variance": explained}
+
+
+def slow_latents(codes, seq):
+    """Returns [latent] True where the autocorrelation of its values over FAR_LAGS, without their
+    mean at each position, is at least SLOW_AUTOCORRELATION; codes sparse [window * seq, latent]."""
+    position, n = np.arange(codes.shape[0]) % seq, codes.shape[0] // seq
+    at_position = csr_array((np.ones(len(position)), (position, np.arange(len(position)))))
+    mean, square = ((at_position @ part).toarray() / n for part in (codes, codes.power(2)))
+    deviation = np.sqrt(np.maximum(square - mean ** 2, 0))  # [seq, latent]
+    total = np.zeros(codes.shape[1])
+    for lag in range(FAR_LAGS[0], FAR_LAGS[1] + 1):
+        product = codes[position < seq - lag].multiply(codes[position >= lag]).sum(0) / n
+        covariance = product - (mean[:-lag] * mean[lag:]).sum(0)
+        total += covariance / np.maximum((deviation[:-lag] * deviation[lag:]).sum(0), 1e-12)
+    return total / (FAR_LAGS[1] + 1 - FAR_LAGS[0]) >= SLOW_AUTOCORRELATION
+
+
+def lagged_share(total, x):
+    """Returns for each window [window] what total_(t - lag), times one number, explains of x_t
+    without its mean at each position, as a share of the latter's mean; mean over FAR_LAGS. Its mean
+    over windows is the squared correlation of the two. total, x: [window, seq, d]."""
+    total, x, share = total - total.mean((0, 1)), x - x.mean(0), 0.0
+    for lag in range(FAR_LAGS[0], FAR_LAGS[1] + 1):
+        before, now = total[:, :-lag], x[:, lag:]
+        product, size = (before * now).sum((1, 2)), before.square().sum((1, 2))
+        scale = product.sum() / size.sum().clamp_min(1e-12)
+        share = share + (2 * scale * product - scale ** 2 * size) / now.square().sum() * len(x)
+    return share / (FAR_LAGS[1] + 1 - FAR_LAGS[0])
+
+
+def slow_ceilings(store, ids):
+    """Returns what linear regressions explain of x_t in the windows `ids`, means over FAR_LAGS:
+    from x_(t - lag), and from its exponential mean up to t - lag. Fitted on one half of the files,
+    measured on the other, both ways. Kept beside the activations."""
+    key = fingerprint(code_key(slow_ceilings), len(ids), int(ids.sum()))
+    return cached_json(store.folder / f"slow-{key}.json", lambda: [
+        explained_from_before(store, ids, running) for running in (False, True)])
+
+
+def explained_from_before(store, ids, running):
+    """Returns one of slow_ceilings: from the exponential mean where `running`."""
+    x = store.x(ids)
+    first = torch.from_numpy(store.windows.doc_ids[ids] % 2 == 0).to(x.device)
+    before, shares = exponential_mean(x) if running else x, []
+    before, x = before - before.mean(0), x - x.mean(0)
+    for lag in range(FAR_LAGS[0], FAR_LAGS[1] + 1):
+        past, now = before[:, :-lag], x[:, lag:]
+        for half in (first, ~first):
+            a, b = past[~half].flatten(0, 1), now[~half].flatten(0, 1)
+            ridge = 1e-3 * a.square().sum() / a.shape[1] * torch.eye(a.shape[1], device=a.device)
+            weights = torch.linalg.solve(a.T @ a + ridge, a.T @ b)
+            error = (now[half] - past[half] @ weights).square().sum()
+            shares.append(1 - (error / now[half].square().sum()).item())
+    return np.mean(shares)
+
+
+def exponential_mean(x, decay=0.95):
+    """Returns the bias-corrected exponential mean of x [window, seq, d] up to each position."""
+    mean, means = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        mean = decay * mean + (1 - decay) * x[:, t]
+        means.append(mean / (1 - decay ** (t + 1)))
+    return torch.stack(means, 1)
 
 
 def smoothness(z, x, scale):
@@ -2454,7 +2624,8 @@ def stability_of(run, latents):
     codes = run.encoded.codes[:, latents].tocsr()
     active = torch.from_numpy(codes.toarray() > 0).to(DEVICE).view(-1, seq, len(latents))
     active = active[torch.from_numpy(rows).to(DEVICE)].float()
-    return excess_autocorrelation(active, active.mean((0, 1)), STABILITY_LAGS).mean(0).tolist()
+    excess, _ = excess_autocorrelation(active, active.mean(0), STABILITY_LAGS)
+    return excess.mean(0).tolist()
 
 
 def polysemanticity(fired, kinds, places, rng, draws=50, n=64):
@@ -2513,9 +2684,9 @@ def coherence(fired, classes, files, rate, rng, n_firings=50, group=100):
 # --- parameters of interest ---
 def parameter_metrics(run):
     """Returns what training did to the parameters of interest, and the alarm of a collapse."""
-    metrics = parameter_convergence(run.log) | consistency_gap(run.log)
+    metrics = parameter_convergence(run.log) | consistency_metrics(run.log)
     sae = copy.deepcopy(run.sae)
-    metrics |= parameter_sensitivities(sae, lambda: validation_loss(sae, run.store))
+    metrics |= parameter_sensitivities(sae, lambda: validation(sae, run.store)["val_loss"])
     if getattr(run.sae, "traces", False):
         metrics |= decay_slope(run.sae.scaled_variance().detach(), run.sae.decay().detach())
     return metrics
@@ -2540,12 +2711,12 @@ def parameter_convergence(log):
     return metrics
 
 
-def consistency_gap(log):
-    """Returns the consistency gap at the end and before the last stage, with an alarm where it
-    fell: {} where the log has none."""
-    if "consistency_gap" not in log["losses"]:
+def consistency_metrics(log):
+    """Returns the consistency gap on held-out windows at the end and before the last stage, with an
+    alarm where it fell: {} where the log has none."""
+    if "consistency_gap" not in log:
         return {}
-    steps, gaps = logged_values(log, "losses", "consistency_gap")
+    steps, gaps = log["val_step"], log["consistency_gap"]
     before = gaps[max(np.searchsorted(steps, log["stage_starts"][-1], "right") - 1, 0)]
     return {"consistency_gap": gaps[-1], "consistency_gap_before": before,
             "collapse_alarm": float(gaps[-1] < before)}
@@ -2597,12 +2768,15 @@ def eval_probes(run):
         predicted = cross_fitted_probe(scaled, task.labels, task.fold)
         metrics[f"probe_{name}"] = balanced_accuracy_score(task.labels, predicted)
         metrics[f"probe_{name}_token"], metrics[f"probe_{name}_bag"] = base[name]
-        correct[f"probe_{name}"] = windows.by_document(
+        correct[f"accuracy_{name}"] = windows.by_document(  # plain: a file lacks some classes
             predicted == task.labels, docs[task.places // seq])
 
-    if context := [name for name in correct if name != "probe_token_type"]:
-        metrics["probe_context"] = np.mean([metrics[name] for name in context])
-        correct["probe_context"] = np.nanmean([correct[name] for name in context], 0)
+    if context := [name for name in base if f"probe_{name}" in metrics and name != "token_type"]:
+        for kind in ("", "_token", "_bag"):
+            values = [metrics[f"probe_{name}{kind}"] for name in context]
+            metrics[f"probe_context{kind}"] = np.mean(values)
+        accuracies = [correct[f"accuracy_{name}"] for name in context]
+        correct["accuracy_context"] = np.nanmean(accuracies, 0)
     return Result(metrics, {}, correct)
 
 
@@ -4175,8 +4349,9 @@ class Evaluation(NamedTuple):
 EVALUATIONS = {
     "core": Evaluation(eval_core, (
         "avg_inference_tokens_per_second", "explained_variance", "l0", "dead_fraction",
-        "loss_increase_nats", "ce_recovered")),
-    "temporal": Evaluation(eval_temporal, ("stability", "smoothness")),
+        "loss_increase_nats", "ce_recovered_vs_unigram")),
+    "temporal": Evaluation(eval_temporal, (
+        "slow_explained_variance", "stability", "smoothness")),
     "probes": Evaluation(eval_probes, ("probe_token_type", "probe_context")),
     "detection": Evaluation(eval_detection),
     "unlearning": Evaluation(eval_unlearning, ("auroc_hybrid",)),
@@ -4185,17 +4360,28 @@ EVALUATIONS = {
     "composition": Evaluation(eval_composition, needs="compose"),
     "hierarchy": Evaluation(eval_hierarchy, ("causal_specificity",), needs="levels")}
 TRAINING_HEADLINES = ("final_train_loss", "best_val_loss", "total_train_time")
-NOT_IN_PREFLIGHT = {"probe_token_type"}  # its windows have no labels
+# Its windows have no labels, and in short windows there are no far lags
+NOT_IN_PREFLIGHT = {"probe_token_type", "slow_explained_variance", "stability"}
 
 
-def evaluate(run, train_seconds):
+def evaluate(run, train_seconds, times):
     """Returns {"training": ..., evaluation: ..., "page": ...} of one seed; each but the page is a
-    dict of metrics, curves and per_sequence."""
+    dict of metrics, curves and per_sequence. times: the KnownTimes of evaluations."""
     run.sae.eval()
     results = {"training": training_result(run.log, train_seconds)}
-    results |= {name: run_evaluation(EVALUATIONS[name].function, run) for name in EVALS}
+    steps = evaluation_steps(run.store, run.sae.d_sae)
+    for i, name in enumerate(EVALS):
+        with run_stage(name), times.measured(f"evaluation {i + 1} of {len(EVALS)}: {name}",
+                                             steps[i]):
+            results[name] = run_evaluation(EVALUATIONS[name].function, run)
     temporal = results.get("temporal", {"curves": {}})["curves"]
     return results | {"page": page_of_latents(run, temporal)}
+
+
+def evaluation_steps(store, d_sae):
+    """Returns the names of EVALS in KnownTimes, with what decides how long they take."""
+    size = f"{d_sae} latents, {len(store.windows.heldout())} windows of {CONTEXT_LENGTH}, {DEVICE}"
+    return [f"{name}: {SAE_VARIANT}, {size}" for name in EVALS]
 
 
 def run_evaluation(evaluation, run):
@@ -4313,6 +4499,27 @@ def export(sae, store, layer, folder):
         "context_size": CONTEXT_LENGTH, "prepend_bos": True})
 
 
+def save_trained(folder, sae, store):
+    """Writes trained_sae.safetensors, from which load_trained makes the same SAE again, whatever
+    its variant: the parameters and buffers as they are, and what brings activations to their
+    scale."""
+    state = sae.state_dict() | {"input_mean": store.mean, "input_scale": torch.tensor(store.scale)}
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    save_file(state, folder / "trained_sae.safetensors")
+
+
+def load_trained(folder, d_in, steps_done):
+    """Returns the SAE of a run's folder in evaluation mode, and the mean [d_in] and scale of its
+    inputs. d_in and steps_done are those of the run's config."""
+    state = load_file(folder / "trained_sae.safetensors", device=DEVICE)
+    mean, scale = state.pop("input_mean"), state.pop("input_scale").item()
+    sae = make_sae(d_in, round(EXPANSION * d_in), 0)
+    for stage, n_steps in zip(planned_stages(type(sae)), steps_done):
+        anneal(sae, stage, (n_steps - 1) / n_steps)
+    sae.load_state_dict(state)
+    return sae.eval().requires_grad_(False), mean, scale
+
+
 def save_sae(folder, weights, sae, metadata):
     """Writes sae_weights.safetensors and cfg.json of weights {name: tensor} that read the model's
     own activations. Raises RunnerError where the architecture promises another SAE of SAELens's."""
@@ -4335,7 +4542,6 @@ def save_sae(folder, weights, sae, metadata):
     if architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     save_file(weights, folder / "sae_weights.safetensors")
-    (folder / "sae_weights.safetensors").chmod(0o644)  # written readable for its owner alone
     (folder / "cfg.json").write_text(json.dumps(cfg, indent=1), encoding="utf-8")
 
 
@@ -4359,6 +4565,7 @@ def recorded_config(seeds, store, layer):
         "budget_hit": any(seed.planned != seed.done for seed in seeds),
         "evaluation_files": len(windows.sample()),
         "data_hash": fingerprint(zlib.crc32(windows.tokens.tobytes())),
+        "first_token": int(windows.tokens[0, 0]),
         "code": code_key(open_store, train, evaluate, type(first.sae)),
         "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -4372,6 +4579,7 @@ def write_results(folder, seeds, store, layer, timing):
     for seed, part in zip(SEEDS, seeds):
         prefix = "" if seed == SEEDS[0] else f"seed_{seed}/"
         export(part.sae, store, layer, folder / prefix)
+        save_trained(folder / prefix, part.sae, store)
         texts[f"{prefix}features.json"] = json.dumps(part.results["page"], separators=(",", ":"))
         per_seed.append({name: part.results[name] for name in ("training", *EVALS)})
 
@@ -4387,25 +4595,58 @@ def write_results(folder, seeds, store, layer, timing):
     return info
 
 
+SUMMARY = [  # sentences of summary.md; those with a number that a run lacks are left out
+    "It explains {explained_variance} of the variance of held-out activations with {l0} active "
+    "latents per token; a lookup table of token pairs explains {bigram_explained_variance}.",
+    "With the reconstruction in place of the activations the model's next-token loss rises by "
+    "{loss_increase_nats} nats from {ce_model}; word frequencies alone give {ce_unigram}.",
+    "{dead_fraction} of the latents never fire, and {single_token_fraction} of the live ones fire "
+    "on one token only.",
+    "Live latents that fire do so again 5 to 16 tokens later with an excess correlation of "
+    "{stability_unweighted}; weighted by energy it is {stability}, of which tokens alone give "
+    "{stability_token}, and {stability_null_95} is chance.",
+    "Linear probes on the latents predict where in its text a token is with a balanced accuracy of "
+    "{probe_context}; the token alone gives {probe_context_token}, the last eight tokens "
+    "{probe_context_bag}.",
+    "A profile of a latent's strongest contexts finds the passage on which it fires among five in "
+    "{detection} of the cases; chance is 0.2, and latents of an untrained SAE on a model with "
+    "random weights reach {detection_reinitialised}."]
+
+
 def summary_text(info):
-    """Returns a paragraph on a run from final_info.json's content: what it trained on what, and the
-    means."""
-    config = info["training"]["config"]
-    off = f" without {', '.join(config['ABLATE'])}" if config["ABLATE"] else ""
-    planned, done = sum(config["steps_planned"]), sum(config["steps_done"])
-    cut = f" of {planned:,} planned, cut to the time budget" if config["budget_hit"] else ""
-    means = []
+    """Returns a paragraph on a run from final_info.json's content: what was trained on what, and
+    the numbers beside their controls."""
+    config, values = info["training"]["config"], {}
     for entry in info.values():
-        for name, value in entry["means"].items():
-            name = name.removesuffix("_mean")
-            error = entry.get("stderrs", {}).get(f"{name}_stderr")
-            means.append(f"{name} {value:.4g}" + ("" if error is None else f" ± {error:.2g}"))
-    return (
-        f"{config['SAE_VARIANT']}{off}, {config['d_sae']:,} latents with TARGET_L0 "
-        f"{config['TARGET_L0']}, on {config['MODEL_NAME']} after block {config['layer']}: {done:,} "
-        f"steps{cut} on {config['TRAIN_TOKENS']:,} tokens of {config['DATASET']}, seeds "
-        f"{', '.join(map(str, config['SEEDS']))}; measured on {config['evaluation_files']} "
-        f"held-out files. {', '.join(means)}.")
+        errors = entry.get("metric_stderrs", {})
+        values |= {name: f"{round(value, 4):.4g}" + f" ± {errors.get(name, 0):.2g}" * bool(
+            errors.get(name)) for name, value in entry["metrics"].items()}
+    sentences = [text for text in SUMMARY if set(placeholders(text)) <= set(values)]
+    said = {name for text in sentences for name in placeholders(text)}
+    headlines = [key.removesuffix("_mean") for entry in info.values() for key in entry["means"]]
+    rest = [f"{name} {values[name]}" for name in headlines if name not in said]
+    return " ".join([training_text(config), *sentences, "Also: " + ", ".join(rest) + "."]
+                    ).format_map(values)
+
+
+def placeholders(text):
+    """Returns the names in braces in a text."""
+    return [name for _, name, _, _ in Formatter().parse(text) if name]
+
+
+def training_text(config):
+    """Returns a sentence on what was trained on what."""
+    off = f" without {' and '.join(config['ABLATE'])}" if config["ABLATE"] else ""
+    planned, done = sum(config["steps_planned"]), sum(config["steps_done"])
+    cut = f" (of {planned:,} planned: the time budget ended)" if config["budget_hit"] else ""
+    several = len(config["SEEDS"]) > 1
+    return (f"`{config['SAE_VARIANT']}`{off}, {config['d_sae']:,} latents with TARGET_L0 = "
+            f"{config['TARGET_L0']}, was trained on the activations of {config['MODEL_NAME']} "
+            f"after block {config['layer']}: {done:,} steps{cut} over {config['TRAIN_TOKENS']:,} "
+            f"tokens of {config['DATASET']}, {'seeds' if several else 'seed'} "
+            f"{', '.join(map(str, config['SEEDS']))}. All numbers are of "
+            f"{config['evaluation_files']} held-out files"
+            f"{', means with their standard errors over the seeds' * several}.")
 # endregion
 
 
@@ -4635,7 +4876,7 @@ def preflight(config, cache):
         state, deadline = folder / "checkpoint.pt", time.time() + 60
         log, planned, done, _ = train(sae, store, stages, 0, 2, deadline, state)
         run = Run(sae, store, lambda: model, 0, LiveRule(1, 1), log, tiny=True)
-        results = evaluate(run, 1.0)
+        results = evaluate(run, 1.0, KnownTimes(folder / "seconds.json"))
         check_metrics(results)
         write_results(folder, [SeedResult(sae, results, planned, done)] * len(SEEDS), store, 0, {})
 # endregion
@@ -4654,17 +4895,20 @@ def make_sae(d_in, d_sae, seed, target_l0=None):
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
     """Returns the SeedResult of one seed (None where another process evaluates); the folder `state`
     keeps what is finished."""
+    times = KnownTimes(cache_folder() / "seconds.json")
     with run_stage(f"training, seed {seed}", timing):
         sae = make_sae(store.d_in, round(EXPANSION * store.d_in), seed)
         stages, size = planned_stages(type(sae)), BATCH_TOKENS // CONTEXT_LENGTH
+        seconds, all_known = times.of(evaluation_steps(store, sae.d_sae))
+        later = Later(seconds * all_known, len(SEEDS) - 1 - SEEDS.index(seed))
         log, planned, done, seconds = train(sae, store, stages, seed, size, deadline,
-                                            state / f"seed_{seed}.pt")
+                                            state / f"seed_{seed}.pt", later)
     if RANKS.rank:
         return None
     with run_stage(f"evaluation, seed {seed}", timing), RANKS.alone():
         rule = LiveRule(LIVE_MIN_FIRINGS, LIVE_MIN_FILES)
         run = Run(sae, store, get_model, layer, rule, log, seed)
-        results = cached_json(state / f"seed_{seed}.json", lambda: evaluate(run, seconds))
+        results = cached_json(state / f"seed_{seed}.json", lambda: evaluate(run, seconds, times))
     return SeedResult(sae, results, planned, done)
 
 
@@ -4689,8 +4933,9 @@ def open_store(config, layer, cache):
 def main():
     """Preflight, tokens, activations, training, evaluation, results."""
     parser = argparse.ArgumentParser(description="all else is a constant of this file")
-    parser.add_argument("--out_dir", default="run_0", help="folder for the results")
-    out_dir = Path(parser.parse_args().out_dir).resolve()
+    parser.add_argument("--out_dir", help="folder for the results; without it, the next free of "
+                        "run_1, run_2, ... beside this file")
+    out_dir = Path(parser.parse_args().out_dir or next_run(HERE)).resolve()
     began, cache, timing, seeds = time.time(), cache_folder(), {}, []
     with run_stage("checking the settings"):
         check_config()
@@ -4716,7 +4961,9 @@ def main():
             with run_stage("writing the results"):
                 timing["total_seconds"] = time.time() - began
                 info = write_results(partial, seeds, store, layer, timing)
-    print(f"{out_dir.name}, {time.time() - began:.0f} s:", summary_text(info), flush=True)
+    print(f"{out_dir.name} ({readable_time(time.time() - began)}): {summary_text(info)}\n"
+          "Then: python plot.py, which draws the figures and writes comparison.md and "
+          f"{out_dir.name}/features.html, a page of latents to look at.", flush=True)
 
 
 if __name__ == "__main__":

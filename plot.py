@@ -19,6 +19,9 @@ from collections import ChainMap
 from pathlib import Path
 from typing import NamedTuple
 
+from runtime.interrupts import leave_quietly
+
+leave_quietly()  # where Ctrl-C ends the imports below, or the drawing
 import matplotlib
 
 matplotlib.use("Agg")
@@ -26,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from scipy.stats import false_discovery_control, permutation_test
+from scipy.stats import false_discovery_control, permutation_test, ttest_ind
 
 from pages.ratings import (
     agreement, BATCH, bootstrap_interval, Difference, LEAST_RATED, load_ratings, mean_by_latent,
@@ -258,6 +261,16 @@ def visible(token):
 
 
 # ---- Tests between runs --------------------------------------------------------------------------
+# Two questions. Does the method differ? Its units are seeds: nothing is said with one. Do these two
+# SAEs differ? Its units are held-out files: two seeds of one method differ too.
+# The better direction of a metric: by its name, or by how its name begins.
+HIGHER = ("explained_variance", "ce_recovered", "stability", "coherence", "probe_", "accuracy_",
+          "detection", "avg_inference", "auroc", "causal_specificity", "sae_top", "cosine")
+LOWER = ("fvu", "loss_increase", "final_train_loss", "best_val_loss", "total_train_time", "kl",
+         "dead_fraction", "smoothness", "polysemanticity")
+CLOCKS = ("total_train_time", "avg_inference_tokens_per_second")    # depend on the machine's load
+
+
 class Comparison(NamedTuple):
     """A metric of a run tested against the baseline's at the same held-out sequences."""
     run: Run
@@ -265,6 +278,28 @@ class Comparison(NamedTuple):
     values: np.ndarray      # [seeds, sequences]
     baseline: np.ndarray    # [seeds of the baseline, sequences]
     difference: Difference
+
+
+class SeedComparison(NamedTuple):
+    """A headline metric of a run tested against the baseline's, seeds being the units."""
+    run: Run
+    metric: str
+    values: np.ndarray              # [seeds]
+    baseline: np.ndarray            # [seeds of the baseline]
+    difference: Difference | None   # None where one of the two has one seed: nothing is tested
+
+
+def better_direction(metric):
+    """Returns 1 where a higher value of a metric is better, -1 where a lower one is, 0 where
+    neither is known to be."""
+    return int(metric.startswith(HIGHER)) - int(metric.startswith(LOWER))
+
+
+@functools.cache
+def seed_noise():
+    """Returns {metric: its standard deviation between seeds of one method}, see
+    bench/seed_noise.py."""
+    return json.loads((HERE / "pages" / "seed_noise.json").read_text(encoding="utf-8"))
 
 
 def sequences(run, metric):
@@ -352,33 +387,111 @@ def paragraph(text):
     return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
+def headline_seeds(run):
+    """Returns {headline metric: its value of each seed [seeds]} of a run."""
+    return {metric: np.array(values, dtype=float) for entry in run.entries.values()
+            for metric, values in (entry.get("final_info_dict") or {}).items()}
+
+
+def seed_test(values, baseline):
+    """Returns the Difference of two samples of seeds by Welch's t test; None with one seed in
+    either, or where no seed differs from another."""
+    if min(len(values), len(baseline)) < 2 or not (np.ptp(values) or np.ptp(baseline)):
+        return None
+    test = ttest_ind(values, baseline, equal_var=False)
+    return Difference(values.mean() - baseline.mean(), *test.confidence_interval(), test.pvalue)
+
+
+def compare_seeds(runs):
+    """Returns a SeedComparison with the baseline for each headline metric, but clocks, that both
+    have, of each other run on the same data."""
+    baseline, rows = baseline_of(runs), []
+    reference = headline_seeds(baseline)
+    for run in runs:
+        same_data = run.config.get("data_hash") == baseline.config.get("data_hash")
+        for metric, values in headline_seeds(run).items() if run is not baseline else ():
+            if metric in reference and metric not in CLOCKS and same_data:
+                other = reference[metric]
+                rows.append(SeedComparison(run, metric, values, other, seed_test(values, other)))
+    return rows
+
+
+def corrected(p_values):
+    """Returns p values after Benjamini-Hochberg, None where there is none."""
+    known = [p for p in p_values if p is not None]
+    adjusted = iter(false_discovery_control(known) if known else ())
+    return [None if p is None else next(adjusted) for p in p_values]
+
+
+def seed_row(row, q):
+    """Returns the cells of a SeedComparison; q: its p after the correction, None: not tested."""
+    change, sign = row.values.mean() - row.baseline.mean(), better_direction(row.metric)
+    direction = {1: "better", 0: "", -1: "worse"}[int(np.sign(change * sign))]
+    noise = seed_noise().get(row.metric)
+    tested = ["", "", "one seed: no finding"]
+    if q is not None:
+        low, high, p = row.difference.low, row.difference.high, row.difference.p
+        tested = [f"[{low:+.3g}, {high:+.3g}]", f"{p:.4f} ({q:.4f})",
+                  (direction or "differs") if q < 0.05 else "no difference shown"]
+    better = {1: "higher", 0: "", -1: "lower"}[sign]
+    return [f"{row.run.folder}: {row.run.label}", row.metric, better,
+            f"{row.values.mean():.4g}", f"{row.baseline.mean():.4g}", f"{change:+.3g}", direction,
+            "" if noise is None else f"{noise:.2g}", *tested,
+            f"{len(row.values)} against {len(row.baseline)}"]
+
+
+def seed_table(rows):
+    """Returns the lines on what is shown of the methods."""
+    adjusted = corrected([row.difference and row.difference.p for row in rows])
+    head = ["run", "metric", "better is", "value", "baseline", "difference", "change", "seed noise",
+            "95 % interval", "p (q)", "finding", "seeds"]
+    note = (
+        "Values are those of final_info.json, means over seeds. Seed noise: the standard deviation "
+        "between seeds of one method, measured on the committed runs; two runs of one seed each "
+        "differ by up to about three times as much without any reason. Interval and p: Welch's t "
+        "test over seeds; q: p after Benjamini-Hochberg over this table. A finding about the "
+        "method needs q < .05, and that needs SEEDS = (0, 1, 2) or more in both runs.")
+    return ["## Do the methods differ?", "", *markdown([head, *map(seed_row, rows, adjusted)]), "",
+            paragraph(note)]
+
+
 def comparison_row(comparison, q):
-    """Returns the cells of a comparison; q: its p after the correction."""
+    """Returns the cells of a comparison by file; q: its p after the correction."""
     run, metric, values, baseline, difference = comparison
-    return [f"{run.folder}: {run.label}", metric, f"{values.mean():.4g}", f"{baseline.mean():.4g}",
-            f"{difference.mean:+.3g}", f"[{difference.low:+.3g}, {difference.high:+.3g}]",
-            f"{difference.p:.4f}", f"{q:.4f}", "yes" if q < 0.05 else "no",
-            f"{len(values)} against {len(baseline)}"]
+    return [f"{run.folder}: {run.label}", f"{metric} by file", f"{values.mean():.4g}",
+            f"{baseline.mean():.4g}", f"{difference.mean:+.3g}",
+            f"[{difference.low:+.3g}, {difference.high:+.3g}]", f"{difference.p:.4f}", f"{q:.4f}",
+            "yes" if q < 0.05 else "no", f"{len(values)} against {len(baseline)}"]
+
+
+def file_table(comparisons):
+    """Returns the lines on how these very SAEs differ over files."""
+    adjusted = corrected([row.difference.p for row in comparisons])
+    head = ["run", "metric", "value", "baseline", "difference", "95 % interval", "p", "q (FDR)",
+            "these SAEs differ", "seeds"]
+    note = (
+        "How far the choice of held-out files decides a difference between these SAEs. It says "
+        "nothing about the methods: of two seeds of one method more than a third of these tests "
+        "find a difference. Values are means over files, each file counted once; final_info.json's "
+        "are over tokens, and its probes' are balanced over classes, so they differ a little. "
+        "Difference: paired over the held-out sequences (one a file) that both have. p: "
+        f"permutation test ({RESAMPLES:,} sign flips), seeds averaged first. Interval: bootstrap "
+        "over sequences, and over seeds where there are several. q: p after Benjamini-Hochberg "
+        "over this table.")
+    return ["## Do these SAEs differ, file by file?", "",
+            *markdown([head, *map(comparison_row, comparisons, adjusted)]), "", paragraph(note)]
 
 
 def comparison_text(runs):
     """Returns the tests of all runs against the baseline as Markdown."""
-    comparisons, notes = compare(runs)
+    (comparisons, notes), seed_rows = compare(runs), compare_seeds(runs)
     baseline = baseline_of(runs)
     text = [f"# Runs against {baseline.folder}: {baseline.label}", ""]
-    if not comparisons:
-        return "\n".join([*text, "Nothing was tested.", "", *notes])
-
-    adjusted = false_discovery_control([row.difference.p for row in comparisons])
-    head = ["run", "metric", "value", "baseline", "difference", "95 % interval", "p", "q (FDR)",
-            "q < .05", "seeds"]
-    text += markdown([head, *map(comparison_row, comparisons, adjusted)])
-    text += ["", paragraph(
-        "Difference: run minus baseline, paired over the held-out sequences (one a file) that both "
-        f"have. p: permutation test ({RESAMPLES:,} sign flips) of the sequences' differences, "
-        "seeds averaged first. Interval: bootstrap over sequences, and over seeds where there are "
-        "several. q: p after Benjamini-Hochberg over all rows.")]
-    return "\n".join([*text, "", *notes])
+    text += [*seed_table(seed_rows), ""] if seed_rows else []
+    text += [*file_table(comparisons), ""] if comparisons else []
+    if not (seed_rows or comparisons):
+        text += ["Nothing was tested.", ""]
+    return "\n".join([*text, *notes])
 
 
 # ---- Ratings of latents --------------------------------------------------------------------------

@@ -79,7 +79,8 @@ def record(folder, tree, names):
             done = subprocess.run([sys.executable, "experiment.py", "--out_dir=run_1"], cwd=copy, env=environment,
                                   capture_output=True, text=True)
             if done.returncode:
-                sys.exit(f"{name}: {done.stdout[-2000:]}\n{done.stderr}")
+                print(f"{name} failed: {done.stdout[-500:]}\n{done.stderr}", flush=True)
+                continue
             info = results_alone(json.loads((copy / "run_1" / "final_info.json").read_text()))
             (folder / f"{name}.json").write_text(json.dumps(info, indent=1, sort_keys=True))
             for weights in sorted((copy / "run_1").rglob("sae_weights.safetensors")):

@@ -77,7 +77,7 @@ SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "te
         "controls": ["hysteresis 0.25", "hysteresis 0.5", "hysteresis 0.75", "hysteresis 1.0", "tsae, as released",
                      "batch_topk, as many parameters as temporal", "batch_topk, layer 4", "temporal, layer 4", "temporal, centred",
                      *(row for row in ROWS if row.endswith(", re-initialised model"))]}
-COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss increase (nats)", "ce_recovered": "CE recovered vs unigram",
+COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss increase (nats)", "ce_recovered_vs_unigram": "CE recovered vs unigram",
            "ce_recovered_vs_mean": "vs mean", "ce_recovered_vs_zero": "vs zero", "dead_fraction": "dead", "single_token_fraction": "single-token",
            "stability": "stability", "stability_far": "stability, lags 17-32", "stability_unweighted": "unweighted", "stability_token": "of tokens alone", "energy": "E[z²]",
            "smoothness": "smoothness", "smoothness_raw": "raw", "coherence": "coherence",
@@ -103,9 +103,10 @@ COLUMNS |= {"flat_explained_variance": "EV of the flat TopK", "mutual_informatio
             **{f"ami_{kind}{rival}": f"AMI, {kind}" if not rival else title for kind in ("token", "context")
                for rival, title in {"": "", "_ward": "Ward", "_kmeans": "k-means"}.items()},
             "causal_specificity": "causal specificity", "causal_cosine": "causal cosine", "patched_children": "patched children", "patched_children_rival": "of a rival"}
-TESTED = {"fvu": "unexplained variance", "loss_increase_nats": "loss increase", "stability": "stability",
-          "stability_far": "stability, lags 17-32", "smoothness": "smoothness",         # by file; probes: share of tokens right there
-          "probe_token_type": "syntax probe, tokens right", "probe_context": "context probe, tokens right"}
+TESTED = {"explained_variance": "explained variance", "loss_increase_nats": "loss increase", "stability": "stability",
+          "stability_far": "stability, lags 17-32", "smoothness": "smoothness", "probe_token_type": "syntax probe",
+          "probe_context": "context probe"}
+BY_FILE = ("fvu", "loss_increase_nats", "stability", "stability_far", "smoothness", "accuracy_token_type", "accuracy_context")
 PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis 1.0"), "temporal_adaptation": ("standard",)}
 PEERS["compositional"] = "topk", "batch_topk"
 PEERS |= {row: (row.split(", no ")[0].split(", T ")[0],) for row in ROWS if ", no " in row or ", T " in row}
@@ -166,7 +167,7 @@ def results_of(row, seed, folder, reuse, finished_only):
                      for metric, value in row[name].items()} for name in ("pca", "nmf", "random")}
     found = {"source": key, "metrics": plot.merged(info, "metrics"), "rivals": rivals, "per_file": {
         metric: [None if v is None else round(v, 5) for v in values]
-        for metric, values in plot.per_seed(info, "per_sequence")[0].items() if metric in TESTED}}
+        for metric, values in plot.per_seed(info, "per_sequence")[0].items() if metric in BY_FILE}}
     KEPT.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(found) + "\n")
     return found
@@ -182,27 +183,19 @@ def cell(runs, metric):
 
 
 def tests(found):
-    """Paired tests by file of the rows in PEERS against their peers, with BH-FDR over all of them."""
+    """Welch's tests over seeds of the rows in PEERS against their peers, with BH-FDR over all of them."""
     claims = []
     for row, peers in PEERS.items():
-        for peer in peers:
-            if row in found and peer in found:
-                n = min(len(found[row]), len(found[peer]))
-                for metric, title in TESTED.items():
-                    if not all(metric in run["per_file"] for name in (row, peer) for run in found[name][:n]):
-                        continue
-                    a, b = (np.array([run["per_file"][metric] for run in found[name][:n]], dtype=float) for name in (row, peer))
-                    both = ~np.isnan(a + b).any(0)
-                    claims.append((row, peer, title, *plot.paired_test(a[:, both], b[:, both])))
-    if not claims:
-        return []
-    adjusted = plot.false_discovery_control([claim[-1] for claim in claims])
+        for peer in (peer for peer in peers if row in found and peer in found):
+            for metric, title in TESTED.items():
+                values = [np.array([run["metrics"][metric] for run in found[name] if metric in run["metrics"]]) for name in (row, peer)]
+                if test := plot.seed_test(*values):
+                    claims.append((row, peer, title, test))
     lines = ["", "| variant | against | metric | difference | 95 % interval | q (FDR) | |", "|---|---|---|---|---|---|---|"]
-    for (row, peer, title, mean, low, high, _), q in zip(claims, adjusted):
-        shown = q < 0.05 and low * high > 0     # the files carry q, the seeds too the interval
-        verdict = ("higher" if mean > 0 else "lower") if shown else "no difference shown"
-        lines.append(f"| `{row}` | `{peer}` | {title} | {mean:+.4f} | {low:+.4f} to {high:+.4f} | {q:.2g} | {verdict} |")
-    return lines
+    for (row, peer, title, test), q in zip(claims, plot.corrected([claim[-1].p for claim in claims])):
+        verdict = ("higher" if test.mean > 0 else "lower") if q < 0.05 else "no difference shown"
+        lines.append(f"| `{row}` | `{peer}` | {title} | {test.mean:+.4f} | {test.low:+.4f} to {test.high:+.4f} | {q:.2g} | {verdict} |")
+    return lines if claims else []
 
 
 def main():

@@ -14,6 +14,7 @@ import numpy as np
 from pages.latents_page import three_digits
 from pages.ratings import load_features, load_labels
 from pages.templates import filled
+from runtime.errors import RunnerError
 
 STRONGEST = 40      # latents that the page lists
 PER_TOKEN = 5       # strongest latents of a token
@@ -93,7 +94,10 @@ def main():
         text = Path(text).read_text(encoding="utf-8")
     from runtime.load import load_run  # here: it imports torch and the model's library
 
-    tokens, values = load_run(folder).latents_of(text)
+    try:
+        tokens, values = load_run(folder).latents_of(text)
+    except RunnerError as error:
+        sys.exit(f"own_text: {error}")
     values, features = np.asarray(values), load_features(folder)
     ids = strongest_latents(values)
     shown = values[:, ids]

@@ -1,6 +1,7 @@
 """Caches, locks and files that are written whole or not at all."""
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -155,6 +156,12 @@ def atomic_run_folder(out_dir, template):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def next_run(folder):
+    """Returns the path of the first of run_1, run_2, ... that is not in the folder."""
+    names = (folder / f"run_{i}" for i in itertools.count(1))
+    return next(path for path in names if not path.exists())
 
 
 def copy_missing(source, target):

@@ -58,7 +58,8 @@ def chosen_variant(source, wanted):
     if known and variant not in known:
         refuse(f"VARIANT={variant} is none of {', '.join(known)}")
     if changed and variant != changed:
-        say(f'experiment.py has SAE_VARIANT = "{changed}"; the copy has "{variant}", as VARIANT says')
+        say(f'experiment.py has SAE_VARIANT = "{changed}"; the copy has "{variant}", as VARIANT '
+            "says")
     elif changed:
         say(f'SAE_VARIANT = "{changed}", as experiment.py says')
     return variant

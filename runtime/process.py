@@ -13,11 +13,11 @@ import torch
 
 from runtime.errors import error_report, RunnerError
 from runtime.files import COMPLETED
+from runtime.interrupts import INTERRUPTS, SCRIPT, STATUS
 from runtime.memory import bound_memory, keep_freed_memory
 from runtime.ranks import RANKS
 from runtime.shards import WRITING
 
-SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", "")).name
 
 
 @contextmanager
@@ -98,6 +98,7 @@ def run_script(main, file, shown, variants, name, memory_settings=()):
     """
     COMPLETED.clear()
     COMPLETED.add("run")
+    INTERRUPTS.listen()
     keep_freed_memory()
     bound_memory()
     quiet_libraries()
@@ -109,7 +110,8 @@ def run_script(main, file, shown, variants, name, memory_settings=()):
             raise RunnerError("main() came to its end without results: `atomic_run_folder` and "
                               "write_results are missing.")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command carries on")
+        print("interrupted; the same command carries on", file=sys.stderr, flush=True)
+        sys.exit(STATUS)
     except SystemExit as stop:  # argparse's, or one in an edit, which is no finished run
         if stop.code in (None, 0) and not {"-h", "--help"} & set(sys.argv):
             script = Path(file).name

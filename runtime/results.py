@@ -72,6 +72,8 @@ def write_result_files(folder, info, per_seed, texts, source):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    for path in folder.rglob("*.safetensors"):  # written readable for their owner alone
+        path.chmod(0o644)
     np.save(folder / "all_results.npy", per_seed)
     write_sources(folder, source)
     with replacing(folder / "final_info.json") as partial:

@@ -135,7 +135,8 @@ class Copy(Process):
 
 def start(folder, cache, out_dir="run_1", kind=Copy, **variables):
     """Returns the Process, of its kind: `Process` where Python itself must start, with its imports, as a harness has it."""
-    return kind(folder, ["experiment.py", f"--out_dir={out_dir}"], cache, **variables)
+    arguments = [f"--out_dir={out_dir}"] if out_dir else []
+    return kind(folder, ["experiment.py", *arguments], cache, **variables)
 
 
 def run(folder, cache, out_dir="run_1", kind=Copy):

@@ -141,7 +141,7 @@ def test_the_second_stage_begins_with_the_function_that_the_first_one_learned(E)
     assert found[0]["auxk"] > 0
     for name in found[0]:
         assert found[1][name].item() == pytest.approx(found[0][name].item(), rel=1e-5), name
-    assert set(found[1]) - set(found[0]) == {"consistency", "consistency_gap"}      # followed from here on, not weighed
+    assert set(found[1]) - set(found[0]) == {"consistency"}      # followed from here on, not weighed
     assert not trained[0][0].gate.any() and trained[1][0].gate.any()
     trial, optimizer = trained[1]
     start = copy.deepcopy(trial.state_dict())

@@ -392,7 +392,7 @@ def test_the_identity_spliced_in_changes_nothing(E, model, spoken, lengths):
     assert own[0][kept] == pytest.approx(wanted[kept], abs=1e-4)
     assert np.abs(own[1][kept]).max() < 1e-5
     result = E.eval_core(run_of(E, store, identity(E), model)).metrics
-    for name, value in (("explained_variance", 1), ("loss_increase_nats", 0), ("kl", 0), ("ce_recovered", 1),
+    for name, value in (("explained_variance", 1), ("loss_increase_nats", 0), ("kl", 0), ("ce_recovered_vs_unigram", 1),
                         ("ce_recovered_vs_mean", 1), ("ce_recovered_vs_zero", 1), ("cosine", 1), ("l2_ratio", 1),
                         ("relative_reconstruction_bias", 1), ("l0", D_IN), ("dead_fraction", 0)):
         assert result[name] == pytest.approx(value, abs=1e-4), name
@@ -411,7 +411,7 @@ def test_an_ablation_recovers_nothing_of_its_own_loss(E, model, spoken, kind, le
     result = E.eval_core(run_of(E, store, sae, model)).metrics
     assert result[f"ce_recovered_vs_{kind}"] == pytest.approx(0, abs=1e-3)
     assert result[f"ce_{kind}"] == pytest.approx(result["ce_sae"], abs=1e-3)
-    assert result["ce_recovered"] == pytest.approx(
+    assert result["ce_recovered_vs_unigram"] == pytest.approx(
         (result["ce_unigram"] - result["ce_sae"]) / (result["ce_unigram"] - result["ce_model"]))
     other = "zero" if kind == "mean" else "mean"
     assert abs(result[f"ce_recovered_vs_{other}"]) > 0.01

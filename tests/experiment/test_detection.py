@@ -170,7 +170,7 @@ def test_detection_is_of_random_latents_alone(E, planted_run):
     assert rates[0] == 1 and rates[1] > 0.9 and rates[2] < 0.7
 
 
-def test_the_order_of_evaluations_changes_no_metric(E, spoken, settings, monkeypatch):
+def test_the_order_of_evaluations_changes_no_metric(E, spoken, settings, monkeypatch, tmp_path):
     """Whatever ran before, evaluations draw the same random numbers, and `detection` the same
     tasks, be they first asked for by the page or by the evaluation."""
     settings(TARGET_L0=4)
@@ -186,7 +186,7 @@ def test_the_order_of_evaluations_changes_no_metric(E, spoken, settings, monkeyp
         own = separable(spoken)[0]                      # a store of its own: nothing is cached
         run = run_of(E, own.sae, own.store, own.get_model(), own.layer, live=(10, 5),
                      log={"step": [1], "parameters": {}, "losses": {}})
-        results = E.evaluate(run, 0.0)
+        results = E.evaluate(run, 0.0, E.KnownTimes(tmp_path / "times.json"))
         results.get("core", {"metrics": {}})["metrics"].pop("avg_inference_tokens_per_second", 0)
         found.append({name: json.dumps(part, sort_keys=True) for name, part in results.items()})
     assert found[0] == found[1] and found[2].items() <= found[0].items()

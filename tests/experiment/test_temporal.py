@@ -57,7 +57,7 @@ def test_sensitivity_is_the_slope_of_the_validation_loss(E, make_store):
 def test_collapse_alarm(E, make_store, gaps, alarm):
     """The gap is compared with the one at the end of the stage before the consistency loss came in, step 40."""
     store = make_store(torch.randn(6, 5, 3), 3)
-    log = log_of(losses={"consistency_gap": gaps}, stages=["a", "b", "c"], stage_starts=[0, 20, 40])
+    log = log_of(val_step=[20, 40, 60, 80, 100], consistency_gap=gaps, stages=["a", "b", "c"], stage_starts=[0, 20, 40])
     found = E.parameter_metrics(run_of(E, store, E.SAE(3, 8, 2), log))
     assert found == {"consistency_gap": gaps[-1], "consistency_gap_before": gaps[1], "collapse_alarm": alarm}
     found = E.parameter_metrics(run_of(E, store, E.SAE(3, 8, 2), log | {"stages": ["a"], "stage_starts": [0]}))
@@ -66,7 +66,7 @@ def test_collapse_alarm(E, make_store, gaps, alarm):
 
 def test_collapse_alarm_of_a_short_run(E, make_store):
     """The last stage begins before the first logged row: that row is the nearest."""
-    log = log_of(losses={"consistency_gap": [0.5, 0.4, 0.3, 0.2, 0.1]}, stages=["a", "b"], stage_starts=[0, 10])
+    log = log_of(val_step=[20, 40, 60, 80, 100], consistency_gap=[0.5, 0.4, 0.3, 0.2, 0.1], stages=["a", "b"], stage_starts=[0, 10])
     found = E.parameter_metrics(run_of(E, make_store(torch.randn(6, 5, 3), 3), E.SAE(3, 8, 2), log))
     assert found == {"consistency_gap": 0.1, "consistency_gap_before": 0.5, "collapse_alarm": 1.0}
 
@@ -140,7 +140,9 @@ def is_plain(value):
         all(map(is_plain, value)) if type(value) is list else type(value) in (float, int, str, type(None)))
 
 
-METRICS = {"stability", "stability_unweighted", "energy", "stability_token", "stability_null_95", "stability_far",
+METRICS = {"stability", "stability_weighted", "energy", "stability_token", "stability_null_95", "stability_far",
+           "stability_far_weighted", "stability_raw", "stability_between", "energy_alarm", "largest_ten_share",
+           "slow_explained_variance", "slow_explained_variance_null", "slow_ceiling_x", "slow_ceiling_mean", "slow_latents",
            "stable_fraction", "autocorrelation_lag1", "smoothness", "smoothness_raw", "polysemanticity",
            "polysemanticity_channels", "explained_variance_early", "explained_variance_late"}
 CURVES = {"autocorrelation", "stability_null", "stability_by_rate_decile", "similarity_matrix", "evolution", "most_stable"}
@@ -167,7 +169,7 @@ def test_eval_temporal_end_to_end(E, settings, text, name, ablate, own, drawn):
     assert is_plain(result.curves) and is_plain(result.per_sequence)
     json.dumps(result[1:], allow_nan=False)
     n = len(store.windows.sample())
-    assert n == 20 and {k: len(v) for k, v in result.per_sequence.items()} == {"stability": n, "stability_far": n, "smoothness": n}
+    assert n == 20 and {k: len(v) for k, v in result.per_sequence.items()} == {"slow_explained_variance": n, "stability": n, "stability_far": n, "smoothness": n}
     m, c = result.metrics, result.curves
     assert m["stability"] > 0.03 and m["stability"] > m["stability_null_95"]    # half of the directions are slow
     assert np.mean(result.per_sequence["stability"]) == pytest.approx(m["stability"], rel=1e-4)
@@ -254,24 +256,28 @@ def test_latent_statistics_against_loops(E, settings, text):
     p = a.mean((0, 1))
     assert rate == pytest.approx(p.numpy(), rel=1e-5)
     assert energy == pytest.approx(z.square().mean((0, 1)).numpy(), rel=1e-5)
-    assert observed == pytest.approx(by_hand(a.numpy(), p.numpy(), (2, 4)).T, abs=2e-3)
-    assert found.stability_far == pytest.approx(by_hand(a.numpy(), p.numpy(), (17, 32)).T, abs=2e-3)
+    at_position = a.mean(0)
+    assert observed == pytest.approx(by_hand(a.numpy(), at_position.numpy(), (2, 4)).T, abs=2e-3)
+    assert found.stability_far == pytest.approx(by_hand(a.numpy(), at_position.numpy(), (17, 32)).T, abs=2e-3)
     assert found.null.shape == (len(alive), 3) and observed.shape == (len(alive), len(full))
     fold = torch.from_numpy(store.windows.doc_ids[full + 12] % 2 == 0)
     given = fire_given_token(E, a, batch.tokens, fold)
-    assert found.token_surrogate == pytest.approx(by_hand(given.numpy(), p.numpy(), (2, 4)).mean(0), abs=2e-3)
+    assert found.token_surrogate == pytest.approx(by_hand(given.numpy(), at_position.numpy(), (2, 4)).mean(0), abs=2e-3)
     for lag in (1, 5, 32):
-        wanted = ((a[:, :-lag] * a[:, lag:]).mean((0, 1)) - p ** 2) / (p * (1 - p))
+        deviation, centred = (at_position * (1 - at_position)).sqrt(), a - at_position
+        wanted = (centred[:, :-lag] * centred[:, lag:]).mean((0, 1)) / (deviation[:-lag] * deviation[lag:]).mean(0)
         assert found.autocorrelation[:, lag - 1] == pytest.approx(wanted.numpy(), abs=1e-4)
     present = (a.amax(1) > 0).sum(1)
     scaled = (E.smoothness(z, batch.x, torch.from_numpy(q95)) / present).numpy()
     assert found.smoothness == pytest.approx(scaled, rel=1e-4)
     assert found.smoothness_raw == pytest.approx((E.smoothness(z, batch.x, 1.0) / present).numpy(), rel=1e-4)
     m, mean, weight = E.eval_temporal(run).metrics, observed.mean(1), energy / energy.sum()
-    for name, value in (("stability", mean @ weight), ("stability_far", found.stability_far.mean(1) @ weight),
-                        ("stability_unweighted", mean.mean()), ("energy", energy.sum()),
-                        ("stability_token", found.token_surrogate @ weight),
-                        ("autocorrelation_lag1", found.autocorrelation[:, 0] @ weight),
+    for name, value in (("stability", mean.mean()), ("stability_far", found.stability_far.mean()),
+                        ("stability_weighted", mean @ weight), ("stability_far_weighted", found.stability_far.mean(1) @ weight),
+                        ("energy", energy.sum()), ("energy_alarm", float(energy.sum() > 1.5)),
+                        ("largest_ten_share", np.sort(weight)[-10:].sum()), ("stability_raw", mean.mean() + found.between.mean()),
+                        ("stability_token", found.token_surrogate.mean()),
+                        ("autocorrelation_lag1", found.autocorrelation[:, 0].mean()),
                         ("smoothness", found.smoothness.mean()), ("smoothness_raw", found.smoothness_raw.mean())):
         assert m[name] == pytest.approx(value, rel=1e-4), name
 

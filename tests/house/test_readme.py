@@ -6,10 +6,8 @@ import os
 import re
 
 import pytest
-import torch
 from copies import copy_template, edit, PROJECT, results, substitute, write_text_data
 from processes import run
-from safetensors.torch import save_file
 
 PAGES = {str(path.relative_to(PROJECT)): path.read_text()
          for path in (PROJECT / "README.md", *(PROJECT / "docs").glob("*.md"))}
@@ -122,24 +120,6 @@ def test_every_number_of_the_committed_runs_is_defined():
     undefined = [name for name in names - RETIRED
                  if not any(re.fullmatch(pattern, name) for pattern in patterns)]
     assert not undefined and len(names) > 200
-
-
-def test_the_example_that_loads_an_sae_runs(tmp_path, monkeypatch):
-    code = example("README.md", "load")
-    path = tmp_path / re.search(r'load_file\("(.+?)"\)', code)[1]
-    path.parent.mkdir(parents=True)
-    d_in, d_sae = 6, 24
-    sae = {"W_enc": torch.randn(d_in, d_sae), "b_enc": torch.zeros(d_sae),
-           "W_dec": torch.randn(d_sae, d_in), "b_dec": torch.randn(d_in),
-           "threshold": torch.full((d_sae,), 0.5)}
-    save_file(sae, path)
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(code, found)
-    pre_acts = (found["x"] - sae["b_dec"]) @ sae["W_enc"]
-    expected = torch.where(pre_acts > 0.5, pre_acts, 0.0)
-    assert torch.allclose(found["latents"], expected) and expected.any()
-    assert torch.allclose(found["reconstruction"], expected @ sae["W_dec"] + sae["b_dec"])
 
 
 @pytest.mark.parametrize("ablate", [(), ("l1",)])

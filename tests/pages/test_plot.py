@@ -84,7 +84,7 @@ def results(variant, fvu, seeds=1, starts=(0,), data="abc", ablate=(), temporal=
     rng = np.random.default_rng(sum(map(ord, "".join((variant, *ablate)))))
     hard = np.random.default_rng(0).lognormal(0, 0.3, FILES)
     steps, names = list(range(20, 401, 20)), ["autoencoder", "attention", "consistency"][:len(starts)]
-    values = {"explained_variance": 1 - fvu, "l0": 32.0, "loss_increase_nats": fvu, "ce_recovered": 1 - fvu / 2,
+    values = {"explained_variance": 1 - fvu, "l0": 32.0, "loss_increase_nats": fvu, "ce_recovered_vs_unigram": 1 - fvu / 2,
               "avg_inference_tokens_per_second": 71641.6}
     parameters = {"temporal": ("gate",), "temporal_adaptation": ("beta", "theta", "temperature")}
     training = {"step": steps, "losses": {"reconstruction": [fvu + 1 / s for s in steps]} | (
@@ -130,7 +130,8 @@ def template(folder, runs, labels=None):
         assert found == 1
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plot.py").write_text(source)
-    (folder / "pages").symlink_to(PROJECT / "pages", target_is_directory=True)
+    for room in ("pages", "runtime"):
+        (folder / room).symlink_to(PROJECT / room, target_is_directory=True)
     for name, content in runs.items():
         (folder / name).mkdir()
         if content is not None:
@@ -250,7 +251,7 @@ def test_error_bars(tmp_path):
     plot = load(template(tmp_path, {"run_0": one, "run_1": two}))
     single, several = plot.load_runs()
     assert plot.error_bar(several, several.entries["core"], "l0") == ([0.01, 0.01], True)
-    assert plot.error_bar(single, single.entries["core"], "ce_recovered") == (None, False)
+    assert plot.error_bar(single, single.entries["core"], "ce_recovered_vs_unigram") == (None, False)
     (below, above), over_seeds = plot.error_bar(single, single.entries["core"], "explained_variance")
     assert not over_seeds and 0 < above < 4 / 64 <= below < 0.1      # rare bad files: the longer tail is below
     (below, above), over_seeds = plot.error_bar(single, single.entries["temporal"], "stability")
@@ -550,7 +551,7 @@ def test_family_is_corrected_together(tmp_path):
     assert len(rows) == 12 and notes == []
     assert {row.metric for row in rows} == {"fvu", "loss_increase_nats", "stability", "smoothness"}
     q = np.minimum.accumulate([p[i] * 12 / (i + 1) for i in reversed(range(12))])[::-1]
-    shown = sorted(float(line.split("|")[8]) for line in plot.comparison_text(loaded).splitlines() if line.startswith("| run_"))
+    shown = sorted(float(line.split("|")[8]) for line in plot.file_table(rows) if line.startswith("| run_"))
     assert shown == pytest.approx(np.minimum(q, 1), abs=6e-5)
 
 

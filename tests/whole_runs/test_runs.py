@@ -47,7 +47,7 @@ def test_a_whole_run(runs, name):
     assert "://" not in finished.stdout
     made, wanted = folder / "run_1", dict(SAE_VARIANT=name, SEEDS=(0,)) | SMALL | COMMON | TRAINED[name]
     seeds = wanted["SEEDS"]
-    files = {"final_info.json", "all_results.npy", "experiment.py", "sources.zip", "sae_weights.safetensors", "cfg.json",
+    files = {"final_info.json", "all_results.npy", "experiment.py", "sources.zip", "sae_weights.safetensors", "trained_sae.safetensors", "cfg.json",
              "features.json", "timing.json", "summary.md"}
     assert files <= {path.name for path in made.iterdir()}
     assert (made / "experiment.py").read_bytes() == (folder / "experiment.py").read_bytes()
@@ -90,10 +90,11 @@ def test_a_whole_run(runs, name):
     assert config["d_in"] == 192 and config["d_sae"] == d_sae and config["layer"] == 2
     summary = (made / "summary.md").read_text().strip()
     assert summary in finished.stdout and "\n" not in summary
-    assert summary.startswith(f"{wanted['SAE_VARIANT']}, {d_sae} latents with TARGET_L0 {wanted['TARGET_L0']}")
-    for entry in info.values():
-        for metric, value in entry["means"].items():
-            assert f"{metric.removesuffix('_mean')} {value:.4g}" in summary
+    assert summary.startswith(f"`{wanted['SAE_VARIANT']}`, {d_sae} latents with TARGET_L0 = {wanted['TARGET_L0']}, was trained on")
+    for name in (metric.removesuffix("_mean") for entry in info.values() for metric in entry["means"]):
+        value = next(entry["metrics"][name] for entry in info.values() if name in entry["metrics"])
+        assert f" {round(value, 4):.4g}" in summary, name              # each headline, beside its controls
+    assert f"lookup table of token pairs explains {info['core']['metrics']['bigram_explained_variance']:.4f}"[:-1] in summary
     timing = json.loads((made / "timing.json").read_text())
     assert all(value >= 0 for _, value in numbers(timing)) and list(numbers(timing))
 
