@@ -161,7 +161,7 @@ TITLES = {
     "final_train_loss": "training loss (last) ↓", "total_train_time": "training time (s) ↓",
     "best_val_loss": "validation loss (best) ↓", "l0": "L0 (latents per token)",
     "explained_variance": "explained variance ↑", "loss_increase_nats": "loss increase (nats) ↓",
-    "dead_fraction": "dead latents (fraction) ↓", "ce_recovered": "CE recovered (unigram) ↑",
+    "dead_fraction": "dead latents (fraction) ↓", "ce_recovered_vs_unigram": "CE recovered (unigram) ↑",
     "avg_inference_tokens_per_second": "encoding speed (tokens/s) ↑",
     "stability": "stability ↑", "smoothness": "smoothness ↓", "coherence": "coherence ↑",
     "causal_specificity": "causal specificity ↑",
@@ -792,7 +792,7 @@ def fig_sparsity_fidelity(runs):
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.9))
     for axis, metric, references in (
             (axes[0], "explained_variance", controls),
-            (axes[1], "ce_recovered", {"the model's own loss": 1.0, "unigram loss": 0.0})):
+            (axes[1], "ce_recovered_vs_unigram", {"the model's own loss": 1.0, "unigram loss": 0.0})):
         for run in runs:
             draw_point(axis, run, "l0", metric)
         l0 = [run.metrics["l0"] for run in runs]

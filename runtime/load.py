@@ -122,7 +122,7 @@ class LoadedRun:
     def latents_of(self, text):
         """Returns a text's tokens as texts [n], and its latents: an array [n, d_sae]."""
         batch = self.batch_of(text)
-        tokens = self.tokenizer.batch_decode(batch.tokens[0, :, None])
+        tokens = self.experiment.token_texts(self.tokenizer, batch.tokens[0])
         return tokens, self.sae.encode(batch).dense()[0].cpu().numpy()
 
     def strongest(self, text, n=5):
@@ -131,7 +131,9 @@ class LoadedRun:
         tokens, values = self.latents_of(text)
         at, largest = values.argmax(0), values.max(0)
         order = np.argsort(-largest, kind="stable")[:n]
-        return [Firing(int(i), float(largest[i]), tokens[at[i]]) for i in order if largest[i] > 0]
+        whole = [max(j for j in range(i + 1) if tokens[j] or not j) for i in range(len(tokens))]
+        return [Firing(int(i), float(largest[i]), tokens[whole[at[i]]]) for i in order
+                if largest[i] > 0]
 
     # ---- Held-out text ----
     @functools.cached_property
@@ -159,9 +161,12 @@ class LoadedRun:
             if len(found) < n and documents[i] not in found:
                 window = windows.n_train + row[i]
                 line = windows.tokens[window, 1:windows.lengths[window]]
-                before, after = line[max(0, at[i] - reach):at[i]], line[at[i] + 1:at[i] + 1 + reach]
-                texts = map(self.tokenizer.decode, (before, line[at[i]:at[i] + 1], after))
-                found[documents[i]] = Passage(*texts, float(column.data[i]),
+                texts, begin = self.experiment.token_texts(self.tokenizer, line), at[i]
+                while not texts[begin]:  # within a character
+                    begin -= 1
+                start, end = max(0, begin - reach), at[i] + 1
+                parts = texts[start:begin], texts[begin:end], texts[end:end + reach]
+                found[documents[i]] = Passage(*map("".join, parts), float(column.data[i]),
                                               str(windows.names[documents[i]]))
         return [*found.values()]
 
