@@ -2,29 +2,40 @@
 
     python plot.py
 
-Reads run_i/final_info.json of the runs named in `labels`. Writes beside this file one PNG per
-figure and comparison.md (tests of each run against the baseline), and run_i/features.html, a page
-on which to look at latents and rate them. To add a figure: write a function that takes the runs
-and returns a matplotlib figure (None if no run has what it shows), and name it in FIGURES.
+Reads run_i/final_info.json of the runs beside this file. Writes there one PNG per figure and
+comparison.md (tests of each run against the baseline, run_0), and run_i/features.html, a page on
+which to look at latents and rate them.
+
+Which runs: every complete run_*, in this order: run_0, runs with a name such as run_batch_topk,
+then run_1, run_2, ... Each goes by the name of its variant and what it has otherwise than the
+first run of that variant. To draw some of them alone, in another order or by other names, fill in
+the dictionary `labels` in this file: labels = {"run_0": None, "run_2": "without attention"}, where
+None stands for the name that the run would have without it.
+
+To add a figure: write a function that takes the runs and returns a matplotlib figure (None if no
+run has what it shows), and name it in FIGURES.
 """
+import argparse
 import functools
 import itertools
 import json
 import math
+import os
 import re
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections import ChainMap
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
+os.environ["MPLBACKEND"] = "agg"    # before the import, which fails at a backend that is not there
 
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import false_discovery_control, permutation_test
 
@@ -32,12 +43,9 @@ from pages.ratings import (
     agreement, BATCH, bootstrap_interval, Difference, load_ratings, mean_by_latent, RESAMPLES,
     unpaired_test, write_page)
 
-# Run directory -> legend. Only these runs are drawn, in this order; None: the run's own variant.
-labels = {
-    "run_0": "standard (baseline)",
-    "run_batch_topk": None,
-    "run_1": None,
-}
+# Run directory -> its name in figures, None: that of its variant. Empty: all complete runs are drawn;
+# else those named here alone, in this order: {"run_0": None, "run_2": "without attention"}.
+labels = {}
 
 HERE = Path(__file__).resolve().parent
 
@@ -56,6 +64,7 @@ class Run(NamedTuple):
     curves: list        # one dict a seed: "training", "explained_variance_by_position", ...
     per_sequence: list  # one dict a seed: metric -> values, one a held-out sequence
     ratings: dict       # "score" or "correct" -> {latent: {rater: value in [0, 1]}}
+    caveat: str         # why it does not compare with the baseline; empty where it does
 
 
 def check(entries):
@@ -104,26 +113,77 @@ def variant_name(config, folder):
     return config.get("SAE_VARIANT", folder) + ablated
 
 
+def run_order(folder):
+    """Returns what sorts the folders of runs: run_0, then names, then numbers from 1 on."""
+    number = folder.removeprefix("run_")
+    return (2 * (int(number) > 0), int(number), "") if number.isdecimal() else (1, 0, folder)
+
+
+def folders_to_draw():
+    """Returns the folders of `labels`, after printing which complete runs it leaves out; or, where
+    it is empty, all that have the name of a run."""
+    there = [path.name for path in HERE.glob("run_*")
+             if path.is_dir() and re.fullmatch(r"run_[\w-]+", path.name)]
+    there.sort(key=run_order)
+    if not labels:
+        return there
+    for folder in there:
+        if folder not in labels and (HERE / folder / "final_info.json").exists():
+            print(f"{folder}: not in labels, so not drawn; add it there to draw it")
+    return list(labels)
+
+
+def constants_that_differ(config, other):
+    """Returns the constants, at most three, that a run has otherwise than another, as text; ABLATE
+    is in the variant's name, and EVALS changes nothing that is drawn."""
+    differing = [name for name in config if name.isupper() and name not in ("ABLATE", "EVALS")
+                 and name in other and config[name] != other[name]]
+    return "".join(f", {name} {config[name]}" for name in differing[:3])
+
+
+def label_of(folder, config, earlier):
+    """Returns a run's name in figures: the one in `labels`, or else its variant and what it has
+    otherwise than the first of the `earlier` runs of that variant. None of these has the same."""
+    label = labels.get(folder)
+    if not label:
+        label = variant_name(config, folder)
+        same = [run for run in earlier if variant_name(run.config, run.folder) == label]
+        if same:
+            label += constants_that_differ(config, same[0].config)
+    label = " ".join(str(label).split())        # one line: it stands in headings and tables
+    return f"{label} ({folder})" if label in [run.label for run in earlier] else label
+
+
+# Runs compare only where all of these are the same
+COMPARED = ("MODEL_NAME", "LAYER", "TRAIN_TOKENS", "EXPANSION", "TARGET_L0", "data_hash")
+
+
+def caveat_of(config, baseline):
+    """Returns which of COMPARED a run has otherwise than the baseline, as text."""
+    own, others = ({name: part.get(name) for name in COMPARED}
+                   | {"LAYER": part.get("layer", part.get("LAYER"))} for part in (config, baseline))
+    return ", ".join("data_hash" if name == "data_hash" else f"{name} ({own[name]}, not {value})"
+                     for name, value in others.items() if own[name] != value)
+
+
 def load_runs():
-    """Returns the complete runs of `labels`; prints which runs are left out and why."""
+    """Returns the complete runs to draw; prints which are left out and why."""
     runs = []
-    for folder, label in labels.items():
+    for folder in folders_to_draw():
         if (entries := read_entries(folder)) is None:
             continue
         config, i = merged(entries, "config"), len(runs)
-        label = label or variant_name(config, folder)
-        if label in [run.label for run in runs]:
-            label = f"{label} ({folder})"
         runs.append(Run(
-            folder, label, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)], entries, config,
-            merged(entries, "metrics"), merged(entries, "metric_stderrs"),
-            per_seed(entries, "curves"), per_seed(entries, "per_sequence"), ratings={}))
+            folder, label_of(folder, config, runs), COLORS[i % len(COLORS)],
+            MARKERS[i % len(MARKERS)], entries, config, merged(entries, "metrics"),
+            merged(entries, "metric_stderrs"), per_seed(entries, "curves"),
+            per_seed(entries, "per_sequence"), ratings={}, caveat=""))
 
-    for folder in sorted(path.parent.name for path in HERE.glob("run_*/final_info.json")):
-        if re.fullmatch(r"run_\d+", folder) and folder not in labels:
-            print(f"{folder}: not in labels, so not drawn; add it there to draw it")
     ratings = load_ratings([HERE / run.folder for run in runs])
-    return [run._replace(ratings=ratings.get(run.folder, {})) for run in runs]
+    for i, run in enumerate(runs):
+        runs[i] = run._replace(ratings=ratings.get(run.folder, {}),
+                               caveat=caveat_of(run.config, baseline_of(runs).config))
+    return runs
 
 
 def runs_with(runs, curve):
@@ -137,17 +197,20 @@ def baseline_of(runs):
 
 
 # ---- Style ---------------------------------------------------------------------------------------
-# Okabe-Ito without its yellow, the baseline in grey: distinct with any colour vision.
+# Okabe-Ito without its yellow, the baseline in grey: distinct with any colour vision. The numbers of
+# colours and markers have no common divisor, so that MOST_RUNS runs differ in the pair of them.
 COLORS = ("#777777", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255",
           "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MOST_RUNS = math.lcm(len(COLORS), len(MARKERS))
 NOTE = {"fontsize": 6.5, "color": "#555555"}        # what belongs to no run: targets, controls
 WIDTH = 6.5             # inches, the text width of a paper
 STYLE = {
     "figure.constrained_layout.use": True, "savefig.dpi": 200, "font.size": 8,
     "axes.labelsize": 8, "axes.titlesize": 8, "figure.labelsize": 8, "xtick.labelsize": 7,
     "ytick.labelsize": 7, "legend.fontsize": 7.5, "legend.frameon": False,
-    "legend.title_fontsize": 6.5, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.title_fontsize": 6.5, "text.parse_math": False,     # "$" in a label is a dollar
+    "axes.spines.top": False, "axes.spines.right": False,
     "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
     "xtick.minor.size": 0, "ytick.minor.size": 0, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "#e6e6e6", "grid.linewidth": 0.5, "lines.linewidth": 1.3,
@@ -206,7 +269,7 @@ def one_row_per_run(axis, runs):
 def token_grid(axis, tokens):
     """Labels the columns of a panel with tokens and removes its grid."""
     axis.set_xticks(range(len(tokens)), [visible(token) for token in tokens], rotation=90,
-                    fontsize=5.5, parse_math=False)
+                    fontsize=5.5)
     axis.grid(False)
     axis.tick_params(length=0, pad=1)
 
@@ -340,8 +403,14 @@ def compare(runs):
     return comparisons, notes
 
 
+def cell(text):
+    """Returns text as a cell of a Markdown table: one line, its pipes escaped."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def markdown(table):
     """Returns the lines of a Markdown table; the first row of `table` is its head."""
+    table = [[cell(text) for text in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*table)]
     rows = [table[0], ["-" * width for width in widths], *table[1:]]
     return ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
@@ -967,7 +1036,8 @@ def fig_sparse_probing(runs):
         axis.annotate(text, (probing["k"][-1], values[-1]), (4, 0), textcoords="offset points",
                       va="center", **NOTE)
     axis.set_xscale("log")
-    axis.set_xticks(probing["k"], probing["k"])
+    short_ticks(axis.xaxis)
+    axis.set_xticks(probing["k"])
     axis.set_xlim(right=2 * probing["k"][-1])
     axis.set_xlabel("features that the probe sees")
     axis.set_ylabel("test accuracy ↑")
@@ -1091,7 +1161,7 @@ def fig_compositions(runs):
         image = axis.imshow(effects, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit)
         names = [f"{c}: {' '.join(visible(token) for token in tokens[:4])}"
                  for c, tokens in zip(patterns["compositions"], patterns["tokens"])]
-        axis.set_yticks(range(len(names)), names, fontsize=6, parse_math=False)
+        axis.set_yticks(range(len(names)), names, fontsize=6)
         axis.set_xticks(range(len(patterns["features"])), patterns["features"], rotation=90,
                         fontsize=6)
         axis.set_title(run.label, loc="left")
@@ -1205,7 +1275,7 @@ def draw_unit(axis, x, y, unit, color):
     axis.plot(x, y, "o", color=color, markersize=4)
     axis.text(x + 0.012, y, f"{unit['id']}  ", fontsize=6.5, va="center", weight="bold")
     axis.text(x + 0.075, y, f"{before}‹{token}›{after}", fontsize=6, va="center",
-              family="monospace", parse_math=False)
+              family="monospace")
 
 
 def fig_tree(runs):
@@ -1298,45 +1368,98 @@ FIGURES = {"training_curves": fig_training, "headline_metrics": fig_headlines,
            "level_tree": fig_tree, "ablations": fig_ablations, "latents": fig_latents}
 
 
+def explain_asterisks(figure, runs):
+    """Writes above a figure why the runs that it marks with an asterisk do not compare with the
+    baseline."""
+    shown, caveats = " ".join(" ".join(text.get_text().split()) for text in figure.findobj(Text)), {}
+    for run in runs:
+        if run.caveat and " ".join(run.label.split()) in shown:
+            caveats.setdefault(run.caveat, []).append(run.label.removesuffix(" *"))
+    lines = [figure.get_suptitle()] * bool(figure.get_suptitle())
+    for caveat, names in caveats.items():
+        of = f"{', '.join(names)}: " if len(caveats) > 1 else ""
+        lines += textwrap.wrap(f"* {of}other {caveat} than {baseline_of(runs).folder}", 130)
+    if caveats:         # above: below there are legends, which would not make room
+        figure.set_figheight(figure.get_figheight() + 0.12 * len(lines))
+        figure.suptitle("\n".join(lines), x=0.01, ha="left", **NOTE)
+
+
 def draw_figures(runs):
-    """Writes every figure as a PNG; prints the error of each that fails and returns their names."""
-    failed = []
+    """Writes every figure as a PNG; prints the error of each that fails, while it is drawn or
+    saved, and returns their names. One that is not drawn now does not stay from an earlier time."""
+    runs, failed = [run._replace(label=run.label + " *" * bool(run.caveat)) for run in runs], []
     for name, draw in FIGURES.items():
         path = HERE / f"{name}.png"
         try:
             figure = draw(runs)
+            if figure is not None:
+                explain_asterisks(figure, runs)
+                figure.savefig(path)
         except Exception:                               # the other figures are still drawn
             traceback.print_exc()
+            print(f"{path.name}: skipped, it failed (see above)", file=sys.stderr)
             failed.append(name)
+        plt.close("all")
+        if name in failed or figure is None:
             path.unlink(missing_ok=True)
-            continue
-        if figure is None:
-            print(f"{path.name}: not drawn, no run holds what it shows")
-            continue
-        figure.savefig(path)
-        plt.close(figure)
-        print(f"{path.name}: {', '.join(run.folder for run in runs)}")
+        if name not in failed:
+            print(f"{path.name}: not drawn, no run holds what it shows" if figure is None else path.name)
     return failed
+
+
+def write_pages(runs):
+    """Writes the page of each run; prints the error of each that cannot be written and returns
+    their names."""
+    failed = []
+    for run in runs:
+        try:
+            write_page(HERE / run.folder, run.label, run.config, run.metrics)
+        except OSError as error:
+            failed.append(f"{run.folder}/features.html")
+            print(f"{failed[-1]}: not written: {error}", file=sys.stderr)
+    return failed
+
+
+def refuse_read_only():
+    """Ends with a message where no file can be written beside this one."""
+    try:
+        tempfile.TemporaryFile(dir=HERE).close()
+    except OSError as error:
+        sys.exit(f"plot.py: figures and comparison.md cannot be written into {HERE} "
+                 f"({error.strerror}). Copy the folder to where you may write, and run it there.")
+
+
+def what_to_open(runs):
+    """Returns the files to look at first: the newest run's page, the tests, the headlines."""
+    newest = max(runs, key=lambda run: (HERE / run.folder / "final_info.json").stat().st_mtime)
+    names = f"{newest.folder}/features.html", "comparison.md", "headline_metrics.png"
+    return [name for name in names if (HERE / name).exists()]
 
 
 def main():
     """Draws all figures and writes all pages and comparison.md; exits with an error if there is no
-    run or a figure failed."""
+    run, or a figure or a page failed."""
     plt.rcParams.update(STYLE)
+    refuse_read_only()
     runs = load_runs()
     if not runs:
-        sys.exit(f"plot.py: nothing to draw: none of the runs in labels ({', '.join(labels)}) is "
-                 "complete. Finish one with `python experiment.py --out_dir=run_0`, or name others "
-                 "there.")
-    failed = draw_figures(runs)
-    for run in runs:
-        write_page(HERE / run.folder, run.label, run.config, run.metrics)
+        sys.exit(f"plot.py: nothing to draw: none of {', '.join(labels) or 'the folders run_*'} "
+                 f"in {HERE} is a complete run. Finish one with `python experiment.py "
+                 "--out_dir=run_1`, or name others in labels.")
+    print("runs:", ", ".join(f"{run.folder} ({run.label})" for run in runs))
+    if len(runs) > MOST_RUNS:
+        print(f"Figures show the first {MOST_RUNS} of {len(runs)} runs, as many as colours and "
+              "markers tell apart; name others in labels.")
+    failed = draw_figures(runs[:MOST_RUNS]) + write_pages(runs)
     text = f"{comparison_text(runs)}\n\n{ratings_text(runs)}"
     (HERE / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    print(f"comparison.md:\n\n{text}")
+    print(f"comparison.md:\n\n{text}\n")
+    print("Open first:", ", ".join(what_to_open(runs)))
     if failed:
-        sys.exit(f"plot.py: these figures failed, see above: {', '.join(failed)}")
+        sys.exit(f"plot.py: these failed, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -126,7 +126,7 @@ def template(folder, runs, labels=None):
     """A copy of plot.py, with pages/, in `folder` beside the runs {name: what final_info.json holds, or its text}."""
     source = (PROJECT / "plot.py").read_text()
     if labels is not None:
-        source, found = re.subn(r"^labels = \{\n.*?^\}\n", lambda _: f"labels = {labels!r}\n", source, flags=re.M | re.S)
+        source, found = re.subn(r"^labels = \{\}$", lambda _: f"labels = {labels!r}", source, flags=re.M)
         assert found == 1
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plot.py").write_text(source)
@@ -143,9 +143,9 @@ def load(folder):
     return load_module(folder / "plot.py")
 
 
-def run_plot(folder, cwd):
-    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    return subprocess.run([sys.executable, str(folder / "plot.py")], cwd=cwd, env=env, capture_output=True, text=True)
+def run_plot(folder, cwd, *arguments, **variables):
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | variables
+    return subprocess.run([sys.executable, str(folder / "plot.py"), *arguments], cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def png_size(path):
@@ -179,7 +179,8 @@ def test_all_kinds_of_runs_at_once(tmp_path):
     assert sum("not in labels" in line for line in said) == 1 and any(line.startswith("run_11: not in labels") for line in said)
     for name in FIGURES:
         assert png_size(folder / f"{name}.png")[0] == 1300, name
-    assert "headline_metrics.png: run_0, run_1, run_5, run_6, run_7, run_12, run_13, run_14" in said
+    assert "runs: run_0 (standard (baseline)), run_1 (topk), run_5 (mine), run_6 (run_6), run_7 (gated), run_12 (temporal_adaptation), " \
+        "run_13 (temporal_adaptation (run_13)), run_14 (temporal_adaptation, no trace)" in said
     table = (folder / "comparison.md").read_text()
     assert table.strip() in done.stdout
     assert len(re.findall(r"^\| run_1: topk +\| fvu .*\| 0\.0001 .*\| yes +\| 2 against 1", table, re.M)) == 1
@@ -189,19 +190,69 @@ def test_all_kinds_of_runs_at_once(tmp_path):
 
 
 def test_labels_as_they_ship_and_one_run(tmp_path):
-    folder = template(tmp_path, {"run_0": results("standard", 0.3)})
+    folder = template(tmp_path, {"run_0": results("standard", 0.3), "run_1": None})
+    (folder / "recovery.png").write_bytes(b"of a run that is gone")
+    del (content := results("standard", 0.3))["recovery"]
+    (folder / "run_0" / "final_info.json").write_text(json.dumps(content))
     done = run_plot(folder, cwd=folder)
     assert done.returncode == 0 and done.stderr == ""
     assert "run_1: skipped" in done.stdout and "Nothing was tested" in (folder / "comparison.md").read_text()
-    assert {path.stem for path in folder.glob("*.png")} == set(FIGURES) - {"parameters", "losses", "variance_scaling", "ablations"}
+    assert {path.stem for path in folder.glob("*.png")} == set(FIGURES) - {"parameters", "losses", "variance_scaling", "ablations", "recovery"}
+
+
+def test_all_complete_runs_are_drawn_in_order(tmp_path):
+    runs = {name: results("topk", 0.2) for name in ("run_10", "run_9", "run_batch_topk", "run_0", "run_a", "run_01.old.1", "other")}
+    folder = template(tmp_path, runs | {"run_11": None})
+    (folder / "run_2.py").write_text("")
+    assert [run.folder for run in load(folder).load_runs()] == ["run_0", "run_a", "run_batch_topk", "run_9", "run_10"]
+    named = template(tmp_path / "named", {"run_10": runs["run_10"], "run_0": runs["run_0"]}, {"run_10": "mine", "run_0": None})
+    assert [(run.folder, run.label) for run in load(named).load_runs()] == [("run_10", "mine"), ("run_0", "topk")]
 
 
 def test_no_run_at_all_is_an_error(tmp_path):
-    folder = template(tmp_path, {"run_0": None, "run_5": results("topk", 0.2)})
-    done = run_plot(folder, cwd=folder)
-    assert done.returncode == 1 and not list(folder.glob("*.png"))
-    assert "nothing to draw" in done.stderr and "run_0, run_batch_topk, run_1" in done.stderr and "Traceback" not in done.stderr
-    assert "run_5: not in labels" in done.stdout
+    for labels, named in ((None, "run_*"), ({"run_0": None, "run_7": "mine"}, "run_0, run_7")):
+        folder = template(tmp_path / named[-1], {"run_0": None} | ({"run_5": results("topk", 0.2)} if labels else {}), labels)
+        done = run_plot(folder, cwd=folder)
+        assert done.returncode == 1 and not list(folder.glob("*.png"))
+        assert "nothing to draw" in done.stderr and named in done.stderr and "Traceback" not in done.stderr
+        assert ("run_5: not in labels" in done.stdout) == (labels is not None)
+
+
+def test_help_and_arguments_that_there_are_not(tmp_path):
+    folder = template(tmp_path, {"run_0": results("standard", 0.3)})
+    done = run_plot(folder, folder, "--help")
+    assert done.returncode == 0 and "labels = {" in done.stdout and "run_batch_topk" in done.stdout
+    done = run_plot(folder, folder, "--out", "x")
+    assert done.returncode == 2 and "--out" in done.stderr and len(done.stderr) < 200
+    assert not list(folder.glob("*.png"))
+
+
+def test_a_backend_that_is_not_there(tmp_path):
+    done = run_plot(template(tmp_path, {}), tmp_path, "--help", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    plot = load(template(tmp_path, {"run_0": results("standard", 0.3)}))
+    for place in ("/proc", tmp_path / "plot.py"):           # whoever runs this, no file can be made there
+        plot.HERE = plot.Path(place)
+        with pytest.raises(SystemExit, match=f"cannot be written into {place} .*Copy the folder"):
+            plot.main()
+
+
+def test_what_to_open_is_said_last(tmp_path):
+    folder = template(tmp_path, {f"run_{i}": results("topk", 0.2) for i in range(3)})
+    for i, name in enumerate(("run_2", "run_0", "run_1")):
+        os.utime(folder / name / "final_info.json", (i, i))
+    (folder / "run_1" / "features.json").write_text(json.dumps({"latents": []}))
+    plot = load(folder)
+    plot.FIGURES = {}
+    (folder / "headline_metrics.png").write_bytes(b"")
+    runs = plot.load_runs()
+    assert plot.what_to_open(runs) == ["headline_metrics.png"]
+    for name in ("comparison.md", "run_0/features.html", "run_1/features.html"):
+        (folder / name).write_text("")
+    assert plot.what_to_open(runs) == ["run_1/features.html", "comparison.md", "headline_metrics.png"]
 
 
 # Reading and drawing -------------------------------------------------------------------------------------------------
@@ -326,6 +377,7 @@ def test_nothing_is_cut_off(tmp_path, n, seeds):
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
                     figure.savefig(tmp_path / f"{name}.png")
+                assert not [text for text in figure.findobj(plot.Text) if text.get_visible() and "mathdefault" in text.get_text()], name
                 assert png_size(tmp_path / f"{name}.png")[0] == 1300
                 box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
                 assert -0.02 < box.x0 and box.x1 < width + 0.02 and -0.02 < box.y0 and box.y1 < height + 0.02, (name, box)
@@ -445,15 +497,120 @@ def test_parameters_and_the_stages_of_their_runs(tmp_path):
 
 
 def test_a_figure_that_fails_keeps_no_other_from_being_drawn(tmp_path, capsys):
+    """Whether it fails while it is drawn or while it is saved."""
+    def unsaved(runs):
+        figure = plot.plt.figure()
+        figure.text(0, 0, r"cost $\alhpa$ 5", parse_math=True)
+        return figure
+
     plot, runs = several(tmp_path, 2)
-    (plot.HERE / "similarity.png").write_bytes(b"of an earlier time")
-    plot.HERE = tmp_path
-    plot.FIGURES = {"similarity": lambda runs: {}["run_length"], "headline_metrics": plot.fig_headlines}
-    with pytest.raises(SystemExit, match="similarity"):
+    for name in ("similarity", "position"):
+        (plot.HERE / f"{name}.png").write_bytes(b"of an earlier time")
+    plot.FIGURES = {"similarity": lambda runs: {}["run_length"], "position": unsaved, "headline_metrics": plot.fig_headlines}
+    with pytest.raises(SystemExit, match="these failed, see above: similarity, position$"):
         plot.main()
-    assert "KeyError: 'run_length'" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "KeyError: 'run_length'" in said.err and "position.png: skipped" in said.err and "alhpa" in said.err
     assert (plot.HERE / "headline_metrics.png").exists() and (plot.HERE / "comparison.md").exists()
-    assert not (plot.HERE / "similarity.png").exists()
+    assert not (plot.HERE / "similarity.png").exists() and not (plot.HERE / "position.png").exists()
+    assert said.out.splitlines()[-1].startswith("Open first: comparison.md") and not plot.plt.get_fignums()
+
+
+def test_a_page_that_cannot_be_written(tmp_path, capsys):
+    plot, runs = several(tmp_path, 2)
+    (plot.HERE / "run_0" / "features.json").write_text(json.dumps({"latents": []}))
+    (plot.HERE / "run_0" / "features.html").mkdir()
+    assert plot.write_pages(runs) == ["run_0/features.html"]
+    said = capsys.readouterr()
+    assert "run_0/features.html: not written" in said.err and "run_1/features.html" in said.out
+
+
+HOSTILE = r"cost $\alhpa$ 5 | a_b * `c` <b>, per" + "\nline"
+
+
+def test_labels_are_literal(tmp_path):
+    """Neither mathematics nor Markdown: every figure is saved, every row of a table has its cells."""
+    runs = {"run_0": results("standard", 0.3), "run_1": results("temporal_adaptation", 0.2)}
+    folder = template(tmp_path, runs, {"run_0": "$", "run_1": HOSTILE})
+    done = run_plot(folder, folder)
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(list(folder.glob("*.png"))) == len(FIGURES) - 1      # no ablations
+    rows = [line for line in (folder / "comparison.md").read_text().splitlines() if line.startswith("|")]
+    counts = [len(re.split(r"(?<!\\)\|", row)) for row in rows]
+    assert sum("alhpa" in row for row in rows) >= 5 and set(counts) == {counts[0], counts[-1]}
+    assert all(r"5 \| a_b" in row for row in rows if "alhpa" in row)
+
+
+def test_names_of_runs_say_what_differs(tmp_path):
+    def run(seeds=1, **constants):
+        content = results("temporal", 0.2, seeds, ablate=constants.pop("ABLATE", ()))
+        content["training"]["config"] |= {"WINDOW": 5, "EVALS": ["core"], "torch": "2"} | constants
+        return content
+
+    runs = {"run_0": results("standard", 0.3), "run_1": run(), "run_2": run(WINDOW=9), "run_3": run(EVALS=["core", "x"], torch="3"),
+            "run_4": run(ABLATE=("attention",)), "run_5": run(ABLATE=("attention",), WINDOW=7), "run_6": run(seeds=3)}
+    loaded = load(template(tmp_path, runs)).load_runs()
+    assert [run.label for run in loaded] == [
+        "standard", "temporal", "temporal, WINDOW 9", "temporal (run_3)", "temporal, no attention", "temporal, no attention, WINDOW 7",
+        "temporal, SEEDS [0, 1, 2]"]
+
+
+OTHER = {"TRAIN_TOKENS": 9, "EXPANSION": 2, "TARGET_L0": 32, "MODEL_NAME": "other", "LAYER": 4, "data_hash": "xyz"}
+
+
+def test_runs_that_do_not_compare_are_marked_in_every_figure(tmp_path, monkeypatch):
+    """Each figure that shows such a run says why; the others, and the tables, have no asterisk."""
+    runs = {"run_0": results("temporal", 0.2), "run_1": results("temporal", 0.3, ablate=("attention",)),
+            "run_2": results("temporal_adaptation", 0.2, starts=(0, 200))}
+    runs["run_2"]["training"]["config"]["TARGET_L0"] = 48
+    plot = load(template(tmp_path, runs))
+    loaded, saved = plot.load_runs(), {}
+    assert [run.caveat for run in loaded] == ["", "", "TARGET_L0 (48, not 32)"]
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, path: saved.update({path.stem: figure}))
+    assert plot.draw_figures(loaded) == []
+    assert set(saved) == set(FIGURES)
+    for name, figure in saved.items():
+        texts = " ".join(" ".join(text.get_text().split()) for text in figure.findobj(plot.Text))
+        marked = "temporal_adaptation *" in texts
+        assert figure.get_suptitle() == "* other TARGET_L0 (48, not 32) than run_0" * marked, name
+        assert marked == (name != "ablations") and "temporal *" not in texts, name
+    assert " * " not in plot.comparison_text(loaded)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_keeps_runs_from_being_compared(plot, name):
+    same = {key: 1 for key in OTHER} | {"SAE_VARIANT": "topk"}
+    caveat = plot.caveat_of(same | {name: OTHER[name]}, same)
+    assert caveat == ("data_hash" if name == "data_hash" else f"{name} ({OTHER[name]}, not 1)")
+    assert plot.caveat_of(same | {"SAE_VARIANT": "x", "SEEDS": [2]}, same) == ""
+    assert plot.caveat_of(same | {"LAYER": None, "layer": 1}, same) == ""            # the middle one, left to the runner
+    assert plot.caveat_of({}, same).count(", not 1)") == 5                            # unknown
+
+
+def test_several_reasons_name_their_runs(plot, tmp_path):
+    runs = {f"run_{i}": results(f"v{i}", 0.2) for i in range(4)}
+    runs["run_1"]["training"]["config"]["EXPANSION"] = runs["run_3"]["training"]["config"]["EXPANSION"] = 2
+    plot = load(template(tmp_path, runs | {"run_2": results("v2", 0.2, data="xyz")}))
+    runs = [run._replace(label=run.label + " *" * bool(run.caveat)) for run in plot.load_runs()]
+    figure = plot.fig_position(runs)
+    figure.suptitle("of its own")
+    plot.explain_asterisks(figure, runs)
+    assert figure.get_suptitle().splitlines() == [
+        "of its own", "* v1, v3: other EXPANSION (2, not None) than run_0", "* v2: other data_hash than run_0"]
+    plot.plt.close("all")
+
+
+def test_many_runs_stay_apart(plot, tmp_path):
+    n = plot.MOST_RUNS
+    assert n == 63 and len(set(zip(itertools.islice(itertools.cycle(plot.COLORS), n), itertools.cycle(plot.MARKERS)))) == n
+    core = {"core": {"means": {"l0_mean": 31.0}, "metrics": {"l0": 31.0}}}
+    plot = load(template(tmp_path, {f"run_{i}": core for i in range(n + 1)}))
+    loaded = plot.load_runs()
+    assert len({(run.color, run.marker) for run in loaded[:n]}) == n
+    plot.FIGURES = {"headline_metrics": lambda runs: shown.append(len(runs)) or plot.plt.figure()}
+    shown = []
+    plot.main()
+    assert shown == [n]
 
 
 def test_histograms_of_the_variances(tmp_path):
