@@ -2288,12 +2288,18 @@ def temporal_curves(run, statistics, codes, full):
     windows, seq = run.store.windows, CONTEXT_LENGTH - 1
     weight, mean = statistics.weight, statistics.mean_stability
     texts = load_tokenizer().batch_decode(windows.tokens[full[0] + windows.n_train, 1:, None])
+    passage = top_latents_over_passage(codes[:seq].toarray(), texts, mean, run.live.ids)
+    passage |= {
+        "q95": percentiles_95(codes[:, passage["latents"]].tocsc()),
+        "file": windows.names[windows.doc_ids[full[0] + windows.n_train]],
+        "selection": "first held-out window without padding; the live latents with the largest "
+                     "energy times stability in it"}
     curves = {
         "autocorrelation": weight @ statistics.autocorrelation,
         "stability_null": weight @ statistics.null,
         "stability_by_rate_decile": mean_by_decile(mean, statistics.rate),
         "similarity_matrix": similarity_matrix(codes[:256 * seq], seq)[::2, ::2].round(4),
-        "evolution": top_latents_over_passage(codes[:seq].toarray(), texts, mean, run.live.ids)}
+        "evolution": passage}
     if hasattr(run.sae, "variance"):
         curves |= {"variance": run.sae.variance, "decay": run.sae.decay(),
                    "scaled_variance": run.sae.scaled_variance()}

@@ -266,8 +266,10 @@ def test_legends_and_colors(tmp_path):
     assert len({run.color for run in loaded}) == 4
     want = [matplotlib.colors.to_rgba(run.color) for run in loaded]
     bars = plot.fig_headlines(loaded).axes[0].patches
-    assert [bar.get_facecolor() for bar in bars] == want
-    for draw in (plot.fig_training, plot.fig_position, plot.fig_stability_fidelity, plot.fig_autocorrelation):
+    assert [bar.get_facecolor() for bar in bars] == want[1:]        # differences from the first
+    bars = plot.fig_headlines(loaded[:1]).axes[0].patches
+    assert [bar.get_facecolor() for bar in bars] == want[:1]
+    for draw in (plot.fig_training, plot.fig_position, plot.fig_autocorrelation):
         legend = draw(loaded).legends[0]
         assert [matplotlib.colors.to_rgba(line.get_color()) for line in legend.get_lines()] == want
         assert [text.get_text() for text in legend.get_texts()] == [run.label for run in loaded]
@@ -284,30 +286,74 @@ def test_stage_borders_and_target(tmp_path):
     plot.plt.close("all")
 
 
+def panel(axes, title):
+    return next(axis for axis in axes if axis.get_title(loc="left").replace("\n", " ").replace("\xa0", " ") == title)
+
+
 def test_metrics_never_seen(tmp_path):
     extra = results("mine", 0.2) | {"other": {"means": {"brand_new_score_mean": -0.4}, "stderrs": {"brand_new_score_stderr": 0.1}}}
     plot = load(template(tmp_path, {"run_0": results("standard", 0.3), "run_1": extra}))
     axes = plot.fig_headlines(plot.load_runs()).axes
-    panel = next(axis for axis in axes if axis.get_title(loc="left") == "other: brand new score")
-    assert [text.get_text() for text in panel.texts] == ["not measured", "-0.400"]
-    assert panel.get_xlim()[0] < -0.5 and len(axes) == 15
-    assert [axis.get_title(loc="left") for axis in axes[8:11]] == ["stability ↑", "smoothness ↓", "coherence ↑"]
+    unknown = panel(axes, "other: brand new score")
+    assert [text.get_text() for text in unknown.texts] == ["n/a", "-0.400"] and unknown.get_xlabel() == ""
+    assert unknown.patches[0].get_width() == -0.4       # the baseline has none: the value itself
+    assert unknown.get_xlim()[0] < -0.5 and len(axes) == 13
+    assert [axis.get_title(loc="left") for axis in axes[6:9]] == ["stability (energy-weighted)\xa0↑", "smoothness\xa0↓", "coherence\xa0↑"]
     plot.plt.close("all")
 
 
-def test_error_bars(tmp_path):
+def test_headlines_are_differences_with_intervals(tmp_path):
+    """.945 against .94 is visible, its direction is said, and its interval is that of the paired test."""
+    runs = {"run_0": results("standard", 0.055), "run_1": results("topk", 0.06), "run_2": results("topk", 0.05, data="xyz")}
+    runs["run_2"]["training"]["config"]["TARGET_L0"] = 8
+    plot = load(template(tmp_path, runs))
+    loaded = plot.load_runs()
+    axis = panel(plot.fig_headlines(loaded).axes, "explained variance ↑")
+    bar, = axis.patches
+    assert bar.get_width() == pytest.approx(-0.005) and bar.get_y() < 1 < bar.get_y() + bar.get_height()
+    low, high = axis.get_xlim()
+    assert high - low < 0.02 and low < -0.0051 and high > 0
+    assert "minus standard" in axis.get_xlabel() and axis.get_xlabel().endswith("better →")
+    assert [text.get_text() for text in axis.texts] == ["0.945", "0.940", "0.950"]      # the last does not compare: no bar
+    difference = plot.paired_test(*plot.paired(loaded[1], loaded[0], "fvu"))
+    (line,), = (collection.get_segments() for collection in axis.collections)
+    assert sorted(line[:, 0] + 0.005 - difference.mean) == pytest.approx([-difference.high, -difference.low])
+    assert panel(plot.fig_headlines(loaded).axes, "loss increase (nats) ↓").get_xlabel().endswith("← better")
+    plot.plt.close("all")
+
+
+def test_names_and_times_of_headlines(tmp_path):
+    """No doubled names, no wall-clock times, and a mean over prefixes is called that."""
+    extra = {"probes": {"means": {"probe_token_type_mean": 0.8, "probe_brand_new_mean": 0.5}}, "core": results("topk", 0.2)["core"]}
+    extra["core"]["means"]["best_val_loss_mean"] = 0.1
+    plot = load(template(tmp_path, {"run_0": results("matryoshka", 0.3), "run_1": extra}))
+    titles = [axis.get_title(loc="left").replace("\xa0", " ") for axis in plot.fig_headlines(plot.load_runs()).axes]
+    assert {"probe: token type ↑", "probe brand new", "training loss (last) ↓\n(matryoshka: mean over prefixes)"} <= set(titles)
+    assert {"core: validation loss (best)\n↓", "core: validation loss (best) ↓"} & set(titles)
+    assert not [title for title in titles if "time" in title or "tokens/s" in title]
+    runs = plot.load_runs()
+    assert plot.fig_training(runs).axes[0].get_ylabel() == "reconstruction loss\n(matryoshka: mean over prefixes)"
+    assert plot.prefix_note([run._replace(config={"SAE_VARIANT": "topk"}) for run in runs]) == ""
+    plot.plt.close("all")
+
+
+def test_intervals(tmp_path):
     one, two = results("standard", 0.3), results("topk", 0.2, seeds=2)
     one["core"]["per_sequence"] = [{"fvu": [0.0] * 60 + [1.0] * 4}]
     plot = load(template(tmp_path, {"run_0": one, "run_1": two}))
     single, several = plot.load_runs()
-    assert plot.error_bar(several, several.entries["core"], "l0") == ([0.01, 0.01], True)
-    assert plot.error_bar(single, single.entries["core"], "ce_recovered") == (None, False)
-    (below, above), over_seeds = plot.error_bar(single, single.entries["core"], "explained_variance")
-    assert not over_seeds and 0 < above < 4 / 64 <= below < 0.1      # rare bad files: the longer tail is below
-    (below, above), over_seeds = plot.error_bar(single, single.entries["temporal"], "stability")
-    assert not over_seeds and below == pytest.approx(1.96 * 0.01 / 63 ** 0.5, rel=0.4) and above > 0     # one file has None
+    assert plot.over_seeds([several], "core", "l0") == [0.01, 0.01] and plot.over_seeds([single, several], "core", "l0") is None
+    assert plot.over_seeds([several, several], "core", "l0") == pytest.approx([0.01 * 2 ** 0.5] * 2)
+    assert plot.over_sequences(single, "ce_recovered") is None
+    below, above = plot.over_sequences(single, "explained_variance")
+    assert 0 < above < 4 / 64 <= below < 0.1                     # rare bad files: the longer tail is below
+    below, above = plot.over_sequences(single, "stability")
+    assert below == pytest.approx(1.96 * 0.01 / 63 ** 0.5, rel=0.4) and above > 0     # one file has None
     nothing = single._replace(per_sequence=[{"stability": [None] * FILES}])
-    assert plot.error_bar(nothing, single.entries["temporal"], "stability") == (None, False)
+    assert plot.over_sequences(nothing, "stability") is None
+    assert plot.over_sequences(several, "stability", single) and not plot.over_sequences(
+        several._replace(caveat="data_hash"), "stability", single)
+    assert plot.point_error(several, "stability") == [[0.01], [0.01]] and plot.point_error(single, "stability")[0][0] < 0.005
 
 
 def test_controls_inside_and_outside_the_panel(tmp_path):
@@ -315,7 +361,56 @@ def test_controls_inside_and_outside_the_panel(tmp_path):
     left, right = plot.fig_sparsity_fidelity(plot.load_runs()).axes
     assert left.get_title(loc="right") == "dotted: token-pair lookup (0.7); off scale: untrained SAE (0.05)"
     low, high = left.get_ylim()
-    assert low < 0.6 and 0.8 < high and right.get_title(loc="right").startswith("off scale")
+    assert low < 0.6 and 0.8 < high and right.get_title(loc="right") == "off scale: the model itself (0)"
+    plot.plt.close("all")
+
+
+def test_a_line_through_the_runs_of_one_variant(tmp_path):
+    """Only through runs that differ in TARGET_L0 alone; every point has its name and its interval."""
+    def run(variant, l0, fvu, **constants):
+        content = results(variant, fvu)
+        content["core"]["metrics"] |= {"l0": l0 + 0.5}
+        content["core"]["per_sequence"][0]["l0"] = [l0 - 0.5, l0 + 1.5] * (FILES // 2)
+        content["training"]["config"] |= {"TARGET_L0": l0} | constants
+        return content
+
+    plot = load(template(tmp_path, {
+        "run_0": run("topk", 32, 0.1), "run_1": run("topk", 64, 0.05), "run_2": run("topk", 16, 0.2, SEEDS=[1]),
+        "run_3": run("topk", 8, 0.3, TRAIN_TOKENS=5), "run_4": run("gated", 32, 0.15), "run_5": run("gated", 32, 0.16)}))
+    runs = plot.load_runs()
+    assert [[run.folder for run in group] for group in plot.frontiers(runs)] == [["run_2", "run_0", "run_1"]]
+    for axis, values in zip(plot.fig_sparsity_fidelity(runs).axes, ([0.8, 0.9, 0.95], [0.2, 0.1, 0.05])):
+        line, = [line for line in axis.lines if len(line.get_xdata()) == 3]
+        assert list(line.get_xdata()) == [16.5, 32.5, 64.5] and list(line.get_ydata()) == pytest.approx(values)
+        assert [text.get_text() for text in axis.texts] == [run.label for run in runs]
+        assert len(axis.containers) == len(runs) and all(bars.has_xerr and bars.has_yerr for bars in axis.containers)
+        (left, right), = axis.containers[0].lines[2][0].get_segments()
+        assert left[0] == pytest.approx(32.25, abs=0.1) and right[0] == pytest.approx(32.75, abs=0.1)
+    plot.plt.close("all")
+
+
+def test_names_at_points_hide_neither_points_nor_names(plot):
+    rng = np.random.default_rng(0)
+    panel, names = (0, 0, 300, 200), []
+    points = rng.uniform((100, 60), (200, 140), (12, 2))
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for point in points:
+        x, y = plot.free_place(point, 40, panel, [*taken, *names])
+        names.append((x - 20, y - 4, x + 20, y + 4))
+    for i, (left, bottom, right, top) in enumerate(names):
+        assert 0 < left and right < 300 and 0 < bottom and top < 200
+        assert not [box for box in taken + names[:i] if left < box[2] and box[0] < right and bottom < box[3] and box[1] < top]
+    assert plot.free_place((150, 100), 400, panel, []) == (359, 100)       # too long for the panel: to the right
+
+
+def test_many_points_have_a_legend(tmp_path):
+    core = {"core": {"means": {}, "metrics": {"l0": 31.0, "explained_variance": 0.5, "stability": 0.1}}}
+    plot = load(template(tmp_path, {f"run_{i}": core for i in range(13)}))
+    runs = plot.load_runs()
+    for draw in (plot.fig_sparsity_fidelity, plot.fig_stability_fidelity):
+        figure = draw(runs)
+        assert len(figure.legends[0].get_texts()) == 13 and not figure.axes[0].texts
+        assert not draw(runs[:12]).legends
     plot.plt.close("all")
 
 
@@ -413,11 +508,16 @@ def test_autocorrelation_and_its_nulls(tmp_path):
     assert left.get_yscale() == "log" and len(left.collections) == 3        # the ranges of the seeds
     shaded = left.patches[0].get_extents().transformed(left.transData.inverted())
     assert [shaded.x0, shaded.x1] == pytest.approx([5, 16])
+    assert [text.get_text() for text in right.get_yticklabels()] == [run.label for run in runs]
+    assert "filled: energy-weighted; hollow: not" in right.get_xlabel()
     null, token, observed = right.lines[3:6]
     draws = np.concatenate([seed["stability_null"] for seed in runs[1].curves])
     assert list(null.get_xdata()) == pytest.approx(list(np.percentile(draws, (2.5, 97.5)))) and list(null.get_ydata()) == [1, 1]
     assert [list(line.get_xdata()) for line in (token, observed)] == [[0.002], [0.02]]
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["permuted positions (95 %)", "from tokens alone"]
+    unweighted = runs[0]._replace(metrics=runs[0].metrics | {"stability_unweighted": 0.015})
+    *_, filled, hollow = plot.fig_autocorrelation([unweighted]).axes[1].lines
+    assert [(line.get_xdata()[0], line.get_markerfacecolor()) for line in (filled, hollow)] == [(0.02, runs[0].color), (0.015, "white")]
     below = runs[0]._replace(curves=[{"autocorrelation": [0.1, -0.1, None]}], config={"STABILITY_LAGS": [2, 3]})
     left, right = plot.fig_autocorrelation([below]).axes
     assert left.get_yscale() == "linear" and "2-3" in left.get_title(loc="right")
@@ -430,8 +530,10 @@ def test_stability_against_fidelity(tmp_path):
     axis, = plot.fig_stability_fidelity([bare, runs[1]]).axes
     (point, _, bars), = axis.containers
     assert [point.get_xdata()[0], point.get_ydata()[0]] == [pytest.approx(0.89), 0.02] and len(bars) == 2
-    assert (axis.get_xlabel(), axis.get_ylabel()) == ("explained variance ↑", "stability ↑")
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("explained variance ↑", "stability (energy-weighted) ↑")
     assert plot.fig_stability_fidelity([bare]) is None
+    both = runs[1]._replace(metrics=runs[1].metrics | {"stability_unweighted": 0.01})
+    assert [axis.get_ylabel() for axis in plot.fig_stability_fidelity([bare, both]).axes][1:] == ["stability (unweighted) ↑"]
     plot.plt.close("all")
 
 
@@ -441,16 +543,29 @@ def test_tokens_are_shown_as_they_are(plot):
 
 
 def test_evolution_shows_the_last_two_runs(tmp_path):
+    """Rows that fire, in one unit: q95 if both runs have it, else their values."""
     plot, runs = several(tmp_path, 4)
-    runs[3].curves[0]["evolution"]["values"][5] = [0.0] * SEQ           # a silent latent
-    *axes, _ = plot.fig_evolution(runs).axes
-    assert [axis.get_title(loc="left") for axis in axes] == [run.label for run in runs[2:]]
-    for axis, run in zip(axes, runs[2:]):
-        values, found = np.array(axis.images[0].get_array()), np.array(run.curves[0]["evolution"]["values"])[:, -64:]
-        assert np.allclose(values * np.maximum(found.max(1, keepdims=True), 1e-9), found)
-        assert set(values.max(1).round(9)) <= {0.0, 1.0} and values.shape == (16, 64)
-        assert [text.get_text() for text in axis.get_xticklabels()] == [plot.visible(t) for t in TOKENS[SEQ - 64:SEQ]]
-        assert [text.get_text() for text in axis.get_yticklabels()] == [str(i) for i in range(100, 116)]
+    passages = [run.curves[0]["evolution"] for run in runs]
+    passages[3]["values"][5] = [1.0] * (SEQ - 64) + [0.0] * 64          # silent where it is shown
+    passages[2]["values"] = (3 * np.array(passages[2]["values"])).tolist()
+    passages[3] |= {"q95": [2.0] * 8 + [0.5] * 8, "file": "a/b.py", "selection": "first window"}
+    shown = [list(range(16)), [i for i in range(16) if i != 5]]
+    for units in (np.ones((2, 16)), np.array([[4.0] * 16, passages[3]["q95"]])):
+        figure = plot.fig_evolution(runs)
+        *axes, bar = figure.axes
+        assert [axis.get_title(loc="left") for axis in axes] == [runs[2].label, f"{runs[3].label}: a/b.py"]
+        assert bar.get_ylabel() == ("value" if units.max() == 1 else "value / q95")
+        assert "first window" in figure.get_supxlabel() and "One scale" in figure.get_supxlabel()
+        for axis, passage, rows, unit in zip(axes, passages[2:], shown, units):
+            values, found = np.array(axis.images[0].get_array()), np.array(passage["values"])[rows, -64:]
+            assert np.allclose(values * unit[rows, None], found) and values.shape == (len(rows), 64)
+            assert [text.get_text() for text in axis.get_xticklabels()] == [plot.visible(t) for t in TOKENS[SEQ - 64:SEQ]]
+            assert [text.get_text() for text in axis.get_yticklabels()] == [str(100 + i) for i in rows]
+        assert len({axis.images[0].get_clim() for axis in axes}) == 1
+        assert axes[0].images[0].get_clim()[1] == max(axis.images[0].get_array().max() for axis in axes)
+        passages[2]["q95"] = [4.0] * 16
+    passages[3]["values"] = np.zeros((16, SEQ)).tolist()
+    assert [axis.get_title(loc="left") for axis in plot.fig_evolution(runs).axes[:2]] == [run.label for run in runs[1:3]]
     plot.plt.close("all")
 
 
@@ -493,6 +608,118 @@ def test_parameters_and_the_stages_of_their_runs(tmp_path):
             seed["training"]["weighed"] = ["reconstruction"]
     axis, = plot.FIGURES["losses"](runs).axes
     assert axis.get_ylabel() == "contrastive\n(dotted: not trained on)" and axis.lines[0].get_linestyle() == ":"
+    plot.plt.close("all")
+
+
+def test_parameters_that_do_not_learn(tmp_path):
+    """Fixed ones, and the weight that is steered towards TARGET_L0, are no curves of learning."""
+    plot, runs = several(tmp_path, 3)
+    log = runs[2].curves[0]["training"]
+    n = len(log["step"])
+    log["parameters"] = {"fixed": [0.3] * n, "beta_1": [1 / s for s in log["step"]], "late": [None] * (n - 2) + [0.5, 0.6]}
+    axes = plot.FIGURES["parameters"](runs).axes
+    assert [axis.get_ylabel() for axis in axes] == ["gate", "late"]
+    del log["parameters"]["late"]
+    assert plot.FIGURES["parameters"]([runs[2]]) is None
+    plot.plt.close("all")
+
+
+@pytest.mark.parametrize("starts", [(0, 200, 350, 352), (0, 339, 341, 343)])
+def test_names_of_short_stages_do_not_overlap(tmp_path, starts):
+    """Also where a loss begins late, just before a border."""
+    plot, runs = several(tmp_path, 2)
+    log = runs[1].curves[0]["training"]
+    log |= {"stage_starts": list(starts), "stages": ["first", "second", "third", "fourth"]}
+    log["losses"]["contrastive"] = log["losses"]["contrastive"][-4:]
+    axis, *_ = plot.FIGURES["losses"](runs).axes
+    axis.figure.canvas.draw()
+    corners = [text.get_window_extent().x0 * 72 / axis.figure.dpi for text in axis.texts]
+    assert len(corners) == sum(end > 340 for end in (*starts[1:], np.inf)) >= 2
+    assert (np.diff(corners) > 16).all()
+    plot.plt.close("all")
+
+
+def test_unlearning_has_a_panel_for_each_strategy(tmp_path):
+    """One line a false-positive rate, controls beside the strategy without a gate, dots for one thing."""
+    plot, runs = several(tmp_path, 2)
+    for run in runs:
+        frontier = run.curves[0]["frontier"]
+        for i, name in enumerate(("pattern_0.05", "pattern_0.2", "random_latents")):
+            frontier[name] = [row | {"neighbours": 1.0 + i} for row in frontier["hybrid"]]
+        run.config.update(FALSE_POSITIVES=[0.01, 0.05, 0.2], FORGET="sympy")
+    (plot.HERE / "bench" / "results").mkdir(parents=True)
+    (plot.HERE / "bench" / "results" / "oracle.json").write_text('{"forget": "sympy", "increase": {"forget": 0.7}}')
+    figure = plot.fig_unlearning(runs)
+    axes = np.array(figure.axes).reshape(3, 3)
+    assert [axis.get_title(loc="left") for axis in axes[0]] == ["standard", "pattern", "hybrid"]
+    for axis, styles in zip(axes[0], (["-", "None"], ["-", "--", "-."], ["-"])):
+        curves = [line for line in axis.lines if list(line.get_ydata()) != [0, 1]]
+        assert [line.get_linestyle() for line in curves] == styles * 2
+        assert {line.get_color() for line in curves} == {run.color for run in runs}
+        borders = [line for line in axis.lines if list(line.get_ydata()) == [0, 1]]
+        assert [(line.get_xdata()[0], line.get_linestyle()) for line in borders] == [(0.4, "-"), (0.7, "-")]
+    pattern = axes[0, 1].lines[0]
+    assert list(pattern.get_xdata()) == [0.1, 0.4, 1.6] and list(pattern.get_ydata()) == [0.0025, 0.01, 0.04]
+    assert list(axes[0, 1].lines[1].get_ydata()) == [1, 1, 1] and len(axes[1, 0].lines) == 2 * 3 + 2        # projection
+    assert {axis.get_ylim() for axis in axes[:2].flat} == {axes[0, 0].get_ylim()} and axes[0, 0].get_ylim()[1] > 2
+    assert [axis.get_title(loc="left") for axis in axes[2]] == ["pattern: tokens of FORGET", "hybrid: windows of FORGET", ""]
+    assert list(axes[2, 0].lines[0].get_ydata()) == [0.0, 0.8, 1.0]
+    names = [text.get_text() for text in axes[2, 2].get_legend().get_texts()]
+    assert names[:3] == ["false positives 0.01", "false positives 0.05", "false positives 0.2"]
+    note = " ".join(figure.legends[0].get_title().get_text().split())
+    assert "where strategies are compared (0.4 nats), a model trained without FORGET (0.7 nats)" in note
+    plot.plt.close("all")
+
+
+def test_the_clamped_passage_shows_how_the_gate_opens(tmp_path):
+    plot, runs = several(tmp_path, 1)
+    n = 100
+    passage = {"tokens": [f"t{i}" for i in range(n)], "match": [0.5] * n, "gate": [0.0] * 40 + [0.9] * (n - 40),
+               "threshold": [0.6] * n, "standard": [i % 2 == 0 for i in range(n)], "hybrid": [i >= 40 and i % 2 == 0 for i in range(n)]}
+    runs[0].curves[0]["passage"] = passage
+    clamps, gate = plot.fig_clamped_passage(runs).axes
+    assert [text.get_text() for text in gate.get_xticklabels()] == passage["tokens"][24:72]
+    assert [text.get_text() for text in clamps.get_yticklabels()] == ["clamped: standard", "clamped: hybrid"]
+    assert [list(line.get_xdata()) for line in clamps.lines] == [list(range(0, 48, 2)), list(range(16, 48, 2))]
+    assert clamps.get_xlim() == gate.get_xlim() == (-0.6, 47.6)
+    for gates, first in (([0.0] * n, 52), ([0.9] * n, 0), ([0.0] * 98 + [0.9] * 2, 52)):     # closed: the end
+        assert plot.part_of_passage(passage | {"gate": gates})["tokens"][0] == f"t{first}"
+    plot.plt.close("all")
+
+
+def test_the_panel_of_ratings_is_there_if_latents_are_rated(tmp_path):
+    plot, runs = several(tmp_path, 2)
+    figure = plot.fig_latents(runs)
+    axis, = figure.axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == [run.label for run in runs]
+    assert axis.get_title(loc="right") == "control: an untrained SAE on a model\nwith random weights"
+    found = {line.get_marker(): line.get_xdata()[0] for line in axis.lines if line.get_color() == runs[1].color}
+    assert found == {runs[1].marker: 0.5, "|": 0.3, "x": 0.2, "2": 0.45}
+    assert "people (95 % interval)" not in [text.get_text() for text in figure.legends[0].get_texts()]
+    rated = runs[1]._replace(ratings={name: {i: {"a": i % 2} for i in range(9)} for name in ("score", "correct")})
+    figure = plot.fig_latents([runs[0], rated])
+    assert [len(axis.containers) for axis in figure.axes] == [1, 1]
+    assert "people (95 % interval)" in [text.get_text() for text in figure.legends[0].get_texts()]
+    plot.plt.close("all")
+
+
+def test_windows_of_different_lengths_are_whole(tmp_path):
+    plot, runs = several(tmp_path, 2)
+    runs[1].curves[0]["similarity_matrix"] = np.eye(16).tolist()
+    first, second, _ = plot.fig_similarity(runs).axes
+    assert first.get_ylim() == (128, 0) and second.get_ylim() == (32, 0)
+    plot.plt.close("all")
+
+
+def test_bars_of_many_runs_have_their_markers(tmp_path):
+    plot, runs = several(tmp_path, 2)
+    axis = plot.fig_recovery(runs).axes[0]
+    marks = [(line.get_color(), line.get_marker()) for line in axis.lines if line.get_marker() != "None"]
+    assert marks == [(run.color, run.marker) for run in runs for _ in range(3)]
+    right = plot.fig_causal(runs).axes[1]
+    assert [patch.get_width() for patch in right.patches] == [0.6, 0.0, 0.4, 0.1] * 2
+    assert [text.get_text() for text in right.get_yticklabels()] == [
+        "standard: top tokens' logits", "standard: children that fire", "temporal: top tokens' logits", "temporal: children that fire"]
     plot.plt.close("all")
 
 
@@ -619,8 +846,8 @@ def test_histograms_of_the_variances(tmp_path):
     axes = plot.fig_variance_scaling([*runs, runs[1]._replace(curves=still)]).axes
     assert [axis.get_xlabel() for axis in axes] == ["log10 variance", "log10 scaled variance", "decay per token"]
     for axis in axes:
-        areas = [sum(patch.get_xy()[1:-1:2, 1]) for patch in axis.patches]
-        assert areas[1:] == pytest.approx([1, 1]) or areas == pytest.approx([1, 1])
+        assert [sum(line.get_ydata()) for line in axis.lines] == pytest.approx([1, 1])
+        assert [(line.get_color(), line.get_marker()) for line in axis.lines] == [(run.color, run.marker) for run in (runs[2], runs[1])]
     assert axes[0].get_xlim()[0] == pytest.approx(-9, abs=0.6)      # a dead latent's variance of 0
     assert plot.fig_variance_scaling(runs[:2]) is None
     plot.plt.close("all")
@@ -641,8 +868,8 @@ def test_what_counts_as_an_ablation(tmp_path):
 def test_bars_of_the_ablations(tmp_path):
     plot, runs = several(tmp_path, 9, seeds=3)
     axes = plot.fig_ablations(runs).axes
-    assert [axis.get_title(loc="left") for axis in axes] == ["explained variance ↑", "loss increase (nats) ↓", "stability ↑",
-                                                           "smoothness ↓"]
+    assert [axis.get_title(loc="left") for axis in axes] == ["explained variance ↑", "loss increase (nats) ↓",
+                                                              "stability (energy-weighted) ↑", "smoothness ↓"]
     assert [text.get_text() for text in axes[0].get_yticklabels()] == ["temporal, no consistency", "temporal, no attention, no\npositions"]
     for axis, metric, sign in ((axes[0], "fvu", -1), (axes[2], "stability", 1)):
         difference, low, high, _ = plot.paired_test(*plot.paired(runs[8], runs[1], metric))
