@@ -1516,7 +1516,8 @@ def fig_causal(runs):
     runs = runs_with(runs, "tree")
     if not runs:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3), width_ratios=(1, 1.2))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(WIDTH, max(3, 1 + 0.5 * len(runs))), width_ratios=(1, 1.2))
     for run in runs:
         tree = run.curves[0]["tree"]
         left.plot([parent["cosine_rival"] for parent in tree],
