@@ -246,7 +246,7 @@ def prefix_note(runs):
     empty where no run is of these."""
     variants = {run.config.get("SAE_VARIANT") for run in runs}
     names = [name for name in PREFIXED if name in variants]
-    return f"\n({', '.join(names)}: mean over prefixes)" if names else ""
+    return "\n" + textwrap.fill(f"({', '.join(names)}: mean over prefixes)", 32) if names else ""
 
 
 def short(value, _=None):
@@ -536,6 +536,8 @@ def training_curve(run, x_name, y_name):
     steps = min((x for x, _ in pairs), key=lambda x: x[-1])     # seeds may differ in their steps
     rows = np.array([y if x == steps else np.interp(steps, x, y) for x, y in pairs])
     known = np.flatnonzero(~np.isnan(rows).all(0))
+    if not len(known):
+        return None
     kept = slice(known[0], known[-1] + 1)
     return steps[kept], rows[:, kept]
 
@@ -687,9 +689,8 @@ def over_sequences(run, metric, baseline=None):
     """Returns [below, above] of the 95 % bootstrap interval of a metric over held-out sequences, or
     of its difference from the baseline, paired; None without the metric of each sequence."""
     is_variance = metric == "explained_variance"        # 1 - fvu, which sequences have
-    other_data = baseline is not None and "data_hash" in run.caveat
     pair = paired(run, baseline or run, "fvu" if is_variance else metric)
-    if pair is None or other_data:
+    if pair is None:
         return None
     if baseline is None:
         values = pair[0].mean(0)

@@ -351,8 +351,7 @@ def test_intervals(tmp_path):
     assert below == pytest.approx(1.96 * 0.01 / 63 ** 0.5, rel=0.4) and above > 0     # one file has None
     nothing = single._replace(per_sequence=[{"stability": [None] * FILES}])
     assert plot.over_sequences(nothing, "stability") is None
-    assert plot.over_sequences(several, "stability", single) and not plot.over_sequences(
-        several._replace(caveat="data_hash"), "stability", single)
+    assert plot.over_sequences(several, "stability", single)
     assert plot.point_error(several, "stability") == [[0.01], [0.01]] and plot.point_error(single, "stability")[0][0] < 0.005
 
 
@@ -434,6 +433,8 @@ def test_seeds_that_stopped_at_different_steps(plot, tmp_path):
     assert list(steps) == [10, 15, 20] and values.tolist() == [[3.0, 2.5, 2.0], [1.0, 1.0, 1.0]]
     assert plot.training_curve(run, "step", "absent") is None
     assert plot.training_curve(run, "step", "late")[0] == [20]
+    run.curves[0]["training"]["losses"]["never"] = [None, None]
+    assert plot.training_curve(run, "step", "never") is None
 
 
 def test_a_loss_of_some_stages_stands_at_their_steps(plot, tmp_path):
