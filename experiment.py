@@ -2355,12 +2355,18 @@ def temporal_curves(run, statistics, codes, full):
     windows, seq = run.store.windows, CONTEXT_LENGTH - 1
     mean = statistics.mean_stability
     texts = token_texts(load_tokenizer(), windows.tokens[full[0] + windows.n_train, 1:])
+    passage = top_latents_over_passage(codes[:seq].toarray(), texts, mean, run.live.ids)
+    passage |= {
+        "q95": percentiles_95(codes[:, passage["latents"]].tocsc()),
+        "file": windows.names[windows.doc_ids[full[0] + windows.n_train]],
+        "selection": "first held-out window without padding; the live latents with the largest "
+                     "energy times stability in it"}
     curves = {
         "autocorrelation": statistics.autocorrelation.mean(0),
         "stability_null": statistics.null.mean(0),
         "stability_by_rate_decile": mean_by_decile(mean, statistics.rate),
         "similarity_matrix": similarity_matrix(codes[:256 * seq], seq)[::2, ::2].round(4),
-        "evolution": top_latents_over_passage(codes[:seq].toarray(), texts, mean, run.live.ids)}
+        "evolution": passage}
     if seq > STABILITY_LAGS[1]:
         curves["most_stable"] = most_stable(mean, run.live.ids)
     if hasattr(run.sae, "variance"):

@@ -2,32 +2,43 @@
 
     python plot.py
 
-Reads run_i/final_info.json of the runs named in `labels`. Writes beside this file one PNG per
-figure and comparison.md (tests of each run against the baseline), and run_i/features.html, a page
-on which to look at latents and rate them. To add a figure: write a function that takes the runs
-and returns a matplotlib figure (None if no run has what it shows), and name it in FIGURES.
+Reads run_i/final_info.json of the runs beside this file. Writes there one PNG per figure and
+comparison.md (tests of each run against the baseline, run_0), and run_i/features.html, a page on
+which to look at latents and rate them.
+
+Which runs: every complete run_*, in this order: run_0, runs with a name such as run_batch_topk,
+then run_1, run_2, ... Each goes by the name of its variant and what it has otherwise than the
+first run of that variant. To draw some of them alone, in another order or by other names, fill in
+the dictionary `labels` in this file: labels = {"run_0": None, "run_2": "without attention"}, where
+None stands for the name that the run would have without it.
+
+To add a figure: write a function that takes the runs and returns a matplotlib figure (None if no
+run has what it shows), and name it in FIGURES.
 """
+import argparse
 import functools
 import itertools
 import json
 import math
 import re
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections import ChainMap
+from os import environ
 from pathlib import Path
 from typing import NamedTuple
 
 from runtime.interrupts import leave_quietly
 
 leave_quietly()  # where Ctrl-C ends the imports below, or the drawing
-import matplotlib
+environ["MPLBACKEND"] = "agg"       # before the import, which fails at a backend that is not there
 
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import false_discovery_control, permutation_test, ttest_ind
 
@@ -35,12 +46,9 @@ from pages.ratings import (
     agreement, BATCH, bootstrap_interval, Difference, LEAST_RATED, load_ratings, mean_by_latent,
     RESAMPLES, unpaired_test, write_page)
 
-# Run directory -> legend. Only these runs are drawn, in this order; None: the run's own variant.
-labels = {
-    "run_0": "standard (baseline)",
-    "run_batch_topk": None,
-    "run_1": None,
-}
+# Run directory -> its name in figures, None: that of its variant. Empty: all complete runs are
+# drawn; else those named here alone, in this order: {"run_0": None, "run_2": "without attention"}.
+labels = {}
 
 HERE = Path(__file__).resolve().parent
 
@@ -59,6 +67,7 @@ class Run(NamedTuple):
     curves: list        # one dict a seed: "training", "explained_variance_by_position", ...
     per_sequence: list  # one dict a seed: metric -> values, one a held-out sequence
     ratings: dict       # "score" or "correct" -> {latent: {rater: value in [0, 1]}}
+    caveat: str         # why it does not compare with the baseline; empty where it does
 
 
 def check(entries):
@@ -107,26 +116,77 @@ def variant_name(config, folder):
     return config.get("SAE_VARIANT", folder) + ablated
 
 
+def run_order(folder):
+    """Returns what sorts the folders of runs: run_0, then names, then numbers from 1 on."""
+    number = folder.removeprefix("run_")
+    return (2 * (int(number) > 0), int(number), "") if number.isdecimal() else (1, 0, folder)
+
+
+def folders_to_draw():
+    """Returns the folders of `labels`, after printing which complete runs it leaves out; or, where
+    it is empty, all that have the name of a run."""
+    there = [path.name for path in HERE.glob("run_*")
+             if path.is_dir() and re.fullmatch(r"run_[\w-]+", path.name)]
+    there.sort(key=run_order)
+    if not labels:
+        return there
+    for folder in there:
+        if folder not in labels and (HERE / folder / "final_info.json").exists():
+            print(f"{folder}: not in labels, so not drawn; add it there to draw it")
+    return list(labels)
+
+
+def constants_that_differ(config, other):
+    """Returns the constants, at most three, that a run has otherwise than another, as text; ABLATE
+    is in the variant's name, and EVALS changes nothing that is drawn."""
+    differing = [name for name in config if name.isupper() and name not in ("ABLATE", "EVALS")
+                 and name in other and config[name] != other[name]]
+    return "".join(f", {name} {config[name]}" for name in differing[:3])
+
+
+def label_of(folder, config, earlier):
+    """Returns a run's name in figures: the one in `labels`, or else its variant and what it has
+    otherwise than the first of the `earlier` runs of that variant. None of these has the same."""
+    label = labels.get(folder)
+    if not label:
+        label = variant_name(config, folder)
+        same = [run for run in earlier if variant_name(run.config, run.folder) == label]
+        if same:
+            label += constants_that_differ(config, same[0].config)
+    label = " ".join(str(label).split())        # one line: it stands in headings and tables
+    return f"{label} ({folder})" if label in [run.label for run in earlier] else label
+
+
+# Runs compare only where all of these are the same
+COMPARED = ("MODEL_NAME", "LAYER", "TRAIN_TOKENS", "EXPANSION", "TARGET_L0", "data_hash")
+
+
+def caveat_of(config, baseline):
+    """Returns which of COMPARED a run has otherwise than the baseline, as text."""
+    own, others = ({name: part.get(name) for name in COMPARED}
+                   | {"LAYER": part.get("layer", part.get("LAYER"))} for part in (config, baseline))
+    return ", ".join("data_hash" if name == "data_hash" else f"{name} ({own[name]}, not {value})"
+                     for name, value in others.items() if own[name] != value)
+
+
 def load_runs():
-    """Returns the complete runs of `labels`; prints which runs are left out and why."""
+    """Returns the complete runs to draw; prints which are left out and why."""
     runs = []
-    for folder, label in labels.items():
+    for folder in folders_to_draw():
         if (entries := read_entries(folder)) is None:
             continue
         config, i = merged(entries, "config"), len(runs)
-        label = label or variant_name(config, folder)
-        if label in [run.label for run in runs]:
-            label = f"{label} ({folder})"
         runs.append(Run(
-            folder, label, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)], entries, config,
-            merged(entries, "metrics"), merged(entries, "metric_stderrs"),
-            per_seed(entries, "curves"), per_seed(entries, "per_sequence"), ratings={}))
+            folder, label_of(folder, config, runs), COLORS[i % len(COLORS)],
+            MARKERS[i % len(MARKERS)], entries, config, merged(entries, "metrics"),
+            merged(entries, "metric_stderrs"), per_seed(entries, "curves"),
+            per_seed(entries, "per_sequence"), ratings={}, caveat=""))
 
-    for folder in sorted(path.parent.name for path in HERE.glob("run_*/final_info.json")):
-        if re.fullmatch(r"run_\d+", folder) and folder not in labels:
-            print(f"{folder}: not in labels, so not drawn; add it there to draw it")
     ratings = load_ratings([HERE / run.folder for run in runs])
-    return [run._replace(ratings=ratings.get(run.folder, {})) for run in runs]
+    for i, run in enumerate(runs):
+        runs[i] = run._replace(ratings=ratings.get(run.folder, {}),
+                               caveat=caveat_of(run.config, baseline_of(runs).config))
+    return runs
 
 
 def runs_with(runs, curve):
@@ -140,17 +200,21 @@ def baseline_of(runs):
 
 
 # ---- Style ---------------------------------------------------------------------------------------
-# Okabe-Ito without its yellow, the baseline in grey: distinct with any colour vision.
+# Okabe-Ito without its yellow, the baseline in grey: distinct with any colour vision. The numbers
+# of colours and markers have no common divisor, so that MOST_RUNS runs differ in the pair of them.
 COLORS = ("#777777", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255",
           "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MOST_RUNS = math.lcm(len(COLORS), len(MARKERS))
+MOST_NAMES = 12         # of points in a panel; more have a legend
 NOTE = {"fontsize": 6.5, "color": "#555555"}        # what belongs to no run: targets, controls
 WIDTH = 6.5             # inches, the text width of a paper
 STYLE = {
     "figure.constrained_layout.use": True, "savefig.dpi": 200, "font.size": 8,
     "axes.labelsize": 8, "axes.titlesize": 8, "figure.labelsize": 8, "xtick.labelsize": 7,
     "ytick.labelsize": 7, "legend.fontsize": 7.5, "legend.frameon": False,
-    "legend.title_fontsize": 6.5, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.title_fontsize": 6.5, "text.parse_math": False,     # "$" in a label is a dollar
+    "axes.spines.top": False, "axes.spines.right": False,
     "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
     "xtick.minor.size": 0, "ytick.minor.size": 0, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "#e6e6e6", "grid.linewidth": 0.5, "lines.linewidth": 1.3,
@@ -158,21 +222,35 @@ STYLE = {
 }
 # Names of metrics in figures, the arrow towards better; other metrics go under their own name.
 TITLES = {
-    "final_train_loss": "training loss (last) ↓", "total_train_time": "training time (s) ↓",
-    "best_val_loss": "validation loss (best) ↓", "l0": "L0 (latents per token)",
-    "explained_variance": "explained variance ↑", "loss_increase_nats": "loss increase (nats) ↓",
-    "dead_fraction": "dead latents (fraction) ↓", "ce_recovered_vs_unigram": "CE recovered (unigram) ↑",
-    "avg_inference_tokens_per_second": "encoding speed (tokens/s) ↑",
-    "stability": "stability ↑", "smoothness": "smoothness ↓", "coherence": "coherence ↑",
-    "causal_specificity": "causal specificity ↑",
+    "final_train_loss": "training loss (last) ↓", "best_val_loss": "validation loss (best) ↓",
+    "l0": "L0 (latents per token)", "explained_variance": "explained variance ↑",
+    "loss_increase_nats": "loss increase (nats) ↓", "dead_fraction": "dead latents (fraction) ↓",
+    "ce_recovered_vs_unigram": "CE recovered (unigram) ↑", "stability": "stability ↑",
+    "stability_weighted": "stability (energy-weighted) ↑",
+    "slow_explained_variance": "slow explained variance ↑", "smoothness": "smoothness ↓",
+    "coherence": "coherence ↑", "probe_token_type": "probe: token type ↑",
+    "probe_context": "probe: context ↑", "sae_top_1": "probe of a single latent ↑",
+    "auroc_hybrid": "AUROC of the gate ↑", "causal_specificity": "causal specificity ↑",
 }
+# They depend on what else the machine does, so no figure compares them
+WALL_CLOCK = ("total_train_time", "avg_inference_tokens_per_second")
+PREFIXED = ("matryoshka", "tsae")       # their reconstruction loss is a mean over prefixes of z
 SEEDS_NOTE = "lines: mean over seeds; bands: range of the seeds"
-ERRORS_NOTE = "error bars: standard error over seeds"
+POINTS_NOTE = ("lines at points: standard error over seeds; with one seed 95 % bootstrap interval "
+               "over held-out sequences")
 
 
 def title_of(metric):
     """Returns the name of a metric in figures."""
     return TITLES.get(metric, metric.replace("_", " "))
+
+
+def prefix_note(runs):
+    """Returns a line for the label of the reconstruction loss, which is another one in PREFIXED;
+    empty where no run is of these."""
+    variants = {run.config.get("SAE_VARIANT") for run in runs}
+    names = [name for name in PREFIXED if name in variants]
+    return "\n" + textwrap.fill(f"({', '.join(names)}: mean over prefixes)", 32) if names else ""
 
 
 def short(value, _=None):
@@ -209,7 +287,7 @@ def one_row_per_run(axis, runs):
 def token_grid(axis, tokens):
     """Labels the columns of a panel with tokens and removes its grid."""
     axis.set_xticks(range(len(tokens)), [visible(token) for token in tokens], rotation=90,
-                    fontsize=5.5, parse_math=False)
+                    fontsize=5.5)
     axis.grid(False)
     axis.tick_params(length=0, pad=1)
 
@@ -232,11 +310,12 @@ def legend(figure, runs, note, line="-", several=False):
     handles = [plt.Line2D([], [], color=run.color, marker=run.marker, linestyle=line)
                for run in runs]
     several = several or any(len(run.curves) > 1 for run in runs)
-    columns = 125 // (10 + max(len(run.label) for run in runs))     # as many as fit the width
+    names = [textwrap.fill(run.label, 100) for run in runs]
+    columns = 125 // (10 + max(map(len, names)))        # as many as fit the width
     columns = max(1, min(4, columns, len(runs)))
     figure.set_figheight(figure.get_figheight() + 0.16 * ((len(runs) - 1) // columns))
-    figure.legend(handles, [run.label for run in runs], loc="outside lower center",
-                  ncols=columns, title=note if several else None)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns,
+                  title=textwrap.fill(note, 120) if several and note else None)
 
 
 def labelled_artists(axis):
@@ -375,8 +454,14 @@ def compare(runs):
     return comparisons, notes
 
 
+def cell(text):
+    """Returns text as a cell of a Markdown table: one line, its pipes escaped."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def markdown(table):
     """Returns the lines of a Markdown table; the first row of `table` is its head."""
+    table = [[cell(text) for text in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*table)]
     rows = [table[0], ["-" * width for width in widths], *table[1:]]
     return ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
@@ -568,6 +653,8 @@ def training_curve(run, x_name, y_name):
     steps = min((x for x, _ in pairs), key=lambda x: x[-1])     # seeds may differ in their steps
     rows = np.array([y if x == steps else np.interp(steps, x, y) for x, y in pairs])
     known = np.flatnonzero(~np.isnan(rows).all(0))
+    if not len(known):
+        return None
     kept = slice(known[0], known[-1] + 1)
     return steps[kept], rows[:, kept]
 
@@ -598,13 +685,17 @@ def draw_stage_borders(axis, stages, color):
 
 
 def write_stage_names(axis, stages, color, height):
-    """Writes above a panel the names of the stages that reach into it, `height` points high."""
-    first, left = axis.dataLim.x0, axis.get_xlim()[0]
-    ends = [*(start for start, _ in stages[1:]), math.inf]
+    """Writes above a panel the names of the stages that reach into it, `height` points high. They
+    stand 20 points apart or more: after a short stage a name moves to the right."""
+    first, (left, _), bottom = axis.dataLim.x0, axis.get_xlim(), axis.get_ylim()[0]
+    ends, taken = [*(start for start, _ in stages[1:]), math.inf], -math.inf
     for (start, name), end in zip(stages, ends):
         if end > first:
+            x = max(start, left)
+            place = axis.transData.transform((x, bottom))[0] * 72 / axis.figure.dpi     # points
+            taken = max(place, taken + 20)
             axis.annotate(
-                str(name).replace("_", " "), (max(start, left), 1), (2, 2 + height), rotation=25,
+                str(name).replace("_", " "), (x, 1), (2 + taken - place, 2 + height), rotation=25,
                 rotation_mode="anchor", xycoords=("data", "axes fraction"),
                 textcoords="offset points", fontsize=6, color=color)
 
@@ -613,9 +704,10 @@ def draw_stages(axes, runs):
     """Marks where stages begin and names them above the top panels; one row a curriculum."""
     plans = [(stages, sharing[0].color if len(sharing) == 1 else NOTE["color"])
              for stages, sharing in curricula(runs).items()]
+    longest = max((len(str(name)) for stages, _ in plans for _, name in stages), default=0)
     for axis in axes[0]:        # before the borders, which widen the range of the data
         for row, (stages, color) in enumerate(plans):
-            write_stage_names(axis, stages, color, 20 * row)
+            write_stage_names(axis, stages, color, (8 + 1.4 * longest) * row)
     for axis in axes.flat:
         for stages, color in plans:
             draw_stage_borders(axis, stages, color)
@@ -638,7 +730,7 @@ def fig_training(runs):
         return None
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), sharex=True)
     for axis, x_name, y_name, text in (
-            (axes[0, 0], "step", "reconstruction", "reconstruction loss"),
+            (axes[0, 0], "step", "reconstruction", f"reconstruction loss{prefix_note(runs)}"),
             (axes[0, 1], "val_step", "val_loss", "validation loss"),
             (axes[1, 0], "step", "l0", TITLES["l0"]),
             (axes[1, 1], "step", "dead_fraction", "dead latents (fraction)")):
@@ -659,11 +751,31 @@ def fig_training(runs):
     return figure
 
 
+STEERED = ("beta_1", "beta_2")          # the weights of L1 in the two levels of `hierarchical`
+
+
+def is_learned(run, name):
+    """Returns whether a logged parameter learns. One that never moves does not: it is fixed, or its
+    part is switched off. A weight that the trainer steers towards TARGET_L0 moves without being
+    learned; its curve looks like any other, so these are known by name."""
+    values = training_curve(run, "step", name)[1]
+    return name not in STEERED and np.nanmax(values) - np.nanmin(values) > 1e-9
+
+
+def logged_names(run, kind):
+    """Returns the losses but for the reconstruction, or the parameters that learn, of a run's
+    log."""
+    log = run.curves[0]["training"].get(kind) or ()
+    names = [name for name in log if training_curve(run, "step", name)]
+    if kind == "parameters":
+        return [name for name in names if is_learned(run, name)]
+    return [name for name in names if name != "reconstruction"]
+
+
 def fig_logged(runs, kind):
     """Draws the "parameters" or the "losses" of the training log over its steps: losses without
-    their weights, except reconstruction, dotted in runs where no stage gives them a weight."""
-    logs = {run.folder: [name for name in run.curves[0]["training"].get(kind) or ()
-                         if name != "reconstruction"] for run in runs_with(runs, "training")}
+    their weights, dotted in runs where no stage gives them a weight."""
+    logs = {run.folder: logged_names(run, kind) for run in runs_with(runs, "training")}
     runs = [run for run in runs if logs.get(run.folder)]
     if not runs:
         return None
@@ -675,83 +787,127 @@ def fig_logged(runs, kind):
                        and name not in run.curves[0]["training"].get("weighed", names)]
         for run in drawn:
             draw_training_curve(axis, run, "step", name, ":" if run in only_logged else "-")
-        draw_stages(np.array([[axis]]), drawn)
         axis.set_ylabel(name.replace("_", " ") + "\n(dotted: not trained on)" * bool(only_logged))
         axis.set_xlabel("training step")
         short_ticks(axis.xaxis, MaxNLocator(4))
+        draw_stages(np.array([[axis]]), drawn)
     legend(figure, runs, SEEDS_NOTE)
     return figure
 
 
 # ---- Figures: headline metrics, reconstruction ---------------------------------------------------
-def error_bar(run, entry, metric):
-    """Returns [below, above] of a headline metric and whether it is the standard error over seeds;
-    with one seed a 95 % bootstrap interval over held-out sequences; None where neither exists."""
-    error = entry.get("stderrs", {}).get(f"{metric}_stderr")
-    if error is not None:
-        return [error, error], True
-    is_variance = metric == "explained_variance"        # 1 - fvu, which sequences have
-    pair = paired(run, run, "fvu" if is_variance else metric)
-    if pair is None:
-        return None, False
-    values = pair[0].mean(0)
-    low, high = bootstrap_interval((values,), np.mean)
-    ends = [max(values.mean() - low, 0.0), max(high - values.mean(), 0.0)]
-    return ends[::-1] if is_variance else ends, False
-
-
-def draw_bar(axis, row, run, evaluation, metric):
-    """Draws a headline metric of a run as a horizontal bar with its value beside it; returns the
-    ends of its error bar, none where it was not measured."""
+def headline(run, evaluation, metric):
+    """Returns a headline metric of a run; None where it was not measured."""
     entry = run.entries.get(evaluation, {"means": {}})
-    value = entry["means"].get(f"{metric}_mean", entry.get("metrics", {}).get(metric))
+    return entry["means"].get(f"{metric}_mean", entry.get("metrics", {}).get(metric))
+
+
+def over_sequences(run, metric, baseline=None):
+    """Returns [below, above] of the 95 % bootstrap interval of a metric over held-out sequences, or
+    of its difference from the baseline, paired; None without the metric of each sequence."""
+    is_variance = metric == "explained_variance"        # 1 - fvu, which sequences have
+    pair = paired(run, baseline or run, "fvu" if is_variance else metric)
+    if pair is None:
+        return None
+    if baseline is None:
+        values = pair[0].mean(0)
+        mean, (low, high) = values.mean(), bootstrap_interval((values,), np.mean)
+    else:
+        difference = paired_test(*pair)
+        mean, low, high = difference.mean, difference.low, difference.high
+    ends = [max(mean - low, 0.0), max(high - mean, 0.0)]
+    return ends[::-1] if is_variance else ends
+
+
+def over_seeds(runs, evaluation, metric):
+    """Returns [below, above], the standard error over seeds of a headline metric of a run, or of
+    the difference of two; None where one has a single seed."""
+    errors = [run.entries[evaluation].get("stderrs", {}).get(f"{metric}_stderr") for run in runs]
+    return None if None in errors else [math.hypot(*errors)] * 2
+
+
+def draw_bar(axis, row, run, evaluation, metric, baseline):
+    """Draws a headline metric of a run, or how it differs from the baseline if there is one, as a
+    horizontal bar, and writes its value at the right; returns the ends of the bar's interval. A run
+    that does not compare has no difference: it would only set the scale of the panel."""
+    value = headline(run, evaluation, metric)
+    text = {"xy": (1, row), "xycoords": ("axes fraction", "data"), "va": "center", "ha": "right"}
     if value is None:
-        axis.annotate("not measured", (0, row), (3, 0), textcoords="offset points", va="center",
-                      **NOTE)
+        axis.annotate("n/a", **text, **NOTE)
         return []
-    bar, over_seeds = error_bar(run, entry, metric)
+    number = short(value) if abs(value) >= 100 else f"{value:#.3g}"
+    axis.annotate(number, **text, fontsize=6.5)
+    if run is baseline or baseline and run.caveat:
+        return []
+    if baseline is None:
+        bar = seeds = over_seeds([run], evaluation, metric)
+        bar = bar or over_sequences(run, metric)
+    else:
+        value -= headline(baseline, evaluation, metric)
+        seeds = over_seeds([run, baseline], evaluation, metric)
+        bar = over_sequences(run, metric, baseline) or seeds
     below, above = bar or (0.0, 0.0)
     axis.barh(row, value, height=0.72, color=run.color)
     if bar:
         axis.errorbar(value, row, xerr=[[below], [above]], color="black", linewidth=0.8,
-                      capsize=2 if over_seeds else 0)
-    number = short(value) if abs(value) >= 100 else f"{value:#.3g}"
-    axis.annotate(number, (max(value + above, 0), row), (3, 0), va="center",
-                  textcoords="offset points", fontsize=6.5)
+                      capsize=2 if bar is seeds else 0)
     return [value - below, value + above]
 
 
 def headline_title(evaluation, metric, n_evaluations):
-    """Returns a panel's title, with the evaluation's name unless the metric is a known one that no
-    other of the n_evaluations has."""
-    known = metric in TITLES and n_evaluations == 1
-    return textwrap.fill(title_of(metric) if known else f"{evaluation}: {title_of(metric)}", 30)
+    """Returns a panel's title, with the evaluation's name unless the metric begins with it, or is a
+    known one that no other of the n_evaluations has."""
+    title = title_of(metric)
+    alone = metric in TITLES and n_evaluations == 1
+    if not alone and not title.startswith(evaluation.removesuffix("s")):
+        title = f"{evaluation.replace('_', ' ')}: {title}"
+    title = re.sub(" (?=[↑↓]$)", "\u00a0", title)       # no arrow on a line of its own
+    return textwrap.fill(title, 30, break_on_hyphens=False)
+
+
+def draw_headline(axis, runs, evaluation, metric):
+    """Draws the bars of a headline metric: differences from the baseline where it and another run
+    have it, since bars from zero would look alike; else the values themselves."""
+    baseline = baseline_of(runs)
+    measured = [run for run in runs
+                if headline(run, evaluation, metric) is not None and not run.caveat]
+    if baseline not in measured or len(measured) < 2:
+        baseline = None
+    ends = [0.0]
+    for row, run in enumerate(runs):
+        ends += draw_bar(axis, row, run, evaluation, metric, baseline)
+    span = max(ends) - min(ends) or 1.0
+    axis.set_xlim(min(ends) - 0.05 * span, max(ends) + 0.45 * span)    # the right for the values
+    axis.axvline(0, color="black", linewidth=0.6)
+    better = {"↑": "better →", "↓": "← better"}.get(title_of(metric)[-1])
+    minus = baseline and f"minus {textwrap.shorten(baseline.label, 24, placeholder='…')}"
+    axis.set_xlabel("     ".join(filter(None, (minus, better))), **NOTE)
+    short_ticks(axis.xaxis, MaxNLocator(3))
 
 
 def fig_headlines(runs):
-    """Draws every headline metric of every evaluation, one small panel each."""
+    """Draws every headline metric of every evaluation, but for times, one small panel each."""
     names = dict.fromkeys((evaluation, key.removesuffix("_mean")) for run in runs
                           for evaluation, entry in run.entries.items() for key in entry["means"])
+    names = [(evaluation, metric) for evaluation, metric in names if metric not in WALL_CLOCK]
     if not names:
         return None
     metrics = [metric for _, metric in names]
     lines = max(textwrap.fill(run.label, 28).count("\n") for run in runs) + 1
     bar = 0.04 + 0.11 * lines                           # inches
-    figure, axes = panels(len(names), 3, 0.6 + bar * len(runs), sharey=True)
+    figure, axes = panels(len(names), 3, 0.75 + bar * len(runs), sharey=True)
     for axis, (evaluation, metric) in zip(axes.flat, names):
-        ends = [0.0]
-        for row, run in enumerate(runs):
-            ends += draw_bar(axis, row, run, evaluation, metric)
-        span = max(ends) - min(ends) or 1.0
-        axis.set_xlim(min(ends) - 0.05 * span * (min(ends) < 0), max(ends) + 0.35 * span)
-        axis.axvline(0, color="black", linewidth=0.6)
-        axis.set_title(headline_title(evaluation, metric, metrics.count(metric)), loc="left")
+        draw_headline(axis, runs, evaluation, metric)
+        title = headline_title(evaluation, metric, metrics.count(metric))
+        axis.set_title(title + prefix_note(runs) * (metric == "final_train_loss"), loc="left")
         one_row_per_run(axis, runs)
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="y", visible=False)
-        short_ticks(axis.xaxis, MaxNLocator(3))
-    figure.supxlabel("Error bars: standard error over seeds (with caps); for a run with one seed, "
-                     "95 % bootstrap interval over held-out sequences (no caps).", **NOTE)
+    figure.supxlabel(
+        f"Numbers: the runs' values (n/a: not measured). Bars: differences from "
+        f"{baseline_of(runs).folder} of the runs that compare with it; without such, the values.\n"
+        "Lines: 95 % bootstrap interval over held-out sequences, of differences paired and over "
+        "seeds too; with caps: standard error over seeds.", **NOTE)
     return figure
 
 
@@ -769,37 +925,113 @@ def draw_references(axis, references):
     axis.set_title(text, loc="right", **NOTE)
 
 
-def draw_point(axis, run, x, y):
-    """Draws a run in the plane of two metrics, if it has both."""
-    if x in run.metrics and y in run.metrics:
-        axis.errorbar(run.metrics[x], run.metrics[y], xerr=run.errors.get(x),
-                      yerr=run.errors.get(y), color=run.color, marker=run.marker,
-                      markersize=6, markeredgecolor="white", markeredgewidth=0.4)
-    axis.margins(0.1, 0.12)
+def point_error(run, metric):
+    """Returns [[below], [above]] of a metric of a run, see POINTS_NOTE; None where neither is
+    known."""
+    error = run.errors.get(metric)
+    ends = [error, error] if error is not None else over_sequences(run, metric)
+    return None if ends is None else [[end] for end in ends]
+
+
+def free_place(point, width, panel, taken):
+    """Returns (x, y) of the middle of a name `width` wide that is to stand beside a point: the
+    nearest place in the panel that is not taken; the one to the right where there is none. Boxes
+    are (left, bottom, right, top), all lengths in points."""
+    def is_free(x, y):
+        box = x - width / 2, y - 4, x + width / 2, y + 4
+        inside = panel[0] < box[0] and panel[1] < box[1] and box[2] < panel[2] and box[3] < panel[3]
+        return inside and not any(box[0] < other[2] and other[0] < box[2] and box[1] < other[3]
+                                  and other[1] < box[3] for other in taken)
+
+    beside = 9 + width / 2
+    places = [(point[0] + side * beside, point[1] + rise)
+              for rise in sorted(range(-90, 91, 9), key=abs) for side in (1, -1, 0)]
+    return next((place for place in places if is_free(*place)), places[0])
+
+
+def label_points(axis, runs, x, y):
+    """Writes the names of runs beside their points in the plane of two metrics, where neither
+    points nor other names are."""
+    axis.autoscale_view()               # else transData is of an empty panel
+    scale = 72 / axis.figure.dpi        # from pixels to points
+    points = [axis.transData.transform((run.metrics[x], run.metrics[y])) * scale for run in runs]
+    taken = [(*(point - 5), *(point + 5)) for point in points]
+    for run, point in zip(runs, points):
+        width = 3.6 * len(run.label)
+        place = free_place(point, width, axis.bbox.get_points().ravel() * scale, taken)
+        taken.append((place[0] - width / 2, place[1] - 4, place[0] + width / 2, place[1] + 4))
+        axis.annotate(
+            run.label, (run.metrics[x], run.metrics[y]), place - point, va="center", ha="center",
+            textcoords="offset points", fontsize=6.5, color=run.color,
+            arrowprops={"arrowstyle": "-", "color": run.color, "linewidth": 0.4})
+
+
+def draw_points(axis, runs, x, y):
+    """Draws the runs that have both of two metrics in their plane, with intervals and names."""
+    runs = [run for run in runs if x in run.metrics and y in run.metrics]
+    for run in runs:
+        axis.errorbar(
+            run.metrics[x], run.metrics[y], xerr=point_error(run, x), yerr=point_error(run, y),
+            color=run.color, marker=run.marker, markersize=5, markeredgecolor="white",
+            markeredgewidth=0.4, elinewidth=0.9)
     axis.set_xlabel(title_of(x))
     axis.set_ylabel(title_of(y))
+    axis.margins(0.2, 0.12)
+    axis.xaxis.set_major_locator(MaxNLocator(6))
+    if len(runs) <= MOST_NAMES:
+        label_points(axis, runs, x, y)
+
+
+def finish_points(figure, runs):
+    """Writes below panels of `draw_points` what their lines mean, and a legend where there are too
+    many points to name each."""
+    if len(runs) > MOST_NAMES:
+        legend(figure, runs, POINTS_NOTE, line="", several=True)
+    else:
+        figure.supxlabel(POINTS_NOTE, **NOTE)
+
+
+def constants(run, *others):
+    """Returns the constants and the data of a run but for some."""
+    return {name: value for name, value in run.config.items()
+            if (name == "data_hash" or name.isupper()) and name not in others}
+
+
+def frontiers(runs):
+    """Returns groups of runs that differ in TARGET_L0, and perhaps SEEDS and EVALS, alone, each in
+    the order of L0."""
+    groups = []
+    for run in (run for run in runs if "TARGET_L0" in run.config):
+        but = constants(run, "TARGET_L0", "SEEDS", "EVALS")
+        group = next((group for same, group in groups if same == but), None)
+        groups += [] if group else [(but, [run])]
+        if group:
+            group.append(run)
+    return [sorted(group, key=lambda run: run.metrics["l0"]) for _, group in groups
+            if len({run.config["TARGET_L0"] for run in group}) > 1]
 
 
 def fig_sparsity_fidelity(runs):
-    """Draws explained variance and recovered cross-entropy over L0, with controls as a scale."""
+    """Draws explained variance and loss increase over L0, with a line through the runs of a variant
+    at several L0, and controls as a scale."""
     runs = [run for run in runs if "l0" in run.metrics]
     if not runs:
         return None
     known = ChainMap(*(run.metrics for run in runs))
     controls = {"token-pair lookup": known.get("bigram_explained_variance"),
                 "untrained SAE": known.get("untrained_explained_variance")}
-    controls = {name: value for name, value in controls.items() if value is not None}
+    losses = {"the model itself": 0.0}
+    if {"ce_unigram", "ce_model"} <= known.keys():
+        losses["token frequencies"] = known["ce_unigram"] - known["ce_model"]
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.9))
-    for axis, metric, references in (
-            (axes[0], "explained_variance", controls),
-            (axes[1], "ce_recovered_vs_unigram", {"the model's own loss": 1.0, "unigram loss": 0.0})):
-        for run in runs:
-            draw_point(axis, run, "l0", metric)
-        l0 = [run.metrics["l0"] for run in runs]
-        axis.set_xlim(0.94 * min(l0), 1.06 * max(l0))
-        axis.xaxis.set_major_locator(MaxNLocator(6))
-        draw_references(axis, references)
-    legend(figure, runs, ERRORS_NOTE, line="")
+    for axis, metric, references in ((axes[0], "explained_variance", controls),
+                                     (axes[1], "loss_increase_nats", losses)):
+        draw_points(axis, runs, "l0", metric)
+        for group in frontiers([run for run in runs if metric in run.metrics]):
+            axis.plot([run.metrics["l0"] for run in group], [run.metrics[metric] for run in group],
+                      color=group[0].color, linewidth=1, zorder=1)
+        draw_references(axis, {k: v for k, v in references.items() if v is not None})
+    finish_points(figure, runs)
     return figure
 
 
@@ -839,14 +1071,17 @@ def fig_position(runs):
 
 # ---- Figures: latents over time ------------------------------------------------------------------
 def fig_stability_fidelity(runs):
-    """Draws stability over explained variance: up and right is better."""
-    runs = [run for run in runs if {"stability", "explained_variance"} <= run.metrics.keys()]
-    if not runs:
+    """Draws slow explained variance and stability over explained variance: up and right is
+    better."""
+    runs = [run for run in runs if "explained_variance" in run.metrics]
+    metrics = [metric for metric in ("slow_explained_variance", "stability")
+               if any(metric in run.metrics for run in runs)]
+    if not metrics:
         return None
-    figure, axis = plt.subplots(figsize=(WIDTH, 2.9))
-    for run in runs:
-        draw_point(axis, run, "explained_variance", "stability")
-    legend(figure, runs, ERRORS_NOTE, line="")
+    figure, axes = panels(len(metrics), 2, 2.6)
+    for axis, metric in zip(axes.flat, metrics):
+        draw_points(axis, runs, "explained_variance", metric)
+    finish_points(figure, runs)
     return figure
 
 
@@ -858,8 +1093,10 @@ def draw_stability(axis, row, run):
     if "stability_token" in run.metrics:
         axis.plot(run.metrics["stability_token"], row, "k|", markersize=8,
                   label="from tokens alone")
-    if "stability" in run.metrics:
-        axis.plot(run.metrics["stability"], row, color=run.color, marker=run.marker, markersize=5)
+    for name, filled in (("stability", True), ("stability_weighted", False)):
+        if name in run.metrics:
+            axis.plot(run.metrics[name], row, color=run.color, marker=run.marker, markersize=5,
+                      markerfacecolor=run.color if filled else "white")
 
 
 def fig_autocorrelation(runs):
@@ -868,7 +1105,7 @@ def fig_autocorrelation(runs):
             if len(seed_values(run, "autocorrelation")) or "stability" in run.metrics]
     if not runs:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3, 0.8 + 0.24 * len(runs))))
     lags = next((run.config["STABILITY_LAGS"] for run in runs if "STABILITY_LAGS" in run.config),
                 (5, 16))
     left.axvspan(*lags, color="#eeeeee", zorder=0)
@@ -879,16 +1116,16 @@ def fig_autocorrelation(runs):
     left.set_title(f"shaded: lags of stability ({lags[0]}-{lags[1]})", loc="right",
                    **NOTE)
     left.set_xlabel("lag (tokens)")
-    left.set_ylabel("autocorrelation (energy-weighted)")
+    left.set_ylabel("autocorrelation (mean over latents)")
     if left.dataLim.y0 > 0:
         left.set_yscale("log")
         left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     short_ticks(left.yaxis)
     right.set_xscale("symlog", linthresh=1e-3)
     short_ticks(right.xaxis)
-    right.set_xlabel(f"{TITLES['stability']} (logarithmic beyond 0.001)")
-    right.set_ylim(len(runs) - 0.5, -0.5)
-    right.set_yticks([])
+    right.set_xlabel("stability ↑ (logarithmic beyond 0.001)\n"
+                     "filled: mean over latents; hollow: energy-weighted")
+    one_row_per_run(right, runs)
     controls = labelled_artists(right)
     right.legend(controls.values(), controls, loc="lower right", bbox_to_anchor=(1, 1), ncols=2,
                  fontsize=6.5, columnspacing=1)
@@ -896,23 +1133,50 @@ def fig_autocorrelation(runs):
     return figure
 
 
+EVOLUTION = {"tokens", "latents", "values"}      # a curve of other keys is not drawn
+
+
+def evolution_values(run, in_q95=False):
+    """Returns the values [latent, token] of the last 64 tokens of a run's passage, over each
+    latent's q95 if asked for; empty where the run has no passage."""
+    passage = run.curves[0]["evolution"]
+    if not EVOLUTION <= passage.keys():
+        return np.zeros((0, 0))
+    values = np.nan_to_num(np.array(passage["values"], dtype=float))[:, -64:]
+    return values / np.array(passage["q95"])[:, None] if in_q95 else values
+
+
+def draw_evolution(axis, run, values, highest):
+    """Draws the latents that fire in a run's passage [latent, token], on a scale up to `highest`;
+    returns the image."""
+    passage, firing = run.curves[0]["evolution"], np.flatnonzero(values.any(1))
+    image = axis.imshow(values[firing], aspect="auto", cmap="Blues", vmin=0, vmax=highest)
+    file = f": {passage['file']}" if passage.get("file") else ""
+    axis.set_title(textwrap.shorten(run.label + file, 110, placeholder="…"), loc="left")
+    axis.set_ylabel("latent")
+    axis.set_yticks(range(len(firing)), np.array(passage["latents"])[firing], fontsize=5)
+    token_grid(axis, passage["tokens"][-64:])
+    return image
+
+
 def fig_evolution(runs):
-    """Draws latents along a held-out passage, each over its maximum there, of the last two runs."""
-    runs = [run for run in runs_with(runs, "evolution")
-            if {"tokens", "latents", "values"} <= run.curves[0]["evolution"].keys()][-2:]
+    """Draws latents along a held-out passage, of the last two runs, on one scale for all rows: in
+    units of each latent's q95 if both runs have it, else their values."""
+    runs = [run for run in runs_with(runs, "evolution") if evolution_values(run).any()][-2:]
     if not runs:
         return None
+    passages = [run.curves[0]["evolution"] for run in runs]
+    in_q95 = all("q95" in passage for passage in passages)
+    values = [evolution_values(run, in_q95) for run in runs]
     figure, axes = panels(len(runs), 1, 2.2)
-    for axis, run in zip(axes.flat, runs):
-        passage = run.curves[0]["evolution"]
-        values = np.nan_to_num(np.array(passage["values"], dtype=float))[:, -64:]
-        values /= np.maximum(values.max(1, keepdims=True), 1e-9)
-        image = axis.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-        axis.set_title(run.label, loc="left")
-        axis.set_ylabel("latent")
-        axis.set_yticks(range(len(values)), passage["latents"], fontsize=5)
-        token_grid(axis, passage["tokens"][-64:])
-    figure.colorbar(image, ax=axes, label="value / maximum here", shrink=0.7, pad=0.01)
+    for axis, run, rows in zip(axes.flat, runs, values):
+        image = draw_evolution(axis, run, rows, max(rows.max() for rows in values))
+    unit = "value / q95" if in_q95 else "value"
+    figure.colorbar(image, ax=axes, label=unit, shrink=0.7, pad=0.01)
+    text = f"Of the {passages[-1]['selection']}: its" if "selection" in passages[-1] else "The"
+    text += " last 64 tokens, latents that fire there. One scale for all rows"
+    text += ". q95: a latent's 95th percentile where it fires in held-out text." if in_q95 else "."
+    figure.supxlabel(textwrap.fill(text, 130), **NOTE)
     return figure
 
 
@@ -924,7 +1188,7 @@ def fig_similarity(runs):
         return None
     titles = [textwrap.fill(run.label, 20) for run, _ in matrices]
     height = max(1.3, min(2.4, 4.8 / len(matrices))) + 0.12 * max(t.count("\n") for t in titles)
-    figure, axes = panels(len(matrices), 4, 0.5 + height, sharey=True)
+    figure, axes = panels(len(matrices), 4, 0.5 + height)      # windows may differ in length
     off_diagonal = np.concatenate([m[~np.eye(len(m), dtype=bool)] for _, m in matrices])
     low, high = np.nanpercentile(off_diagonal, (0.5, 99.5))
     for axis, (_, matrix), title in zip(axes.flat, matrices, titles):
@@ -956,8 +1220,9 @@ def fig_variance_scaling(runs):
         samples = [values[np.isfinite(values)] for values in samples]
         bins = np.histogram_bin_edges(np.concatenate(samples), 40)
         for run, values in zip(runs, samples):
-            axis.hist(values, bins, weights=np.full(len(values), 1 / max(len(values), 1)),
-                      histtype="step", color=run.color, linewidth=1.2)
+            shares = np.histogram(values, bins)[0] / max(len(values), 1)
+            axis.plot((bins[1:] + bins[:-1]) / 2, shares, drawstyle="steps-mid", color=run.color,
+                      marker=run.marker, markevery=4, linewidth=1.2)
         axis.set_xlabel(text)
     axes[0, 0].set_ylabel("share of the latents")
     legend(figure, runs, None)
@@ -965,102 +1230,161 @@ def fig_variance_scaling(runs):
 
 
 # ---- Figures: unlearning -------------------------------------------------------------------------
-LINES = {"standard": ":", "pattern": "--", "hybrid": "-"}    # strategies of unlearning
+STRATEGIES = ("standard", "pattern", "hybrid")      # of unlearning
+RATES = ("-", "--", "-.", ":")                      # lines: false-positive rates of a strategy
 CONTROLS = {"random_latents": "x", "random_directions": "+", "projection": "1"}
 
 
-def oracle(run):
-    """Returns [loss increase] on FORGET of a model trained without it; [] if not measured."""
-    path = HERE / "bench" / "results" / "oracle.json"
-    measured = json.loads(path.read_text()) if path.exists() else {"forget": None}
-    same = measured["forget"] and measured["forget"] == run.config.get("FORGET")
-    return [measured["increase"]["forget"]] if same else []
+def marked_losses(run):
+    """Returns {name: loss increase on FORGET [nats]} of where strategies are compared and of a
+    model trained without FORGET, as far as they are known."""
+    marks, path = {}, HERE / "bench" / "results" / "oracle.json"
+    if compared := run.config.get("FORGET_NATS"):
+        marks["where strategies are compared"] = compared
+    if path.exists():
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        if measured["forget"] == run.config.get("FORGET"):
+            marks["a model trained without FORGET"] = measured["increase"]["forget"]
+    return marks
 
 
-def draw_frontier(axis, run, group):
-    """Draws what each strategy costs on a group of windows over what it costs on FORGET."""
-    for strategy, rows in run.curves[0]["frontier"].items():
-        points = sorted((row["forget"], row[group]) for row in rows if group in row)
-        pale = strategy not in (*LINES, *CONTROLS)      # a strategy at another false-positive rate
+def draw_frontier(axis, run, strategy, group):
+    """Draws what a strategy costs on a group of windows over what it costs on FORGET, one line a
+    false-positive rate; beside "standard" the controls, which have no gate either."""
+    frontier = run.curves[0]["frontier"]
+    names = [name for name in frontier if name.partition("_")[0] == strategy]
+    drawn = {name: {"linestyle": RATES[i % len(RATES)], "marker": run.marker}
+             for i, name in enumerate(names)}
+    if strategy == "standard":
+        drawn |= {name: {"linestyle": "", "marker": marker, "markersize": 5}
+                  for name, marker in CONTROLS.items() if name in frontier}
+    for name, style in drawn.items():
+        points = sorted((row["forget"], row[group]) for row in frontier[name] if group in row)
         if points:
-            axis.plot(*zip(*points), color=run.color, alpha=0.4 if pale else 1,
-                      linestyle=LINES.get(strategy.partition("_")[0], ""),
-                      marker=None if pale else CONTROLS.get(strategy, run.marker))
+            axis.plot(*zip(*points), color=run.color, linewidth=1, **style)
 
 
-def finish_frontier(axis, run, group):
-    """Labels and scales a panel of `draw_frontier`, with lines where strategies are compared."""
-    axis.set_xlabel("loss gained on FORGET (nats)")
-    axis.set_ylabel(f"on {group} (nats)")
+def finish_frontier(axis, marks):
+    """Scales a panel of `draw_frontier`, with vertical lines at losses on FORGET."""
     axis.set_xlim(left=0)
     axis.set_yscale("symlog", linthresh=0.01)
-    axis.set_ylim(-0.003, max(0.01, 1.5 * axis.dataLim.y1))
+    axis.set_ylim(-0.003, max(0.01, 1.5 * axis.dataLim.y1, axis.get_ylim()[1]))
     axis.yaxis.set_major_formatter(FuncFormatter(short))
-    compared = run.config.get("FORGET_NATS")
-    for nats in (*(() if compared is None else (compared,)), *oracle(run)):
-        axis.axvline(nats, color=NOTE["color"], linewidth=0.8, linestyle=":")
+    for nats in marks.values():
+        axis.axvline(nats, color=NOTE["color"], linewidth=0.6, zorder=0)
 
 
-def draw_rocs(axis, runs):
-    """Draws how well windows and sequences of FORGET are identified, and a legend of the lines and
-    markers of all panels."""
+def draw_roc(axis, runs, strategy, what):
+    """Draws how well what belongs to FORGET is identified by a strategy's matcher."""
     for run in runs:
-        for strategy, rates in run.curves[0]["roc"].items():
-            axis.plot(np.linspace(0, 1, len(rates)), rates, LINES[strategy], color=run.color)
+        rates = run.curves[0]["roc"].get(strategy, ())
+        axis.plot(np.linspace(0, 1, len(rates)), rates, color=run.color, marker=run.marker,
+                  markevery=max(1, len(rates) // 5), linewidth=1)
     axis.plot([0, 1], [0, 1], color=NOTE["color"], linewidth=0.6)
     axis.set_xlabel("false-positive rate")
     axis.set_ylabel("true-positive rate")
-    axis.set_title("windows (--), sequences (-)", loc="right", **NOTE)
-    kinds = {name: (line, "") for name, line in LINES.items()}
-    kinds |= {name.replace("_", " "): ("", marker) for name, marker in CONTROLS.items()}
-    axis.legend([plt.Line2D([], [], color="black", linestyle=line, marker=marker)
-                 for line, marker in kinds.values()], kinds, fontsize=6, loc="lower right")
+    axis.set_title(f"{strategy}: {what}", loc="left")
+
+
+def explain_frontiers(axis, runs):
+    """Fills a panel with a legend of the lines and markers of `draw_frontier`."""
+    first = runs[-1].config.get("FALSE_POSITIVES", ["lowest"])[0]
+    names = dict.fromkeys(name for run in runs for name in run.curves[0]["frontier"]
+                          if name not in CONTROLS)
+    rates = [str(first), *dict.fromkeys(name.partition("_")[2] for name in names if "_" in name)]
+    kinds = {f"false positives {rate}": (RATES[i % len(RATES)], "") for i, rate in enumerate(rates)}
+    kinds |= {f"control: {name.replace('_', ' ')}": ("", mark) for name, mark in CONTROLS.items()}
+    axis.axis("off")
+    axis.legend([plt.Line2D([], [], color="black", linewidth=1, linestyle=line, marker=marker)
+                 for line, marker in kinds.values()], kinds, loc="center left", fontsize=6.5)
 
 
 def fig_unlearning(runs):
-    """Draws what forgetting costs elsewhere, by strategy, and how well FORGET is identified."""
+    """Draws what forgetting costs elsewhere, one panel for each strategy and group of windows, and
+    how well FORGET is identified."""
     runs = runs_with(runs, "frontier")
     if not runs:
         return None
-    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.7))
-    for axis, group in zip(axes, ("neighbours", "retain")):
+    marks = marked_losses(runs[-1])
+    figure, axes = plt.subplots(3, 3, figsize=(WIDTH, 6), height_ratios=(1, 1, 0.8))
+    for axis in axes[:2].flat[1:]:
+        axis.sharex(axes[0, 0])
+        axis.sharey(axes[0, 0])
+    for (i, group), (j, strategy) in itertools.product(
+            enumerate(("neighbours", "retain")), enumerate(STRATEGIES)):
         for run in runs:
-            draw_frontier(axis, run, group)
-        finish_frontier(axis, runs[-1], group)
-    draw_rocs(axes[2], runs)
-
-    looser = {name for run in runs for name in run.curves[0]["frontier"]} - {*LINES, *CONTROLS}
-    rates = sorted({name.partition("_")[2] for name in looser})
-    note = "dotted: where strategies are compared"
-    note += ", and the model trained without FORGET" * bool(oracle(runs[-1]))
-    note += f"; paler: false-positive rates {' and '.join(rates)}" * bool(rates)
-    legend(figure, runs, f"{note}; logarithmic beyond 0.01 nats", several=True)
+            draw_frontier(axes[i, j], run, strategy, group)
+        finish_frontier(axes[i, j], marks)
+        axes[0, j].set_title(strategy, loc="left")
+        axes[1, j].set_xlabel("gained on FORGET (nats) ↑")
+        axes[i, 0].set_ylabel(f"on {group} (nats) ↓")
+    draw_roc(axes[2, 0], runs, "pattern", "tokens of FORGET")
+    draw_roc(axes[2, 1], runs, "hybrid", "windows of FORGET")
+    explain_frontiers(axes[2, 2], runs)
+    note = ("losses gained; each line: strengths from a quarter of the one compared to four times "
+            "it; vertical axes logarithmic beyond 0.01 nats")
+    if marks:
+        at = ", ".join(f"{name} ({short(nats)} nats)" for name, nats in marks.items())
+        note += f"; vertical lines: {at}"
+    legend(figure, runs, note, several=True)
     return figure
 
 
+def part_of_passage(passage, n=48):
+    """Returns a part of a passage {name: values of each token}, n tokens long: with 16 before the
+    gate opens, or the end if it stays closed."""
+    n_tokens = len(passage["tokens"])
+    threshold = np.array(passage.get("threshold", [math.inf] * n_tokens))
+    opened = np.flatnonzero(np.array(passage["gate"]) > threshold)
+    start = opened[0] - 16 if len(opened) else n_tokens
+    start = max(0, min(start, n_tokens - n))
+    return {name: values[start:start + n] for name, values in passage.items()}
+
+
+def draw_clamps(axis, run, passage):
+    """Draws one row of marks for each strategy: at which tokens it clamps."""
+    rows = [name for name in STRATEGIES if name in passage]
+    for row, name in enumerate(rows):
+        clamped = np.flatnonzero(passage[name])
+        axis.plot(clamped, np.full(len(clamped), row), "s", color=run.color, markersize=4)
+    axis.set_yticks(range(len(rows)), [f"clamped: {name}" for name in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xticks([])
+    axis.set_title(run.label, loc="left")
+
+
+def draw_gate(axis, run, passage):
+    """Draws the matcher's probability at each token, and the gate that it opens."""
+    x = np.arange(len(passage["tokens"]))
+    axis.bar(x, passage["match"], color=run.color, alpha=0.35)
+    axis.step(x, passage["gate"], where="mid", color="black", linewidth=1.2)
+    if "threshold" in passage:
+        axis.plot(x, passage["threshold"], "--", color="black", linewidth=0.8)
+    axis.set_ylim(0, 1.02)
+    axis.set_ylabel("probability of FORGET")
+    token_grid(axis, passage["tokens"])
+    axis.tick_params(axis="x", labelsize=6.5)
+
+
 def fig_clamped_passage(runs):
-    """Draws a held-out passage of FORGET: the matcher, the gate, and where latents are clamped."""
+    """Draws a held-out passage of FORGET, of the last two runs: where latents are clamped, the
+    matcher, and the gate."""
     runs = runs_with(runs, "passage")[-2:]
     if not runs:
         return None
-    figure, axes = panels(len(runs), 1, 1.9)
-    for axis, run in zip(axes.flat, runs):
-        passage = {name: values[-64:] for name, values in run.curves[0]["passage"].items()}
-        x = np.arange(len(passage["tokens"]))
-        axis.bar(x, passage["match"], color=run.color, alpha=0.35, label="match")
-        axis.step(x, passage["gate"], where="mid", color="black", linewidth=0.9, label="gate")
-        if "threshold" in passage:
-            axis.plot(x, passage["threshold"], ":", color="black", linewidth=0.9,
-                      label="threshold of the gate")
-        for name, height, marker in (("standard", 1.04, "|"), ("hybrid", 1.12, "v")):
-            clamped = x[np.array(passage[name], dtype=bool)]
-            axis.plot(clamped, np.full(len(clamped), height), marker, color=run.color,
-                      markersize=4, label=f"clamped, {name}")
-        axis.set_ylim(0, 1.18)
-        axis.set_xlim(-0.6, len(x) - 0.4)
-        axis.set_title(run.label, loc="left")
-        token_grid(axis, passage["tokens"])
-    axes[0, 0].legend(fontsize=6, ncols=5, loc="lower right", bbox_to_anchor=(1, 1))
+    figure, axes = plt.subplots(2 * len(runs), 1, figsize=(WIDTH, 2.6 * len(runs) + 0.3),
+                                height_ratios=[1, 4] * len(runs))
+    for strip, axis, run in zip(axes[::2], axes[1::2], runs):
+        passage = part_of_passage(run.curves[0]["passage"])
+        draw_clamps(strip, run, passage)
+        draw_gate(axis, run, passage)
+        for panel in (strip, axis):
+            panel.set_xlim(-0.6, len(passage["tokens"]) - 0.4)
+    figure.legend(
+        [plt.Rectangle((0, 0), 1, 1, color="#bbbbbb"), plt.Line2D([], [], color="black"),
+         plt.Line2D([], [], color="black", linestyle="--", linewidth=0.8)],
+        ["match of the last tokens", "gate: largest mean match so far", "threshold of the gate"],
+        loc="outside lower center", ncols=3)
     return figure
 
 
@@ -1083,7 +1407,8 @@ def fig_sparse_probing(runs):
         axis.annotate(text, (probing["k"][-1], values[-1]), (4, 0), textcoords="offset points",
                       va="center", **NOTE)
     axis.set_xscale("log")
-    axis.set_xticks(probing["k"], probing["k"])
+    short_ticks(axis.xaxis)
+    axis.set_xticks(probing["k"])
     axis.set_xlim(right=2 * probing["k"][-1])
     axis.set_xlabel("features that the probe sees")
     axis.set_ylabel("test accuracy ↑")
@@ -1092,47 +1417,56 @@ def fig_sparse_probing(runs):
 
 
 def draw_rating(axis, row, run, question, marker):
-    """Draws the mean of people's answers to "score" or "correct" with its interval; returns
-    whether there are any."""
-    rated = mean_by_latent(run.ratings.get(question, {}))
-    if rated:
+    """Draws the mean of people's answers to "score" or "correct" with its interval, if there are
+    any."""
+    if rated := mean_by_latent(run.ratings.get(question, {})):
         mean = rated.values.mean()
         axis.errorbar(mean, row, color=run.color, marker=marker, markersize=6, linestyle="",
-                      xerr=[[mean - rated.low], [rated.high - mean]],
-                      label="people (95 % interval)")
-    return rated is not None
+                      xerr=[[mean - rated.low], [rated.high - mean]])
+
+
+DETECTION_MARKERS = {"detection": "o", "detection_same_token": "|", "detection_null": "x",
+                     "detection_reinitialised": "2"}
 
 
 def draw_detection(axis, row, run):
     """Draws how often passages are identified automatically, and the controls."""
-    for name, marker in (("detection", run.marker), ("detection_same_token", "|"),
-                         ("detection_null", "x"), ("detection_reinitialised", "2")):
+    for name, marker in (DETECTION_MARKERS | {"detection": run.marker}).items():
         if name in run.metrics:
-            axis.plot(run.metrics[name], row, color=run.color, marker=marker, linestyle="",
-                      markersize=5, label=DETECTION[name])
+            axis.plot(run.metrics[name], row, color=run.color, marker=marker, markersize=5)
 
 
 def fig_latents(runs):
-    """Draws how people rated latents, and how well the passages on which they fire are identified
-    among others."""
+    """Draws how well the passages on which latents fire are identified among others and, where
+    people have rated latents, their ratings."""
     runs = [run for run in runs if run.ratings or "detection" in run.metrics]
     if not runs:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 1.1 + 0.3 * len(runs)), sharey=True)
+    rated, chosen = (any(mean_by_latent(run.ratings.get(question, {})) for run in runs)
+                     for question in ("score", "correct"))
+    figure, axes = plt.subplots(1, 1 + rated, squeeze=False, sharey=True,
+                                figsize=(WIDTH, 1.5 + 0.24 * len(runs)))
+    right = axes[0, -1]
     for row, run in enumerate(runs):
-        if not draw_rating(left, row, run, "score", run.marker):
-            left.annotate("not rated", (0.02, row), va="center", **NOTE)
-        draw_rating(right, row, run, "correct", "*")
         draw_detection(right, row, run)
+        draw_rating(right, row, run, "correct", "*")
+        if rated:
+            draw_rating(axes[0, 0], row, run, "score", run.marker)
     right.axvline(0.2, color=NOTE["color"], linewidth=0.8, linestyle=":")
-    one_row_per_run(left, runs)
-    left.set_xlabel("rated interpretable (0 no, 1 yes) ↑")
     right.set_xlabel("passages identified (dotted: chance) ↑")
-    for axis in (left, right):
+    right.set_title("control: an untrained SAE on a model\nwith random weights", loc="right",
+                    **NOTE)
+    if rated:
+        axes[0, 0].set_xlabel("rated interpretable (0 no, 1 yes) ↑")
+    one_row_per_run(axes[0, 0], runs)
+    for axis in axes.flat:
         axis.set_xlim(0, 1)
         axis.tick_params(axis="y", length=0)
-    kinds = labelled_artists(right)
-    figure.legend(kinds.values(), kinds, loc="outside lower right", ncols=3, fontsize=6.5)
+    marks = {DETECTION[name]: marker for name, marker in DETECTION_MARKERS.items()
+             if any(name in run.metrics for run in runs)}
+    marks |= {"people (95 % interval)": "*"} if chosen else {}
+    figure.legend([plt.Line2D([], [], color=NOTE["color"], marker=marker, linestyle="")
+                   for marker in marks.values()], marks, loc="outside lower right", ncols=3)
     return figure
 
 
@@ -1165,6 +1499,9 @@ def draw_recovery(axis, runs, metric, task, rhos):
             x = group + (i - (len(bars) - 1) / 2) * width
             axis.bar(x, np.mean(values), 0.92 * width, linewidth=0.6, **style)
             axis.plot([x, x], [min(values), max(values)], color="black", linewidth=0.7)
+            if dictionary == "sae":     # more runs than colours: markers tell them apart
+                axis.plot(x, np.mean(values), run.marker, color=run.color, markersize=3,
+                          markeredgecolor="white", markeredgewidth=0.3)
 
 
 def fig_recovery(runs):
@@ -1207,7 +1544,7 @@ def fig_compositions(runs):
         image = axis.imshow(effects, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit)
         names = [f"{c}: {' '.join(visible(token) for token in tokens[:4])}"
                  for c, tokens in zip(patterns["compositions"], patterns["tokens"])]
-        axis.set_yticks(range(len(names)), names, fontsize=6, parse_math=False)
+        axis.set_yticks(range(len(names)), names, fontsize=6)
         axis.set_xticks(range(len(patterns["features"])), patterns["features"], rotation=90,
                         fontsize=6)
         axis.set_title(run.label, loc="left")
@@ -1282,7 +1619,7 @@ def draw_patching(axis, runs):
     for run in runs:
         for name, text in (("patched_rise", "top tokens' logits"),
                            ("patched_children", "children that fire")):
-            rows.append(text if len(runs) == 1 else f"{run.label[:18]}: {text}")
+            rows.append(text if len(runs) == 1 else textwrap.fill(f"{run.label}: {text}", 30))
             own, control = (run.metrics.get(key, math.nan) for key in (name, f"{name}_rival"))
             axis.barh(len(rows) - 1.2, own, 0.36, color=run.color)
             axis.barh(len(rows) - 0.8, control, 0.36, color=run.color, alpha=0.35)
@@ -1297,7 +1634,8 @@ def fig_causal(runs):
     runs = runs_with(runs, "tree")
     if not runs:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3), width_ratios=(1, 1.2))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(WIDTH, max(3, 1 + 0.5 * len(runs))), width_ratios=(1, 1.2))
     for run in runs:
         tree = run.curves[0]["tree"]
         left.plot([parent["cosine_rival"] for parent in tree],
@@ -1321,7 +1659,7 @@ def draw_unit(axis, x, y, unit, color):
     axis.plot(x, y, "o", color=color, markersize=4)
     axis.text(x + 0.012, y, f"{unit['id']}  ", fontsize=6.5, va="center", weight="bold")
     axis.text(x + 0.075, y, f"{before}‹{token}›{after}", fontsize=6, va="center",
-              family="monospace", parse_math=False)
+              family="monospace")
 
 
 def fig_tree(runs):
@@ -1352,19 +1690,13 @@ def fig_tree(runs):
 
 
 # ---- Figures: ablations --------------------------------------------------------------------------
-def constants_but_ablate(run):
-    """Returns the constants and the data of a run without ABLATE and SEEDS."""
-    return {name: value for name, value in run.config.items()
-            if name == "data_hash" or name.isupper() and name not in ("ABLATE", "SEEDS")}
-
-
 def ablations(runs):
     """Returns pairs (ablated run, the complete run whose constants differ in ABLATE alone)."""
     complete = [run for run in runs if "SAE_VARIANT" in run.config and not run.config.get("ABLATE")]
     pairs = []
     for run in (run for run in runs if run.config.get("ABLATE")):
-        constants = constants_but_ablate(run)
-        same = [other for other in complete if constants_but_ablate(other) == constants]
+        same = [other for other in complete
+                if constants(other, "ABLATE", "SEEDS") == constants(run, "ABLATE", "SEEDS")]
         pairs += [(run, same[0])] if same else []
     return pairs
 
@@ -1414,45 +1746,105 @@ FIGURES = {"training_curves": fig_training, "headline_metrics": fig_headlines,
            "level_tree": fig_tree, "ablations": fig_ablations, "latents": fig_latents}
 
 
+def with_asterisks(runs):
+    """Returns the runs, those that do not compare with the baseline marked in their labels."""
+    return [run._replace(label=f"{run.label}\u00a0*") if run.caveat else run for run in runs]
+
+
+def explain_asterisks(figure, runs):
+    """Writes above a figure why the runs that it marks with an asterisk do not compare with the
+    baseline."""
+    shown = " ".join(" ".join(text.get_text().split()) for text in figure.findobj(Text))
+    caveats = {}
+    for run in runs:
+        if run.caveat and " ".join(run.label.split()) in shown:
+            caveats.setdefault(run.caveat, []).append(run.label[:-2])
+    lines = [figure.get_suptitle()] * bool(figure.get_suptitle())
+    for caveat, names in caveats.items():
+        of = f"{', '.join(names)}: " if len(caveats) > 1 else ""
+        lines += textwrap.wrap(f"* {of}other {caveat} than {baseline_of(runs).folder}", 130)
+    if caveats:         # above: below there are legends, which would not make room
+        figure.set_figheight(figure.get_figheight() + 0.12 * len(lines))
+        figure.suptitle("\n".join(lines), x=0.01, ha="left", **NOTE)
+
+
 def draw_figures(runs):
-    """Writes every figure as a PNG; prints the error of each that fails and returns their names."""
-    failed = []
+    """Writes every figure as a PNG; prints the error of each that fails, while it is drawn or
+    saved, and returns their names. One that is not drawn now does not stay from an earlier time."""
+    runs, failed = with_asterisks(runs), []
     for name, draw in FIGURES.items():
-        path = HERE / f"{name}.png"
+        path, figure = HERE / f"{name}.png", None
         try:
             figure = draw(runs)
+            if figure is None:
+                print(f"{path.name}: not drawn, no run holds what it shows")
+            else:
+                explain_asterisks(figure, runs)
+                figure.savefig(path)
+                print(path.name)
         except Exception:                               # the other figures are still drawn
             traceback.print_exc()
+            print(f"{path.name}: skipped, it failed (see above)", file=sys.stderr)
             failed.append(name)
+        if figure is None or name in failed:
             path.unlink(missing_ok=True)
-            continue
-        if figure is None:
-            print(f"{path.name}: not drawn, no run holds what it shows")
-            continue
-        figure.savefig(path)
-        plt.close(figure)
-        print(f"{path.name}: {', '.join(run.folder for run in runs)}")
+        plt.close("all")
     return failed
+
+
+def write_pages(runs):
+    """Writes the page of each run; prints the error of each that cannot be written and returns
+    their names."""
+    failed = []
+    for run in runs:
+        try:
+            write_page(HERE / run.folder, run.label, run.config, run.metrics)
+        except OSError as error:
+            failed.append(f"{run.folder}/features.html")
+            print(f"{failed[-1]}: not written: {error}", file=sys.stderr)
+    return failed
+
+
+def refuse_read_only():
+    """Ends with a message where no file can be written beside this one."""
+    try:
+        tempfile.TemporaryFile(dir=HERE).close()
+    except OSError as error:
+        sys.exit(f"plot.py: figures and comparison.md cannot be written into {HERE} "
+                 f"({error.strerror}). Copy the folder to where you may write, and run it there.")
+
+
+def what_to_open(runs):
+    """Returns the files to look at first: the newest run's page, the tests, the headlines."""
+    newest = max(runs, key=lambda run: (HERE / run.folder / "final_info.json").stat().st_mtime)
+    names = f"{newest.folder}/features.html", "comparison.md", "headline_metrics.png"
+    return [name for name in names if (HERE / name).exists()]
 
 
 def main():
     """Draws all figures and writes all pages and comparison.md; exits with an error if there is no
-    run or a figure failed."""
+    run, or a figure or a page failed."""
     plt.rcParams.update(STYLE)
+    refuse_read_only()
     runs = load_runs()
     if not runs:
-        sys.exit(f"plot.py: nothing to draw: none of the runs in labels ({', '.join(labels)}) is "
-                 "complete. Finish one with `python experiment.py --out_dir=run_0`, or name others "
-                 "there.")
-    failed = draw_figures(runs)
-    for run in runs:
-        write_page(HERE / run.folder, run.label, run.config, run.metrics)
+        sys.exit(f"plot.py: nothing to draw: none of {', '.join(labels) or 'the folders run_*'} "
+                 f"in {HERE} is a complete run. Finish one with `python experiment.py "
+                 "--out_dir=run_1`, or name others in labels.")
+    print("runs:", ", ".join(f"{run.folder} ({run.label})" for run in runs))
+    if len(runs) > MOST_RUNS:
+        print(f"Figures show the first {MOST_RUNS} of {len(runs)} runs, as many as colours and "
+              "markers tell apart; name others in labels.")
+    failed = draw_figures(runs[:MOST_RUNS]) + write_pages(runs)
     text = f"{comparison_text(runs)}\n\n{ratings_text(runs)}"
     (HERE / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    print(f"comparison.md:\n\n{text}")
+    print(f"comparison.md:\n\n{text}\n")
+    print("Open first:", ", ".join(what_to_open(runs)))
     if failed:
-        sys.exit(f"plot.py: these figures failed, see above: {', '.join(failed)}")
+        sys.exit(f"plot.py: these failed, see above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -187,6 +187,10 @@ def test_eval_temporal_end_to_end(E, settings, text, name, ablate, own, drawn):
     assert seen["tokens"] == [f"<{t}>" for t in store.windows.tokens[12, 1:]]
     z = sae.encode(store.batch([12])).dense()[0]
     assert np.array(seen["values"]) == pytest.approx(z[:, seen["latents"]].t().detach().numpy(), abs=1e-4)
+    every = sae.encode(store.batch(np.arange(12, 52))).dense().flatten(0, 1).detach().numpy()
+    q95 = [np.quantile(every[every[:, i] != 0, i], 0.95) for i in seen["latents"]]
+    assert np.array(seen["q95"]) == pytest.approx(q95, rel=1e-4)
+    assert seen["file"] == store.windows.names[store.windows.doc_ids[12]] and "stability" in seen["selection"]
 
 
 def test_explained_variance_of_the_two_halves(E, settings, text):

@@ -126,7 +126,7 @@ def template(folder, runs, labels=None):
     """A copy of plot.py, with pages/, in `folder` beside the runs {name: what final_info.json holds, or its text}."""
     source = (PROJECT / "plot.py").read_text()
     if labels is not None:
-        source, found = re.subn(r"^labels = \{\n.*?^\}\n", lambda _: f"labels = {labels!r}\n", source, flags=re.M | re.S)
+        source, found = re.subn(r"^labels = \{\}$", lambda _: f"labels = {labels!r}", source, flags=re.M)
         assert found == 1
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plot.py").write_text(source)
@@ -144,9 +144,9 @@ def load(folder):
     return load_module(folder / "plot.py")
 
 
-def run_plot(folder, cwd):
-    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    return subprocess.run([sys.executable, str(folder / "plot.py")], cwd=cwd, env=env, capture_output=True, text=True)
+def run_plot(folder, cwd, *arguments, **variables):
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | variables
+    return subprocess.run([sys.executable, str(folder / "plot.py"), *arguments], cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def png_size(path):
@@ -180,7 +180,8 @@ def test_all_kinds_of_runs_at_once(tmp_path):
     assert sum("not in labels" in line for line in said) == 1 and any(line.startswith("run_11: not in labels") for line in said)
     for name in FIGURES:
         assert png_size(folder / f"{name}.png")[0] == 1300, name
-    assert "headline_metrics.png: run_0, run_1, run_5, run_6, run_7, run_12, run_13, run_14" in said
+    assert "runs: run_0 (standard (baseline)), run_1 (topk), run_5 (mine), run_6 (run_6), run_7 (gated), run_12 (temporal_adaptation), " \
+        "run_13 (temporal_adaptation (run_13)), run_14 (temporal_adaptation, no trace)" in said
     table = (folder / "comparison.md").read_text()
     assert table.strip() in done.stdout
     assert len(re.findall(r"^\| run_1: topk +\| fvu .*\| 0\.0001 .*\| yes +\| 2 against 1", table, re.M)) == 1
@@ -190,19 +191,69 @@ def test_all_kinds_of_runs_at_once(tmp_path):
 
 
 def test_labels_as_they_ship_and_one_run(tmp_path):
-    folder = template(tmp_path, {"run_0": results("standard", 0.3)})
+    folder = template(tmp_path, {"run_0": results("standard", 0.3), "run_1": None})
+    (folder / "recovery.png").write_bytes(b"of a run that is gone")
+    del (content := results("standard", 0.3))["recovery"]
+    (folder / "run_0" / "final_info.json").write_text(json.dumps(content))
     done = run_plot(folder, cwd=folder)
     assert done.returncode == 0 and done.stderr == ""
     assert "run_1: skipped" in done.stdout and "Nothing was tested" in (folder / "comparison.md").read_text()
-    assert {path.stem for path in folder.glob("*.png")} == set(FIGURES) - {"parameters", "losses", "variance_scaling", "ablations"}
+    assert {path.stem for path in folder.glob("*.png")} == set(FIGURES) - {"parameters", "losses", "variance_scaling", "ablations", "recovery"}
+
+
+def test_all_complete_runs_are_drawn_in_order(tmp_path):
+    runs = {name: results("topk", 0.2) for name in ("run_10", "run_9", "run_batch_topk", "run_0", "run_a", "run_01.old.1", "other")}
+    folder = template(tmp_path, runs | {"run_11": None})
+    (folder / "run_2.py").write_text("")
+    assert [run.folder for run in load(folder).load_runs()] == ["run_0", "run_a", "run_batch_topk", "run_9", "run_10"]
+    named = template(tmp_path / "named", {"run_10": runs["run_10"], "run_0": runs["run_0"]}, {"run_10": "mine", "run_0": None})
+    assert [(run.folder, run.label) for run in load(named).load_runs()] == [("run_10", "mine"), ("run_0", "topk")]
 
 
 def test_no_run_at_all_is_an_error(tmp_path):
-    folder = template(tmp_path, {"run_0": None, "run_5": results("topk", 0.2)})
-    done = run_plot(folder, cwd=folder)
-    assert done.returncode == 1 and not list(folder.glob("*.png"))
-    assert "nothing to draw" in done.stderr and "run_0, run_batch_topk, run_1" in done.stderr and "Traceback" not in done.stderr
-    assert "run_5: not in labels" in done.stdout
+    for labels, named in ((None, "run_*"), ({"run_0": None, "run_7": "mine"}, "run_0, run_7")):
+        folder = template(tmp_path / named[-1], {"run_0": None} | ({"run_5": results("topk", 0.2)} if labels else {}), labels)
+        done = run_plot(folder, cwd=folder)
+        assert done.returncode == 1 and not list(folder.glob("*.png"))
+        assert "nothing to draw" in done.stderr and named in done.stderr and "Traceback" not in done.stderr
+        assert ("run_5: not in labels" in done.stdout) == (labels is not None)
+
+
+def test_help_and_arguments_that_there_are_not(tmp_path):
+    folder = template(tmp_path, {"run_0": results("standard", 0.3)})
+    done = run_plot(folder, folder, "--help")
+    assert done.returncode == 0 and "labels = {" in done.stdout and "run_batch_topk" in done.stdout
+    done = run_plot(folder, folder, "--out", "x")
+    assert done.returncode == 2 and "--out" in done.stderr and len(done.stderr) < 200
+    assert not list(folder.glob("*.png"))
+
+
+def test_a_backend_that_is_not_there(tmp_path):
+    done = run_plot(template(tmp_path, {}), tmp_path, "--help", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    plot = load(template(tmp_path, {"run_0": results("standard", 0.3)}))
+    for place in ("/proc", tmp_path / "plot.py"):           # whoever runs this, no file can be made there
+        plot.HERE = plot.Path(place)
+        with pytest.raises(SystemExit, match=f"cannot be written into {place} .*Copy the folder"):
+            plot.main()
+
+
+def test_what_to_open_is_said_last(tmp_path):
+    folder = template(tmp_path, {f"run_{i}": results("topk", 0.2) for i in range(3)})
+    for i, name in enumerate(("run_2", "run_0", "run_1")):
+        os.utime(folder / name / "final_info.json", (i, i))
+    (folder / "run_1" / "features.json").write_text(json.dumps({"latents": []}))
+    plot = load(folder)
+    plot.FIGURES = {}
+    (folder / "headline_metrics.png").write_bytes(b"")
+    runs = plot.load_runs()
+    assert plot.what_to_open(runs) == ["headline_metrics.png"]
+    for name in ("comparison.md", "run_0/features.html", "run_1/features.html"):
+        (folder / name).write_text("")
+    assert plot.what_to_open(runs) == ["run_1/features.html", "comparison.md", "headline_metrics.png"]
 
 
 # Reading and drawing -------------------------------------------------------------------------------------------------
@@ -216,8 +267,10 @@ def test_legends_and_colors(tmp_path):
     assert len({run.color for run in loaded}) == 4
     want = [matplotlib.colors.to_rgba(run.color) for run in loaded]
     bars = plot.fig_headlines(loaded).axes[0].patches
-    assert [bar.get_facecolor() for bar in bars] == want
-    for draw in (plot.fig_training, plot.fig_position, plot.fig_stability_fidelity, plot.fig_autocorrelation):
+    assert [bar.get_facecolor() for bar in bars] == want[1:]        # differences from the first
+    bars = plot.fig_headlines(loaded[:1]).axes[0].patches
+    assert [bar.get_facecolor() for bar in bars] == want[:1]
+    for draw in (plot.fig_training, plot.fig_position, plot.fig_autocorrelation):
         legend = draw(loaded).legends[0]
         assert [matplotlib.colors.to_rgba(line.get_color()) for line in legend.get_lines()] == want
         assert [text.get_text() for text in legend.get_texts()] == [run.label for run in loaded]
@@ -234,30 +287,73 @@ def test_stage_borders_and_target(tmp_path):
     plot.plt.close("all")
 
 
+def panel(axes, title):
+    return next(axis for axis in axes if axis.get_title(loc="left").replace("\n", " ").replace("\xa0", " ") == title)
+
+
 def test_metrics_never_seen(tmp_path):
     extra = results("mine", 0.2) | {"other": {"means": {"brand_new_score_mean": -0.4}, "stderrs": {"brand_new_score_stderr": 0.1}}}
     plot = load(template(tmp_path, {"run_0": results("standard", 0.3), "run_1": extra}))
     axes = plot.fig_headlines(plot.load_runs()).axes
-    panel = next(axis for axis in axes if axis.get_title(loc="left") == "other: brand new score")
-    assert [text.get_text() for text in panel.texts] == ["not measured", "-0.400"]
-    assert panel.get_xlim()[0] < -0.5 and len(axes) == 15
-    assert [axis.get_title(loc="left") for axis in axes[8:11]] == ["stability ↑", "smoothness ↓", "coherence ↑"]
+    unknown = panel(axes, "other: brand new score")
+    assert [text.get_text() for text in unknown.texts] == ["n/a", "-0.400"] and unknown.get_xlabel() == ""
+    assert unknown.patches[0].get_width() == -0.4       # the baseline has none: the value itself
+    assert unknown.get_xlim()[0] < -0.5 and len(axes) == 13
+    assert [axis.get_title(loc="left") for axis in axes[6:9]] == ["stability (energy-weighted)\xa0↑", "smoothness\xa0↓", "coherence\xa0↑"]
     plot.plt.close("all")
 
 
-def test_error_bars(tmp_path):
+def test_headlines_are_differences_with_intervals(tmp_path):
+    """.945 against .94 is visible, its direction is said, and its interval is that of the paired test."""
+    runs = {"run_0": results("standard", 0.055), "run_1": results("topk", 0.06), "run_2": results("topk", 0.05, data="xyz")}
+    runs["run_2"]["training"]["config"]["TARGET_L0"] = 8
+    plot = load(template(tmp_path, runs))
+    loaded = plot.load_runs()
+    axis = panel(plot.fig_headlines(loaded).axes, "explained variance ↑")
+    bar, = axis.patches
+    assert bar.get_width() == pytest.approx(-0.005) and bar.get_y() < 1 < bar.get_y() + bar.get_height()
+    low, high = axis.get_xlim()
+    assert high - low < 0.02 and low < -0.0051 and high > 0
+    assert "minus standard" in axis.get_xlabel() and axis.get_xlabel().endswith("better →")
+    assert [text.get_text() for text in axis.texts] == ["0.945", "0.940", "0.950"]      # the last does not compare: no bar
+    difference = plot.paired_test(*plot.paired(loaded[1], loaded[0], "fvu"))
+    (line,), = (collection.get_segments() for collection in axis.collections)
+    assert sorted(line[:, 0] + 0.005 - difference.mean) == pytest.approx([-difference.high, -difference.low])
+    assert panel(plot.fig_headlines(loaded).axes, "loss increase (nats) ↓").get_xlabel().endswith("← better")
+    plot.plt.close("all")
+
+
+def test_names_and_times_of_headlines(tmp_path):
+    """No doubled names, no wall-clock times, and a mean over prefixes is called that."""
+    extra = {"probes": {"means": {"probe_token_type_mean": 0.8, "probe_brand_new_mean": 0.5}}, "core": results("topk", 0.2)["core"]}
+    extra["core"]["means"]["best_val_loss_mean"] = 0.1
+    plot = load(template(tmp_path, {"run_0": results("matryoshka", 0.3), "run_1": extra}))
+    titles = [axis.get_title(loc="left").replace("\xa0", " ") for axis in plot.fig_headlines(plot.load_runs()).axes]
+    assert {"probe: token type ↑", "probe brand new", "training loss (last) ↓\n(matryoshka: mean over prefixes)"} <= set(titles)
+    assert {"core: validation loss (best)\n↓", "core: validation loss (best) ↓"} & set(titles)
+    assert not [title for title in titles if "time" in title or "tokens/s" in title]
+    runs = plot.load_runs()
+    assert plot.fig_training(runs).axes[0].get_ylabel() == "reconstruction loss\n(matryoshka: mean over prefixes)"
+    assert plot.prefix_note([run._replace(config={"SAE_VARIANT": "topk"}) for run in runs]) == ""
+    plot.plt.close("all")
+
+
+def test_intervals(tmp_path):
     one, two = results("standard", 0.3), results("topk", 0.2, seeds=2)
     one["core"]["per_sequence"] = [{"fvu": [0.0] * 60 + [1.0] * 4}]
     plot = load(template(tmp_path, {"run_0": one, "run_1": two}))
     single, several = plot.load_runs()
-    assert plot.error_bar(several, several.entries["core"], "l0") == ([0.01, 0.01], True)
-    assert plot.error_bar(single, single.entries["core"], "ce_recovered_vs_unigram") == (None, False)
-    (below, above), over_seeds = plot.error_bar(single, single.entries["core"], "explained_variance")
-    assert not over_seeds and 0 < above < 4 / 64 <= below < 0.1      # rare bad files: the longer tail is below
-    (below, above), over_seeds = plot.error_bar(single, single.entries["temporal"], "stability")
-    assert not over_seeds and below == pytest.approx(1.96 * 0.01 / 63 ** 0.5, rel=0.4) and above > 0     # one file has None
+    assert plot.over_seeds([several], "core", "l0") == [0.01, 0.01] and plot.over_seeds([single, several], "core", "l0") is None
+    assert plot.over_seeds([several, several], "core", "l0") == pytest.approx([0.01 * 2 ** 0.5] * 2)
+    assert plot.over_sequences(single, "ce_recovered_vs_unigram") is None
+    below, above = plot.over_sequences(single, "explained_variance")
+    assert 0 < above < 4 / 64 <= below < 0.1                     # rare bad files: the longer tail is below
+    below, above = plot.over_sequences(single, "stability")
+    assert below == pytest.approx(1.96 * 0.01 / 63 ** 0.5, rel=0.4) and above > 0     # one file has None
     nothing = single._replace(per_sequence=[{"stability": [None] * FILES}])
-    assert plot.error_bar(nothing, single.entries["temporal"], "stability") == (None, False)
+    assert plot.over_sequences(nothing, "stability") is None
+    assert plot.over_sequences(several, "stability", single)
+    assert plot.point_error(several, "stability") == [[0.01], [0.01]] and plot.point_error(single, "stability")[0][0] < 0.005
 
 
 def test_controls_inside_and_outside_the_panel(tmp_path):
@@ -265,7 +361,56 @@ def test_controls_inside_and_outside_the_panel(tmp_path):
     left, right = plot.fig_sparsity_fidelity(plot.load_runs()).axes
     assert left.get_title(loc="right") == "dotted: token-pair lookup (0.7); off scale: untrained SAE (0.05)"
     low, high = left.get_ylim()
-    assert low < 0.6 and 0.8 < high and right.get_title(loc="right").startswith("off scale")
+    assert low < 0.6 and 0.8 < high and right.get_title(loc="right") == "off scale: the model itself (0)"
+    plot.plt.close("all")
+
+
+def test_a_line_through_the_runs_of_one_variant(tmp_path):
+    """Only through runs that differ in TARGET_L0 alone; every point has its name and its interval."""
+    def run(variant, l0, fvu, **constants):
+        content = results(variant, fvu)
+        content["core"]["metrics"] |= {"l0": l0 + 0.5}
+        content["core"]["per_sequence"][0]["l0"] = [l0 - 0.5, l0 + 1.5] * (FILES // 2)
+        content["training"]["config"] |= {"TARGET_L0": l0} | constants
+        return content
+
+    plot = load(template(tmp_path, {
+        "run_0": run("topk", 32, 0.1), "run_1": run("topk", 64, 0.05), "run_2": run("topk", 16, 0.2, SEEDS=[1]),
+        "run_3": run("topk", 8, 0.3, TRAIN_TOKENS=5), "run_4": run("gated", 32, 0.15), "run_5": run("gated", 32, 0.16)}))
+    runs = plot.load_runs()
+    assert [[run.folder for run in group] for group in plot.frontiers(runs)] == [["run_2", "run_0", "run_1"]]
+    for axis, values in zip(plot.fig_sparsity_fidelity(runs).axes, ([0.8, 0.9, 0.95], [0.2, 0.1, 0.05])):
+        line, = [line for line in axis.lines if len(line.get_xdata()) == 3]
+        assert list(line.get_xdata()) == [16.5, 32.5, 64.5] and list(line.get_ydata()) == pytest.approx(values)
+        assert [text.get_text() for text in axis.texts] == [run.label for run in runs]
+        assert len(axis.containers) == len(runs) and all(bars.has_xerr and bars.has_yerr for bars in axis.containers)
+        (left, right), = axis.containers[0].lines[2][0].get_segments()
+        assert left[0] == pytest.approx(32.25, abs=0.1) and right[0] == pytest.approx(32.75, abs=0.1)
+    plot.plt.close("all")
+
+
+def test_names_at_points_hide_neither_points_nor_names(plot):
+    rng = np.random.default_rng(0)
+    panel, names = (0, 0, 300, 200), []
+    points = rng.uniform((100, 60), (200, 140), (12, 2))
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for point in points:
+        x, y = plot.free_place(point, 40, panel, [*taken, *names])
+        names.append((x - 20, y - 4, x + 20, y + 4))
+    for i, (left, bottom, right, top) in enumerate(names):
+        assert 0 < left and right < 300 and 0 < bottom and top < 200
+        assert not [box for box in taken + names[:i] if left < box[2] and box[0] < right and bottom < box[3] and box[1] < top]
+    assert plot.free_place((150, 100), 400, panel, []) == (359, 100)       # too long for the panel: to the right
+
+
+def test_many_points_have_a_legend(tmp_path):
+    core = {"core": {"means": {}, "metrics": {"l0": 31.0, "explained_variance": 0.5, "stability": 0.1}}}
+    plot = load(template(tmp_path, {f"run_{i}": core for i in range(13)}))
+    runs = plot.load_runs()
+    for draw in (plot.fig_sparsity_fidelity, plot.fig_stability_fidelity):
+        figure = draw(runs)
+        assert len(figure.legends[0].get_texts()) == 13 and not figure.axes[0].texts
+        assert not draw(runs[:12]).legends
     plot.plt.close("all")
 
 
@@ -289,6 +434,8 @@ def test_seeds_that_stopped_at_different_steps(plot, tmp_path):
     assert list(steps) == [10, 15, 20] and values.tolist() == [[3.0, 2.5, 2.0], [1.0, 1.0, 1.0]]
     assert plot.training_curve(run, "step", "absent") is None
     assert plot.training_curve(run, "step", "late")[0] == [20]
+    run.curves[0]["training"]["losses"]["never"] = [None, None]
+    assert plot.training_curve(run, "step", "never") is None
 
 
 def test_a_loss_of_some_stages_stands_at_their_steps(plot, tmp_path):
@@ -327,6 +474,7 @@ def test_nothing_is_cut_off(tmp_path, n, seeds):
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
                     figure.savefig(tmp_path / f"{name}.png")
+                assert not [text for text in figure.findobj(plot.Text) if text.get_visible() and "mathdefault" in text.get_text()], name
                 assert png_size(tmp_path / f"{name}.png")[0] == 1300
                 box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
                 assert -0.02 < box.x0 and box.x1 < width + 0.02 and -0.02 < box.y0 and box.y1 < height + 0.02, (name, box)
@@ -362,11 +510,16 @@ def test_autocorrelation_and_its_nulls(tmp_path):
     assert left.get_yscale() == "log" and len(left.collections) == 3        # the ranges of the seeds
     shaded = left.patches[0].get_extents().transformed(left.transData.inverted())
     assert [shaded.x0, shaded.x1] == pytest.approx([5, 16])
+    assert [text.get_text() for text in right.get_yticklabels()] == [run.label for run in runs]
+    assert "filled: mean over latents; hollow: energy-weighted" in right.get_xlabel()
     null, token, observed = right.lines[3:6]
     draws = np.concatenate([seed["stability_null"] for seed in runs[1].curves])
     assert list(null.get_xdata()) == pytest.approx(list(np.percentile(draws, (2.5, 97.5)))) and list(null.get_ydata()) == [1, 1]
     assert [list(line.get_xdata()) for line in (token, observed)] == [[0.002], [0.02]]
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["permuted positions (95 %)", "from tokens alone"]
+    unweighted = runs[0]._replace(metrics=runs[0].metrics | {"stability_weighted": 0.015})
+    *_, filled, hollow = plot.fig_autocorrelation([unweighted]).axes[1].lines
+    assert [(line.get_xdata()[0], line.get_markerfacecolor()) for line in (filled, hollow)] == [(0.02, runs[0].color), (0.015, "white")]
     below = runs[0]._replace(curves=[{"autocorrelation": [0.1, -0.1, None]}], config={"STABILITY_LAGS": [2, 3]})
     left, right = plot.fig_autocorrelation([below]).axes
     assert left.get_yscale() == "linear" and "2-3" in left.get_title(loc="right")
@@ -381,6 +534,8 @@ def test_stability_against_fidelity(tmp_path):
     assert [point.get_xdata()[0], point.get_ydata()[0]] == [pytest.approx(0.89), 0.02] and len(bars) == 2
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("explained variance ↑", "stability ↑")
     assert plot.fig_stability_fidelity([bare]) is None
+    both = runs[1]._replace(metrics=runs[1].metrics | {"slow_explained_variance": 0.01})
+    assert [axis.get_ylabel() for axis in plot.fig_stability_fidelity([bare, both]).axes] == ["slow explained variance ↑", "stability ↑"]
     plot.plt.close("all")
 
 
@@ -390,16 +545,29 @@ def test_tokens_are_shown_as_they_are(plot):
 
 
 def test_evolution_shows_the_last_two_runs(tmp_path):
+    """Rows that fire, in one unit: q95 if both runs have it, else their values."""
     plot, runs = several(tmp_path, 4)
-    runs[3].curves[0]["evolution"]["values"][5] = [0.0] * SEQ           # a silent latent
-    *axes, _ = plot.fig_evolution(runs).axes
-    assert [axis.get_title(loc="left") for axis in axes] == [run.label for run in runs[2:]]
-    for axis, run in zip(axes, runs[2:]):
-        values, found = np.array(axis.images[0].get_array()), np.array(run.curves[0]["evolution"]["values"])[:, -64:]
-        assert np.allclose(values * np.maximum(found.max(1, keepdims=True), 1e-9), found)
-        assert set(values.max(1).round(9)) <= {0.0, 1.0} and values.shape == (16, 64)
-        assert [text.get_text() for text in axis.get_xticklabels()] == [plot.visible(t) for t in TOKENS[SEQ - 64:SEQ]]
-        assert [text.get_text() for text in axis.get_yticklabels()] == [str(i) for i in range(100, 116)]
+    passages = [run.curves[0]["evolution"] for run in runs]
+    passages[3]["values"][5] = [1.0] * (SEQ - 64) + [0.0] * 64          # silent where it is shown
+    passages[2]["values"] = (3 * np.array(passages[2]["values"])).tolist()
+    passages[3] |= {"q95": [2.0] * 8 + [0.5] * 8, "file": "a/b.py", "selection": "first window"}
+    shown = [list(range(16)), [i for i in range(16) if i != 5]]
+    for units in (np.ones((2, 16)), np.array([[4.0] * 16, passages[3]["q95"]])):
+        figure = plot.fig_evolution(runs)
+        *axes, bar = figure.axes
+        assert [axis.get_title(loc="left") for axis in axes] == [runs[2].label, f"{runs[3].label}: a/b.py"]
+        assert bar.get_ylabel() == ("value" if units.max() == 1 else "value / q95")
+        assert "first window" in figure.get_supxlabel() and "One scale" in figure.get_supxlabel()
+        for axis, passage, rows, unit in zip(axes, passages[2:], shown, units):
+            values, found = np.array(axis.images[0].get_array()), np.array(passage["values"])[rows, -64:]
+            assert np.allclose(values * unit[rows, None], found) and values.shape == (len(rows), 64)
+            assert [text.get_text() for text in axis.get_xticklabels()] == [plot.visible(t) for t in TOKENS[SEQ - 64:SEQ]]
+            assert [text.get_text() for text in axis.get_yticklabels()] == [str(100 + i) for i in rows]
+        assert len({axis.images[0].get_clim() for axis in axes}) == 1
+        assert axes[0].images[0].get_clim()[1] == max(axis.images[0].get_array().max() for axis in axes)
+        passages[2]["q95"] = [4.0] * 16
+    passages[3]["values"] = np.zeros((16, SEQ)).tolist()
+    assert [axis.get_title(loc="left") for axis in plot.fig_evolution(runs).axes[:2]] == [run.label for run in runs[1:3]]
     plot.plt.close("all")
 
 
@@ -445,16 +613,233 @@ def test_parameters_and_the_stages_of_their_runs(tmp_path):
     plot.plt.close("all")
 
 
-def test_a_figure_that_fails_keeps_no_other_from_being_drawn(tmp_path, capsys):
+def test_parameters_that_do_not_learn(tmp_path):
+    """Fixed ones, and the weight that is steered towards TARGET_L0, are no curves of learning."""
+    plot, runs = several(tmp_path, 3)
+    log = runs[2].curves[0]["training"]
+    n = len(log["step"])
+    log["parameters"] = {"fixed": [0.3] * n, "beta_1": [1 / s for s in log["step"]], "late": [None] * (n - 2) + [0.5, 0.6]}
+    axes = plot.FIGURES["parameters"](runs).axes
+    assert [axis.get_ylabel() for axis in axes] == ["gate", "late"]
+    del log["parameters"]["late"]
+    assert plot.FIGURES["parameters"]([runs[2]]) is None
+    plot.plt.close("all")
+
+
+@pytest.mark.parametrize("starts", [(0, 200, 350, 352), (0, 339, 341, 343)])
+def test_names_of_short_stages_do_not_overlap(tmp_path, starts):
+    """Also where a loss begins late, just before a border."""
     plot, runs = several(tmp_path, 2)
-    (plot.HERE / "similarity.png").write_bytes(b"of an earlier time")
-    plot.HERE = tmp_path
-    plot.FIGURES = {"similarity": lambda runs: {}["run_length"], "headline_metrics": plot.fig_headlines}
-    with pytest.raises(SystemExit, match="similarity"):
+    log = runs[1].curves[0]["training"]
+    log |= {"stage_starts": list(starts), "stages": ["first", "second", "third", "fourth"]}
+    log["losses"]["contrastive"] = log["losses"]["contrastive"][-4:]
+    axis, *_ = plot.FIGURES["losses"](runs).axes
+    axis.figure.canvas.draw()
+    corners = [text.get_window_extent().x0 * 72 / axis.figure.dpi for text in axis.texts]
+    assert len(corners) == sum(end > 340 for end in (*starts[1:], np.inf)) >= 2
+    assert (np.diff(corners) > 16).all()
+    plot.plt.close("all")
+
+
+def test_unlearning_has_a_panel_for_each_strategy(tmp_path):
+    """One line a false-positive rate, controls beside the strategy without a gate, dots for one thing."""
+    plot, runs = several(tmp_path, 2)
+    for run in runs:
+        frontier = run.curves[0]["frontier"]
+        for i, name in enumerate(("pattern_0.05", "pattern_0.2", "random_latents")):
+            frontier[name] = [row | {"neighbours": 1.0 + i} for row in frontier["hybrid"]]
+        run.config.update(FALSE_POSITIVES=[0.01, 0.05, 0.2], FORGET="sympy")
+    (plot.HERE / "bench" / "results").mkdir(parents=True)
+    (plot.HERE / "bench" / "results" / "oracle.json").write_text('{"forget": "sympy", "increase": {"forget": 0.7}}')
+    figure = plot.fig_unlearning(runs)
+    axes = np.array(figure.axes).reshape(3, 3)
+    assert [axis.get_title(loc="left") for axis in axes[0]] == ["standard", "pattern", "hybrid"]
+    for axis, styles in zip(axes[0], (["-", "None"], ["-", "--", "-."], ["-"])):
+        curves = [line for line in axis.lines if list(line.get_ydata()) != [0, 1]]
+        assert [line.get_linestyle() for line in curves] == styles * 2
+        assert {line.get_color() for line in curves} == {run.color for run in runs}
+        borders = [line for line in axis.lines if list(line.get_ydata()) == [0, 1]]
+        assert [(line.get_xdata()[0], line.get_linestyle()) for line in borders] == [(0.4, "-"), (0.7, "-")]
+    pattern = axes[0, 1].lines[0]
+    assert list(pattern.get_xdata()) == [0.1, 0.4, 1.6] and list(pattern.get_ydata()) == [0.0025, 0.01, 0.04]
+    assert list(axes[0, 1].lines[1].get_ydata()) == [1, 1, 1] and len(axes[1, 0].lines) == 2 * 3 + 2        # projection
+    assert {axis.get_ylim() for axis in axes[:2].flat} == {axes[0, 0].get_ylim()} and axes[0, 0].get_ylim()[1] > 2
+    assert [axis.get_title(loc="left") for axis in axes[2]] == ["pattern: tokens of FORGET", "hybrid: windows of FORGET", ""]
+    assert list(axes[2, 0].lines[0].get_ydata()) == [0.0, 0.8, 1.0]
+    names = [text.get_text() for text in axes[2, 2].get_legend().get_texts()]
+    assert names[:3] == ["false positives 0.01", "false positives 0.05", "false positives 0.2"]
+    note = " ".join(figure.legends[0].get_title().get_text().split())
+    assert "where strategies are compared (0.4 nats), a model trained without FORGET (0.7 nats)" in note
+    plot.plt.close("all")
+
+
+def test_the_clamped_passage_shows_how_the_gate_opens(tmp_path):
+    plot, runs = several(tmp_path, 1)
+    n = 100
+    passage = {"tokens": [f"t{i}" for i in range(n)], "match": [0.5] * n, "gate": [0.0] * 40 + [0.9] * (n - 40),
+               "threshold": [0.6] * n, "standard": [i % 2 == 0 for i in range(n)], "hybrid": [i >= 40 and i % 2 == 0 for i in range(n)]}
+    runs[0].curves[0]["passage"] = passage
+    clamps, gate = plot.fig_clamped_passage(runs).axes
+    assert [text.get_text() for text in gate.get_xticklabels()] == passage["tokens"][24:72]
+    assert [text.get_text() for text in clamps.get_yticklabels()] == ["clamped: standard", "clamped: hybrid"]
+    assert [list(line.get_xdata()) for line in clamps.lines] == [list(range(0, 48, 2)), list(range(16, 48, 2))]
+    assert clamps.get_xlim() == gate.get_xlim() == (-0.6, 47.6)
+    for gates, first in (([0.0] * n, 52), ([0.9] * n, 0), ([0.0] * 98 + [0.9] * 2, 52)):     # closed: the end
+        assert plot.part_of_passage(passage | {"gate": gates})["tokens"][0] == f"t{first}"
+    plot.plt.close("all")
+
+
+def test_the_panel_of_ratings_is_there_if_latents_are_rated(tmp_path):
+    plot, runs = several(tmp_path, 2)
+    figure = plot.fig_latents(runs)
+    axis, = figure.axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == [run.label for run in runs]
+    assert axis.get_title(loc="right") == "control: an untrained SAE on a model\nwith random weights"
+    found = {line.get_marker(): line.get_xdata()[0] for line in axis.lines if line.get_color() == runs[1].color}
+    assert found == {runs[1].marker: 0.5, "|": 0.3, "x": 0.2, "2": 0.45}
+    assert "people (95 % interval)" not in [text.get_text() for text in figure.legends[0].get_texts()]
+    rated = runs[1]._replace(ratings={name: {i: {"a": i % 2} for i in range(9)} for name in ("score", "correct")})
+    figure = plot.fig_latents([runs[0], rated])
+    assert [len(axis.containers) for axis in figure.axes] == [1, 1]
+    assert "people (95 % interval)" in [text.get_text() for text in figure.legends[0].get_texts()]
+    plot.plt.close("all")
+
+
+def test_windows_of_different_lengths_are_whole(tmp_path):
+    plot, runs = several(tmp_path, 2)
+    runs[1].curves[0]["similarity_matrix"] = np.eye(16).tolist()
+    first, second, _ = plot.fig_similarity(runs).axes
+    assert first.get_ylim() == (128, 0) and second.get_ylim() == (32, 0)
+    plot.plt.close("all")
+
+
+def test_bars_of_many_runs_have_their_markers(tmp_path):
+    plot, runs = several(tmp_path, 2)
+    axis = plot.fig_recovery(runs).axes[0]
+    marks = [(line.get_color(), line.get_marker()) for line in axis.lines if line.get_marker() != "None"]
+    assert marks == [(run.color, run.marker) for run in runs for _ in range(3)]
+    right = plot.fig_causal(runs).axes[1]
+    assert [patch.get_width() for patch in right.patches] == [0.6, 0.0, 0.4, 0.1] * 2
+    assert [text.get_text() for text in right.get_yticklabels()] == [
+        "standard: top tokens' logits", "standard: children that fire", "temporal: top tokens' logits", "temporal: children that fire"]
+    plot.plt.close("all")
+
+
+def test_a_figure_that_fails_keeps_no_other_from_being_drawn(tmp_path, capsys):
+    """Whether it fails while it is drawn or while it is saved."""
+    def unsaved(runs):
+        figure = plot.plt.figure()
+        figure.text(0, 0, r"cost $\alhpa$ 5", parse_math=True)
+        return figure
+
+    plot, runs = several(tmp_path, 2)
+    for name in ("similarity", "position"):
+        (plot.HERE / f"{name}.png").write_bytes(b"of an earlier time")
+    plot.FIGURES = {"similarity": lambda runs: {}["run_length"], "position": unsaved, "headline_metrics": plot.fig_headlines}
+    with pytest.raises(SystemExit, match="these failed, see above: similarity, position$"):
         plot.main()
-    assert "KeyError: 'run_length'" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "KeyError: 'run_length'" in said.err and "position.png: skipped" in said.err and "alhpa" in said.err
     assert (plot.HERE / "headline_metrics.png").exists() and (plot.HERE / "comparison.md").exists()
-    assert not (plot.HERE / "similarity.png").exists()
+    assert not (plot.HERE / "similarity.png").exists() and not (plot.HERE / "position.png").exists()
+    assert said.out.splitlines()[-1].startswith("Open first: comparison.md") and not plot.plt.get_fignums()
+
+
+def test_a_page_that_cannot_be_written(tmp_path, capsys):
+    plot, runs = several(tmp_path, 2)
+    (plot.HERE / "run_0" / "features.json").write_text(json.dumps({"latents": []}))
+    (plot.HERE / "run_0" / "features.html").mkdir()
+    assert plot.write_pages(runs) == ["run_0/features.html"]
+    said = capsys.readouterr()
+    assert "run_0/features.html: not written" in said.err and "run_1/features.html" in said.out
+
+
+HOSTILE = r"cost $\alhpa$ 5 | a_b * `c` <b>, per" + "\nline"
+
+
+def test_labels_are_literal(tmp_path):
+    """Neither mathematics nor Markdown: every figure is saved, every row of a table has its cells."""
+    runs = {"run_0": results("standard", 0.3), "run_1": results("temporal_adaptation", 0.2)}
+    folder = template(tmp_path, runs, {"run_0": "$", "run_1": HOSTILE})
+    done = run_plot(folder, folder)
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(list(folder.glob("*.png"))) == len(FIGURES) - 1      # no ablations
+    rows = [line for line in (folder / "comparison.md").read_text().splitlines() if line.startswith("|")]
+    counts = [len(re.split(r"(?<!\\)\|", row)) for row in rows]
+    assert sum("alhpa" in row for row in rows) >= 5 and set(counts) == {counts[0], counts[-1]}
+    assert all(r"5 \| a_b" in row for row in rows if "alhpa" in row)
+
+
+def test_names_of_runs_say_what_differs(tmp_path):
+    def run(seeds=1, **constants):
+        content = results("temporal", 0.2, seeds, ablate=constants.pop("ABLATE", ()))
+        content["training"]["config"] |= {"WINDOW": 5, "EVALS": ["core"], "torch": "2"} | constants
+        return content
+
+    runs = {"run_0": results("standard", 0.3), "run_1": run(), "run_2": run(WINDOW=9), "run_3": run(EVALS=["core", "x"], torch="3"),
+            "run_4": run(ABLATE=("attention",)), "run_5": run(ABLATE=("attention",), WINDOW=7), "run_6": run(seeds=3)}
+    loaded = load(template(tmp_path, runs)).load_runs()
+    assert [run.label for run in loaded] == [
+        "standard", "temporal", "temporal, WINDOW 9", "temporal (run_3)", "temporal, no attention", "temporal, no attention, WINDOW 7",
+        "temporal, SEEDS [0, 1, 2]"]
+
+
+OTHER = {"TRAIN_TOKENS": 9, "EXPANSION": 2, "TARGET_L0": 32, "MODEL_NAME": "other", "LAYER": 4, "data_hash": "xyz"}
+
+
+def test_runs_that_do_not_compare_are_marked_in_every_figure(tmp_path, monkeypatch):
+    """Each figure that shows such a run says why; the others, and the tables, have no asterisk."""
+    runs = {"run_0": results("temporal", 0.2), "run_1": results("temporal", 0.3, ablate=("attention",)),
+            "run_2": results("temporal_adaptation", 0.2, starts=(0, 200))}
+    runs["run_2"]["training"]["config"]["TARGET_L0"] = 48
+    plot = load(template(tmp_path, runs))
+    loaded, saved = plot.load_runs(), {}
+    assert [run.caveat for run in loaded] == ["", "", "TARGET_L0 (48, not 32)"]
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, path: saved.update({path.stem: figure}))
+    assert plot.draw_figures(loaded) == []
+    assert set(saved) == set(FIGURES)
+    for name, figure in saved.items():
+        texts = " ".join(" ".join(text.get_text().split()) for text in figure.findobj(plot.Text))
+        marked = "temporal_adaptation *" in texts
+        assert figure.get_suptitle() == "* other TARGET_L0 (48, not 32) than run_0" * marked, name
+        assert marked == (name != "ablations") and "temporal *" not in texts, name
+    assert " * " not in plot.comparison_text(loaded)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_keeps_runs_from_being_compared(plot, name):
+    same = {key: 1 for key in OTHER} | {"SAE_VARIANT": "topk"}
+    caveat = plot.caveat_of(same | {name: OTHER[name]}, same)
+    assert caveat == ("data_hash" if name == "data_hash" else f"{name} ({OTHER[name]}, not 1)")
+    assert plot.caveat_of(same | {"SAE_VARIANT": "x", "SEEDS": [2]}, same) == ""
+    assert plot.caveat_of(same | {"LAYER": None, "layer": 1}, same) == ""            # the middle one, left to the runner
+    assert plot.caveat_of({}, same).count(", not 1)") == 5                            # unknown
+
+
+def test_several_reasons_name_their_runs(plot, tmp_path):
+    runs = {f"run_{i}": results(f"v{i}", 0.2) for i in range(4)}
+    runs["run_1"]["training"]["config"]["EXPANSION"] = runs["run_3"]["training"]["config"]["EXPANSION"] = 2
+    plot = load(template(tmp_path, runs | {"run_2": results("v2", 0.2, data="xyz")}))
+    runs = [run._replace(label=run.label + " *" * bool(run.caveat)) for run in plot.load_runs()]
+    figure = plot.fig_position(runs)
+    figure.suptitle("of its own")
+    plot.explain_asterisks(figure, runs)
+    assert figure.get_suptitle().splitlines() == [
+        "of its own", "* v1, v3: other EXPANSION (2, not None) than run_0", "* v2: other data_hash than run_0"]
+    plot.plt.close("all")
+
+
+def test_many_runs_stay_apart(plot, tmp_path):
+    n = plot.MOST_RUNS
+    assert n == 63 and len(set(zip(itertools.islice(itertools.cycle(plot.COLORS), n), itertools.cycle(plot.MARKERS)))) == n
+    core = {"core": {"means": {"l0_mean": 31.0}, "metrics": {"l0": 31.0}}}
+    plot = load(template(tmp_path, {f"run_{i}": core for i in range(n + 1)}))
+    loaded = plot.load_runs()
+    assert len({(run.color, run.marker) for run in loaded[:n]}) == n
+    plot.FIGURES = {"headline_metrics": lambda runs: shown.append(len(runs)) or plot.plt.figure()}
+    shown = []
+    plot.main()
+    assert shown == [n]
 
 
 def test_histograms_of_the_variances(tmp_path):
@@ -463,8 +848,8 @@ def test_histograms_of_the_variances(tmp_path):
     axes = plot.fig_variance_scaling([*runs, runs[1]._replace(curves=still)]).axes
     assert [axis.get_xlabel() for axis in axes] == ["log10 variance", "log10 scaled variance", "decay per token"]
     for axis in axes:
-        areas = [sum(patch.get_xy()[1:-1:2, 1]) for patch in axis.patches]
-        assert areas[1:] == pytest.approx([1, 1]) or areas == pytest.approx([1, 1])
+        assert [sum(line.get_ydata()) for line in axis.lines] == pytest.approx([1, 1])
+        assert [(line.get_color(), line.get_marker()) for line in axis.lines] == [(run.color, run.marker) for run in (runs[2], runs[1])]
     assert axes[0].get_xlim()[0] == pytest.approx(-9, abs=0.6)      # a dead latent's variance of 0
     assert plot.fig_variance_scaling(runs[:2]) is None
     plot.plt.close("all")
@@ -485,8 +870,8 @@ def test_what_counts_as_an_ablation(tmp_path):
 def test_bars_of_the_ablations(tmp_path):
     plot, runs = several(tmp_path, 9, seeds=3)
     axes = plot.fig_ablations(runs).axes
-    assert [axis.get_title(loc="left") for axis in axes] == ["explained variance ↑", "loss increase (nats) ↓", "stability ↑",
-                                                           "smoothness ↓"]
+    assert [axis.get_title(loc="left") for axis in axes] == ["explained variance ↑", "loss increase (nats) ↓",
+                                                              "stability (energy-weighted) ↑", "smoothness ↓"]
     assert [text.get_text() for text in axes[0].get_yticklabels()] == ["temporal, no consistency", "temporal, no attention, no\npositions"]
     for axis, metric, sign in ((axes[0], "fvu", -1), (axes[2], "stability", 1)):
         difference, low, high, _ = plot.paired_test(*plot.paired(runs[8], runs[1], metric))
