@@ -3491,8 +3491,9 @@ def eval_hierarchy(run):
 
 @torch.enable_grad()
 def flat_peer(run):
-    """Returns a TopK SAE of the same width, L0 and number of steps, cached in the store's folder,
-    and the share of its steps that the time for evaluations allowed."""
+    """Returns a TopK SAE of the same width, L0 and number of steps, of seed 0 whatever the run's,
+    cached in the store's folder; and the share of its steps that the time for evaluations
+    allowed."""
     store, flat, steps = run.store, untrained(run), run.log["step"][-1]
     size = peer_batch(store)
     stage = Stage("flat", steps / (store.windows.n_train // size), PLAIN)
@@ -4356,8 +4357,7 @@ EVALUATIONS = {
     "core": Evaluation(eval_core, (
         "avg_inference_tokens_per_second", "explained_variance", "l0", "dead_fraction",
         "loss_increase_nats", "ce_recovered_vs_unigram")),
-    "temporal": Evaluation(eval_temporal, (
-        "slow_explained_variance", "stability", "smoothness")),
+    "temporal": Evaluation(eval_temporal, ("slow_explained_variance", "smoothness")),
     "probes": Evaluation(eval_probes, ("probe_token_type", "probe_context")),
     "detection": Evaluation(eval_detection),
     "unlearning": Evaluation(eval_unlearning, ("auroc_hybrid",)),
@@ -4367,7 +4367,7 @@ EVALUATIONS = {
     "hierarchy": Evaluation(eval_hierarchy, ("causal_specificity",), needs="levels")}
 TRAINING_HEADLINES = ("final_train_loss", "best_val_loss", "total_train_time")
 # Its windows have no labels, and in short windows there are no far lags
-NOT_IN_PREFLIGHT = {"probe_token_type", "slow_explained_variance", "stability"}
+NOT_IN_PREFLIGHT = {"probe_token_type", "slow_explained_variance"}
 
 
 def evaluate(run, train_seconds, times):
@@ -4412,7 +4412,11 @@ def run_evaluation(evaluation, run):
 def training_result(log, train_seconds):
     """Returns the AI-Scientist templates' training figures, and the training log."""
     _, losses = logged_values(log, "losses", "reconstruction")
-    metrics = {"final_train_loss": np.mean(losses[-5:]), "best_val_loss": min(log["val_loss"]),
+    # in earlier stages the SAE may be another one, as that of a curriculum with a larger k is
+    of_last_stage = [loss for step, loss in zip(log["val_step"], log["val_loss"])
+                     if step > log["stage_starts"][-1]]
+    metrics = {"final_train_loss": np.mean(losses[-5:]),
+               "best_val_loss": min(of_last_stage or log["val_loss"][-1:]),
                "total_train_time": train_seconds}
     metrics = {name: finite_number(value, f"metric {name!r}") for name, value in metrics.items()}
     return {"metrics": metrics, "curves": {"training": log}, "per_sequence": {}}

@@ -344,7 +344,7 @@ def visible(token):
 # SAEs differ? Its units are held-out files: two seeds of one method differ too.
 # The better direction of a metric: by its name, or by how its name begins.
 HIGHER = ("explained_variance", "ce_recovered", "stability", "coherence", "probe_", "accuracy_",
-          "detection", "avg_inference", "auroc", "causal_specificity", "sae_top", "cosine")
+          "detection", "avg_inference", "auroc", "causal_specificity", "sae_top", "cosine", "slow_")
 LOWER = ("fvu", "loss_increase", "final_train_loss", "best_val_loss", "total_train_time", "kl",
          "dead_fraction", "smoothness", "polysemanticity")
 CLOCKS = ("total_train_time", "avg_inference_tokens_per_second")    # depend on the machine's load
@@ -1123,8 +1123,8 @@ def fig_autocorrelation(runs):
     short_ticks(left.yaxis)
     right.set_xscale("symlog", linthresh=1e-3)
     short_ticks(right.xaxis)
-    right.set_xlabel("stability ↑ (logarithmic beyond 0.001)\n"
-                     "filled: mean over latents; hollow: energy-weighted")
+    right.set_xlabel("stability ↑ (log scale beyond 0.001)\n"
+                     "filled: plain mean; hollow: by energy")
     one_row_per_run(right, runs)
     controls = labelled_artists(right)
     right.legend(controls.values(), controls, loc="lower right", bbox_to_anchor=(1, 1), ncols=2,

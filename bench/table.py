@@ -79,7 +79,10 @@ SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "te
                      *(row for row in ROWS if row.endswith(", re-initialised model"))]}
 COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss increase (nats)", "ce_recovered_vs_unigram": "CE recovered vs unigram",
            "ce_recovered_vs_mean": "vs mean", "ce_recovered_vs_zero": "vs zero", "dead_fraction": "dead", "single_token_fraction": "single-token",
-           "stability": "stability", "stability_far": "stability, lags 17-32", "stability_unweighted": "unweighted", "stability_token": "of tokens alone", "energy": "E[z²]",
+           "slow_explained_variance": "slow EV", "slow_explained_variance_null": "its null", "stability": "stability",
+           "stability_far": "stability, lags 17-32", "stability_token": "of tokens alone", "largest_ten_share": "share of the ten largest",
+           "stability_one_rate": "stability, one rate", "stability_weighted_one_rate": "stability, weighted, one rate",
+           "stability_far_weighted_one_rate": "stability, weighted, one rate, lags 17-32", "energy": "E[z²]",
            "smoothness": "smoothness", "smoothness_raw": "raw", "coherence": "coherence",
            "explained_variance_early": "EV, positions 1-63", "explained_variance_late": "EV, 64-127",
            "polysemanticity": "polysemanticity", "probe_token_type": "syntax probe", "probe_context": "context probe",
@@ -103,10 +106,13 @@ COLUMNS |= {"flat_explained_variance": "EV of the flat TopK", "mutual_informatio
             **{f"ami_{kind}{rival}": f"AMI, {kind}" if not rival else title for kind in ("token", "context")
                for rival, title in {"": "", "_ward": "Ward", "_kmeans": "k-means"}.items()},
             "causal_specificity": "causal specificity", "causal_cosine": "causal cosine", "patched_children": "patched children", "patched_children_rival": "of a rival"}
-TESTED = {"explained_variance": "explained variance", "loss_increase_nats": "loss increase", "stability": "stability",
-          "stability_far": "stability, lags 17-32", "smoothness": "smoothness", "probe_token_type": "syntax probe",
+TESTED = {"explained_variance": "explained variance", "loss_increase_nats": "loss increase",
+          "slow_explained_variance": "slow EV", "stability": "stability", "stability_far": "stability, lags 17-32",
+          "stability_weighted_one_rate": "stability, weighted, one rate",
+          "stability_far_weighted_one_rate": "stability, weighted, one rate, lags 17-32", "smoothness": "smoothness", "probe_token_type": "syntax probe",
           "probe_context": "context probe"}
-BY_FILE = ("fvu", "loss_increase_nats", "stability", "stability_far", "smoothness", "accuracy_token_type", "accuracy_context")
+BY_FILE = ("fvu", "loss_increase_nats", "slow_explained_variance", "stability", "stability_far",
+           "smoothness", "accuracy_token_type", "accuracy_context")
 PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis 1.0"), "temporal_adaptation": ("standard",)}
 PEERS["compositional"] = "topk", "batch_topk"
 PEERS |= {row: (row.split(", no ")[0].split(", T ")[0],) for row in ROWS if ", no " in row or ", T " in row}
@@ -226,6 +232,9 @@ def main():
             lines.append(f"| {name} | | " + " | ".join(f"{scores[m]:.4f}" if m in scores else "" for m in columns) + " | |")
     m = found[next(iter(found))][0]["metrics"]
     lines += ["", "± is the standard error over seeds."]
+    if any("one rate" in title for title in columns.values()):
+        lines[-1] += (" Stability with one rate is an earlier formula: it took a latent's mean rate for its rate at each position, so "
+                      "it counts what follows from the position in the window.")
     if "ce_model" in m:
         lines[-1] += (f" Model's own loss {m['ce_model']:.3f} nats, unigram {m['ce_unigram']:.3f}, mean ablation "
                       f"{m['ce_mean']:.3f}, zero ablation {m['ce_zero']:.3f}. Explained variance of the bigram lookup "

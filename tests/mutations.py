@@ -37,7 +37,7 @@ TABLE_OF_EVALUATIONS = "EVALUATIONS = {"
 TOPK = "class TopK(SAE):"
 NUMPY, MATH = "import numpy as np\n", "import math\n"
 PROBES = "def eval_probes(run):\n"
-HEADLINES = '("stability", "smoothness")'
+HEADLINES = '("slow_explained_variance", "smoothness")'
 PADDED_WINDOWS = "(0, 0, self.before, after)"
 MASKED = "~batch.mask.flatten()[pairs.rows]"
 MAIN, CALL_OF_MAIN, UNCALLED = "def main():\n", "    run_script(main", "    functools.partial(main"
@@ -362,7 +362,7 @@ MUTATIONS = {
     "an evaluation without a headline": edited(
         TABLE_OF_EVALUATIONS, f'{OWN_EVALUATION}EVALUATIONS = {{"mine": eval_mine, ', "EVALUATIONS['mine'] is a function", "headline", constants={"EVALS": ("core", "mine")}),
     "a headline that is misspelt": edited(
-        HEADLINES, '("stabillity", "smoothness")', "stabillity", "'temporal'", constants={"EVALS": ("core", "temporal")}),
+        HEADLINES, '("slow_explained_variance", "smothness")', "smothness", "'temporal'", constants={"EVALS": ("core", "temporal")}),
     "an evaluation that is one more": edited(
         TABLE_OF_EVALUATIONS, f'{OWN_EVALUATION}EVALUATIONS = {{\n    "mine": Evaluation(eval_mine, ("mine",)), ', constants={"EVALS": ("core", "mine")}, same=False, also=("mine",)),
     "an encoder that is the decoder's transpose": mine('''

@@ -49,9 +49,9 @@ def test_a_planted_latent_is_found(E, monkeypatch, tmp_path, windows):
     context = [m[f"probe_{name}"] for name in ("docstring", "class", "function", "call", "domain", "document")]
     assert m["probe_context"] == pytest.approx(np.mean(context))
     files = result.per_sequence
-    assert files["probe_docstring"] == [1.0] * N_FILES and files["probe_document"] == [1.0] * 20 + [None] * 4
-    each = [files[f"probe_{name}"][0] for name in ("docstring", "class", "function", "call", "domain", "document")]
-    assert files["probe_context"][0] == pytest.approx(np.mean(each))
+    assert files["accuracy_docstring"] == [1.0] * N_FILES and files["accuracy_document"] == [1.0] * 20 + [None] * 4
+    each = [files[f"accuracy_{name}"][0] for name in ("docstring", "class", "function", "call", "domain", "document")]
+    assert files["accuracy_context"][0] == pytest.approx(np.mean(each))
 
 
 def test_latents_that_know_nothing_score_chance(E, monkeypatch, tmp_path, windows):

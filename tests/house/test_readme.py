@@ -17,7 +17,9 @@ NO_CONSTANTS = {"SAE_CACHE_DIR"}  # a variable of the environment
 # Parts of the names in docs/metrics.md that stand for several words
 PLACEHOLDERS = {"REFERENCE", "PARAMETER", "LABEL", "STRATEGY", "GROUP", "TASK", "CONTROL", "METHOD",
                 "K", "N"}
-RETIRED = {"energy_first_fifth"}  # in committed runs of earlier code alone
+# in committed runs of earlier code alone
+RETIRED = {"energy_first_fifth", "autocorrelation_lag1_weighted"}
+RETIRED_ENDINGS = "_one_rate", "_last_batch"
 
 
 def anchors(text):
@@ -117,7 +119,7 @@ def test_every_number_of_the_committed_runs_is_defined():
     names = {name for entry in info.values() for name in entry["metrics"]}
     for path in (PROJECT / "bench" / "results" / "runs").glob("*.json"):
         names |= set(json.loads(path.read_text())["metrics"])
-    undefined = [name for name in names - RETIRED
+    undefined = [name for name in names - RETIRED if not name.endswith(RETIRED_ENDINGS)
                  if not any(re.fullmatch(pattern, name) for pattern in patterns)]
     assert not undefined and len(names) > 200
 

@@ -27,7 +27,8 @@ def run_of(plot, folder, seeds, data="abc"):
     """A Run with these headline values: one dictionary a seed."""
     values = {metric: [seed[metric] for seed in seeds] for metric in seeds[0]}
     entries = {"core": {"means": {}, "final_info_dict": values}}
-    return plot.Run(folder, folder, "k", "o", entries, {"data_hash": data}, {}, {}, [], [], {})
+    caveat = "" if data == "abc" else "data_hash"
+    return plot.Run(folder, folder, "k", "o", entries, {"data_hash": data}, {}, {}, [], [], {}, caveat)
 
 
 def findings(plot, *runs):

@@ -299,7 +299,7 @@ def test_metrics_never_seen(tmp_path):
     assert [text.get_text() for text in unknown.texts] == ["n/a", "-0.400"] and unknown.get_xlabel() == ""
     assert unknown.patches[0].get_width() == -0.4       # the baseline has none: the value itself
     assert unknown.get_xlim()[0] < -0.5 and len(axes) == 13
-    assert [axis.get_title(loc="left") for axis in axes[6:9]] == ["stability (energy-weighted)\xa0↑", "smoothness\xa0↓", "coherence\xa0↑"]
+    assert [axis.get_title(loc="left") for axis in axes[6:9]] == ["stability\xa0↑", "smoothness\xa0↓", "coherence\xa0↑"]
     plot.plt.close("all")
 
 
@@ -511,7 +511,7 @@ def test_autocorrelation_and_its_nulls(tmp_path):
     shaded = left.patches[0].get_extents().transformed(left.transData.inverted())
     assert [shaded.x0, shaded.x1] == pytest.approx([5, 16])
     assert [text.get_text() for text in right.get_yticklabels()] == [run.label for run in runs]
-    assert "filled: mean over latents; hollow: energy-weighted" in right.get_xlabel()
+    assert "filled: plain mean; hollow: by energy" in right.get_xlabel()
     null, token, observed = right.lines[3:6]
     draws = np.concatenate([seed["stability_null"] for seed in runs[1].curves])
     assert list(null.get_xdata()) == pytest.approx(list(np.percentile(draws, (2.5, 97.5)))) and list(null.get_ydata()) == [1, 1]
@@ -766,7 +766,9 @@ def test_labels_are_literal(tmp_path):
     assert len(list(folder.glob("*.png"))) == len(FIGURES) - 1      # no ablations
     rows = [line for line in (folder / "comparison.md").read_text().splitlines() if line.startswith("|")]
     counts = [len(re.split(r"(?<!\\)\|", row)) for row in rows]
-    assert sum("alhpa" in row for row in rows) >= 5 and set(counts) == {counts[0], counts[-1]}
+    headers = [i for i, row in enumerate(rows) if row.startswith("| run  ")] + [len(rows)]
+    assert sum("alhpa" in row for row in rows) >= 5 and len(headers) == 4       # three tables
+    assert all(set(counts[i:j]) == {counts[i]} for i, j in zip(headers, headers[1:]))
     assert all(r"5 \| a_b" in row for row in rows if "alhpa" in row)
 
 
@@ -871,7 +873,7 @@ def test_bars_of_the_ablations(tmp_path):
     plot, runs = several(tmp_path, 9, seeds=3)
     axes = plot.fig_ablations(runs).axes
     assert [axis.get_title(loc="left") for axis in axes] == ["explained variance ↑", "loss increase (nats) ↓",
-                                                              "stability (energy-weighted) ↑", "smoothness ↓"]
+                                                              "stability ↑", "smoothness ↓"]
     assert [text.get_text() for text in axes[0].get_yticklabels()] == ["temporal, no consistency", "temporal, no attention, no\npositions"]
     for axis, metric, sign in ((axes[0], "fvu", -1), (axes[2], "stability", 1)):
         difference, low, high, _ = plot.paired_test(*plot.paired(runs[8], runs[1], metric))

@@ -37,7 +37,7 @@ def test_two_processes_give_what_one_gives(lab, variant, near):
     finished = [torchrun(two, lab.cache).wait()] if variant == "topk" else two_ranks(two, lab.cache)
     assert all(each.code == 0 for each in finished), finished
     said = "".join(each.stdout for each in finished)
-    assert said.count("preflight passed") == 1 and said.count("run_1, ") == 1          # rank 0 alone speaks
+    assert said.count("preflight passed") == 1 and said.count("run_1 (") == 1          # rank 0 alone speaks
     a, b = (results(folder) for folder in (one, two))
     single, both = (load_file(folder / "run_1" / "sae_weights.safetensors") for folder in (one, two))
     assert a["training"]["config"]["steps_done"] == b["training"]["config"]["steps_done"]
