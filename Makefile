@@ -35,7 +35,7 @@ if ! [ -e "$$env/complete" ]; then ( \
 endef
 
 help:
-	@echo "make run [VARIANT=temporal] [IDEA=VARIANT]  trains, evaluates and plots VARIANT in a copy under ideas/IDEA, as its"
+	@echo "make run [VARIANT=slow] [IDEA=VARIANT]      trains, evaluates and plots VARIANT in a copy under ideas/IDEA, as its"
 	@echo "                                            next run_1, run_2, ... VARIANT is one of:"
 	@"$$PYTHON" -m runtime.idea_folder --list | fold -s -w 76 | sed 's/^/                                            /'
 	@echo "make test                                   runs the whole test suite"

@@ -104,7 +104,8 @@ from runtime.ranks import RANKS
 from runtime.results import finite_number, jsonable, summarise_seeds, write_result_files
 from runtime.shards import missing_shards, open_shards, shard_table, write_shard
 from runtime.sparse_ops import (
-    MASKED_PRE_ACT, Latents, PairDecode, PairEncode, Pairs, firings, largest, top_k_pairs)
+    MASKED_PRE_ACT, Latents, PairDecode, PairEncode, Pairs, firings, largest, side_by_side,
+    top_k_pairs)
 
 torch.set_flush_denormal(True)  # decaying traces become denormal numbers, which are slow
 HERE = Path(__file__).resolve().parent
@@ -113,7 +114,7 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")
 
 # region Config
 # Edit here; there is no command line for these.
-# One of: standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, temporal,
+# One of: standard, topk, batch_topk, jumprelu, gated, matryoshka, tsae, slow, temporal,
 # temporal_adaptation, temporal_context, compositional, hierarchical
 SAE_VARIANT = "standard"
 ABLATE = ()  # losses or components to switch off, e.g. ("auxk",)
@@ -142,6 +143,14 @@ CONSISTENT_FRACTION = 1.0  # share of the latents that the consistency losses bi
 CONSISTENCY_WEIGHT = 0.01  # of the consistency loss
 CONTRAST_WEIGHT = 0.2  # of the contrastive loss
 CONTRAST_SPAN = 16  # positions back that should agree
+
+# slow
+SLOW_LATENTS = 1 / 8  # share of the latents that read a running mean of x
+SLOW_PLACES = 1 / 8  # their share of TARGET_L0
+SLOW_DECAY = 0.95  # of the running mean, from one token to the next
+SLOW_PRIOR = 5.0  # tokens' weight of the mean over all text in it: it begins near that
+PREDICTION_WEIGHT = 0.1  # of the loss that makes them predict
+PREDICTED = 16  # tokens ahead, whose mean they predict
 
 # tsae
 TSAE_READING = "paper"  # or "code": as its authors released it
@@ -480,13 +489,18 @@ class BatchTopK(TopK):
         """Returns the Pairs of the k * n_tokens largest; in evaluation those above the
         threshold."""
         pre_acts = torch.addmm(self.b_enc, centred, W_enc)
+        return self.largest_of_batch(pre_acts, batch, self.k, self.threshold,
+                                     self.last_least_kept)
+
+    def largest_of_batch(self, pre_acts, batch, k, threshold, last_least_kept):
+        """Returns the Pairs that `select` does, of pre_acts [n_tokens, d]."""
         if batch.mask is not None:
             pre_acts.masked_fill_(~batch.mask.reshape(-1, 1), MASKED_PRE_ACT)
-        lower_bound = 0.9 * self.last_least_kept if self.training else self.threshold
+        lower_bound = 0.9 * last_least_kept if self.training else threshold
         flat = (pre_acts > lower_bound).flatten().nonzero().flatten()
 
         if self.training:  # .9 of the last step's bound leaves few candidates; if too few, take all
-            keep = int(self.k * n_tokens(batch))
+            keep = int(k * n_tokens(batch))
             if len(flat) < keep:
                 flat = torch.arange(pre_acts.numel(), device=pre_acts.device)
             values = pre_acts.flatten()[flat]
@@ -496,10 +510,14 @@ class BatchTopK(TopK):
 
     def after_step(self, batch, latents, l0):
         """The threshold follows the least value kept."""
-        if len(latents.pre_acts):
-            self.last_least_kept.copy_(latents.pre_acts.detach().amin())
-            weight = self.running_mean_weight(batch) if self.threshold > 0 else 1.0
-            self.threshold.lerp_(self.last_least_kept, weight)
+        self.follow(batch, latents.pre_acts, self.threshold, self.last_least_kept)
+
+    def follow(self, batch, pre_acts, threshold, last_least_kept):
+        """Moves a threshold towards the least of the pre-activations that were kept [n_pairs]."""
+        if len(pre_acts):
+            last_least_kept.copy_(pre_acts.detach().amin())
+            weight = self.running_mean_weight(batch) if threshold > 0 else 1.0
+            threshold.lerp_(last_least_kept, weight)
 
     def exported(self):
         return {"threshold": self.threshold.expand(self.d_sae)}, ()
@@ -761,6 +779,122 @@ class TSAE(Matryoshka):
     def bound_codes(self, latents):
         bound = round(self.group_fractions[0] * self.d_sae)
         return F.normalize(latents.dense()[..., :bound], dim=-1)
+
+
+class Slow(BatchTopK):
+    """x_hat = s + f + b_dec. The first SLOW_LATENTS of the latents, the slow block, read a running
+    mean of x: s_t = BatchTopK((m_t - b_dec) W_enc + b_enc) W_dec, SLOW_PLACES of the k places, with
+    m_t = gain sum_{r <= t} decay^(t-r) x_r / (SLOW_PRIOR + sum_{r <= t} decay^(t-r)), decay =
+    SLOW_DECAY, of unit mean squared norm. The others read what the block leaves: f_t =
+    BatchTopK((x_t - s_t - b_dec) W_enc + b_enc) W_dec.
+
+    L = |x - x_hat|^2 + 1/32 auxk + PREDICTION_WEIGHT |mean of x_{t+1} ... x_{t+PREDICTED} - s_t|^2:
+    s_t is worth a place only as far as it lasts. ABLATE "memory": m = x; "residual": the others
+    read x."""
+    components = ("memory", "residual")
+    architecture = "slow"
+
+    @classmethod
+    def curriculum(cls):
+        """Returns one stage."""
+        return (Stage("autoencoder", 20, PLAIN | {"prediction": PREDICTION_WEIGHT}),)
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.d_slow, self.k_slow = (max(1, round(share * n)) for share, n in (
+            (SLOW_LATENTS, self.d_sae), (SLOW_PLACES, self.k)))
+        self.register_buffer("gain", torch.tensor(1.0))
+        self.register_buffer("slow_threshold", torch.tensor(0.0))
+        self.register_buffer("slow_least_kept", torch.tensor(0.0), persistent=False)
+
+    def initialise(self, batch):
+        """Sets the gain from the first batch."""
+        size = zero_padding(batch, self.memory(batch).square()).sum() / n_tokens(batch)
+        self.gain.copy_(size.clamp_min(1e-12) ** -0.5)
+
+    def memory_weights(self, seq):
+        """Returns how much of x_r is in m_t: [seq, seq]."""
+        at = torch.arange(seq, device=self.gain.device)
+        weights = (SLOW_DECAY ** (at[:, None] - at).clamp_min(0).float()).tril()
+        return self.gain * weights / (SLOW_PRIOR + weights.sum(1, keepdim=True))
+
+    def memory(self, batch):
+        """Returns m [batch, seq, d_in]; padding counts as 0."""
+        if "memory" in ABLATE:
+            return batch.x
+        return self.memory_weights(batch.x.shape[1]) @ zero_padding(batch, batch.x)
+
+    def encoder_inputs(self, batch):
+        """Returns [m; x], which auxk reads; the encoder itself reads x - s in place of x."""
+        rows = self.W_enc.t()
+        is_slow = (torch.arange(self.d_sae, device=rows.device) < self.d_slow)[:, None]
+        W_enc = torch.cat([rows * is_slow, rows * ~is_slow], 1).t()
+        return torch.cat([self.memory(batch), batch.x], -1), self.b_dec.repeat(2), W_enc
+
+    def encode(self, batch):
+        """Returns the Latents; their `extra` is s [batch, seq, d_in]."""
+        slow = self.encode_part(batch, self.memory(batch), slice(0, self.d_slow))
+        s = slow.decode(self.W_dec[:self.d_slow])
+        rest = batch.x if "residual" in ABLATE else batch.x - s
+        fast = self.encode_part(batch, rest, slice(self.d_slow, self.d_sae))
+        return side_by_side(slow, fast)._replace(extra=s)
+
+    def encode_part(self, batch, inputs, part):
+        """Returns the Latents [batch, seq, width] of one part of the latents, a slice of them, that
+        read inputs [batch, seq, d_in]."""
+        W_enc, b_enc, x = self.W_enc[:, part], self.b_enc[part], inputs.flatten(0, 1)
+        limits = (self.k_slow, self.slow_threshold, self.slow_least_kept) if part.start == 0 else (
+            self.k - self.k_slow, self.threshold, self.last_least_kept)
+        with torch.no_grad():
+            pre_acts = torch.addmm(b_enc, x - self.b_dec, W_enc)
+            pairs = self.largest_of_batch(pre_acts, batch, *limits)
+        pre_acts = PairEncode.apply(x, self.b_dec, W_enc, b_enc, pairs)
+        if batch.mask is not None:
+            pre_acts = pre_acts.masked_fill(~batch.mask.flatten()[pairs.rows], MASKED_PRE_ACT)
+        return Latents(F.relu(pre_acts), pre_acts, pairs, (*batch.x.shape[:2], len(b_enc)))
+
+    def losses(self, batch, latents):
+        """Returns BatchTopK's losses, and "prediction", over tokens that have all those tokens
+        after them."""
+        seq = batch.x.shape[1]
+        reach = min(PREDICTED, seq - 1)
+        counted = zero_padding(batch, torch.ones_like(batch.x[..., :1]))[..., 0].cumsum(1)
+        total = zero_padding(batch, batch.x).cumsum(1)
+        use = counted[:, reach:] - counted[:, :seq - reach] == reach  # [batch, seq - reach]
+        ahead = (total[:, reach:] - total[:, :seq - reach]) / reach
+        error = (ahead - latents.extra[:, :seq - reach]).square().sum(-1)
+        return super().losses(batch, latents) | {
+            "prediction": (error * use).sum() / use.sum().clamp_min(1)}
+
+    def after_step(self, batch, latents, l0):
+        """Each part's threshold follows its least value kept."""
+        slow = latents.pairs.ids < self.d_slow
+        self.follow(batch, latents.pre_acts[slow], self.slow_threshold, self.slow_least_kept)
+        self.follow(batch, latents.pre_acts[~slow], self.threshold, self.last_least_kept)
+
+    def exported(self):
+        """Returns the thresholds [d_sae], and what m is made with."""
+        is_slow = torch.arange(self.d_sae, device=self.gain.device) < self.d_slow
+        thresholds = torch.where(is_slow, self.slow_threshold, self.threshold)
+        return {"threshold": thresholds, "gain": self.gain, "d_slow": torch.tensor(self.d_slow),
+                "decay": torch.tensor(SLOW_DECAY), "prior": torch.tensor(float(SLOW_PRIOR))}, ()
+
+    def related(self, latents, batch, fires):
+        """Returns of slow latents the tokens that raise them most where they fire."""
+        slow = [i for i, latent in enumerate(latents) if latent < self.d_slow]
+        found = super().related(latents, batch, fires)
+        if not slow or "memory" in ABLATE:
+            return found
+        held = self.memory_weights(batch.x.shape[1]).t() @ fires[..., slow]  # [batch, seq, slow]
+        raised = held * ((batch.x - self.b_dec) @ self.W_enc[:, [latents[i] for i in slow]])
+        by_token = torch.zeros(int(batch.tokens.max()) + 1, len(slow), device=raised.device)
+        by_token.index_add_(0, batch.tokens.flatten(), zero_padding(batch, raised).flatten(0, 1))
+        amounts, tokens = (by_token / by_token.clamp_min(0).sum(0).clamp_min(1e-9)).topk(8, dim=0)
+        for i, of_latent, shares in zip(slow, tokens.t().tolist(), amounts.t().tolist()):
+            texts = vocabulary_texts(load_tokenizer(), of_latent)
+            found[i] = {"tokens that its memory holds": [
+                (text, share) for text, share in zip(texts, shares) if share > 0]}
+        return found
 
 
 class TemporalContext(Temporal):
@@ -1166,9 +1300,10 @@ class Hierarchical(TopK):
 
 
 SAE_VARIANTS = {"standard": SAE, "topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU,
-                "gated": Gated, "matryoshka": Matryoshka, "temporal": Temporal, "tsae": TSAE,
-                "temporal_adaptation": TemporalAdaptation, "temporal_context": TemporalContext,
-                "compositional": Compositional, "hierarchical": Hierarchical}
+                "gated": Gated, "matryoshka": Matryoshka, "tsae": TSAE, "slow": Slow,
+                "temporal": Temporal, "temporal_adaptation": TemporalAdaptation,
+                "temporal_context": TemporalContext, "compositional": Compositional,
+                "hierarchical": Hierarchical}
 # endregion
 
 
@@ -1546,13 +1681,18 @@ def load_pretrained(name, part, **kwargs):
     """Returns a part (see LOADERS) of the model in a local folder or of a hub id. Raises
     RunnerError for all that can go wrong."""
     folder = model_folder(name)
-    if folder is None and not hub_reachable():
+    offline = folder is None and not hub_reachable()
+    if offline:
         go_offline()
     try:
         return getattr(transformers, LOADERS[part]).from_pretrained(str(folder or name), **kwargs)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         cause = str(error).split("\n")[0].split("http")[0][:300]
-        if "gated" in str(error).lower():
+        if folder is None and (name[0] in "./~" or name.count("/") > 1):
+            cause = "there is no such folder"
+        elif offline:
+            cause = "the hub does not answer, and no model of that name was fetched from it before"
+        elif "gated" in str(error).lower():
             cause = "gated: accept its licence on the hub and log in with `hf auth login`"
         raise RunnerError(f"MODEL_NAME = {name!r}: no {part} ({cause}). Names that work: "
                           "'embedded/model', 'EleutherAI/pythia-70m-deduped', a folder.") from None
@@ -1572,9 +1712,9 @@ def load_config(name, layer, context_length):
     longest = getattr(config, "max_position_embeddings", None) or context_length
     layer = depth // 2 - 1 if layer is None else layer
     if not 0 <= layer < depth:
-        raise RunnerError(f"LAYER = {layer}: the model has {depth} blocks.")
+        raise RunnerError(f"LAYER = {layer}: the blocks of {name} are 0 to {depth - 1}.")
     if context_length > longest:
-        raise RunnerError(f"CONTEXT_LENGTH = {context_length}: the model takes {longest}.")
+        raise RunnerError(f"CONTEXT_LENGTH = {context_length}: {name} takes {longest} at most.")
     return config, layer
 
 
@@ -1623,7 +1763,8 @@ def small_config(config):
     text.num_hidden_layers, text.vocab_size = 2, 256
     text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
     if types := getattr(text, "layer_types", None):
-        text.layer_types = types[:2]
+        with suppress(AttributeError):  # in some families it follows from num_hidden_layers
+            text.layer_types = types[:2]
     return config
 
 
@@ -1632,15 +1773,23 @@ def stand_in(config):
     Raises RunnerError where it is no causal model."""
     config, tokens = small_config(config), torch.arange(1, 9, device=DEVICE).repeat(2, 1)
     tokens[1, -1] = 0  # a later token must not change earlier activations
-    model = None
-    with suppress(ValueError):
+    of_it = f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type})"
+    families = "Families that work: Pythia, GPT-2, Llama, Gemma, Qwen, OPT, Mistral."
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RunnerError(f"{of_it} is no model of the next token. {families}")
+    try:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.to(DEVICE).eval()
-    if model:
+        model = model.to(DEVICE).eval()
         plain, changed = residual_after(model, 0, tokens)[:, :-1]
-    if not model or not torch.allclose(plain, changed, atol=1e-5):
-        raise RunnerError(f"MODEL_NAME = {MODEL_NAME!r} ({config.model_type}) is no causal model. "
-                          "Take a decoder: Pythia, GPT-2, Llama, Gemma, Qwen, OPT, Mistral.")
+    except (RunnerError, TimeoutError):  # of find_blocks; of the watchdog
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {str(error)[:300]}"
+        raise RunnerError(f"{of_it}: a small random model of its configuration cannot be made and "
+                          f"run ({cause}). {families}") from error
+    if not torch.allclose(plain, changed, atol=1e-5):
+        raise RunnerError(f"{of_it} looks ahead: what follows a token changes its activations. "
+                          f"{families}")
     return model
 
 
@@ -1659,7 +1808,8 @@ class StopForward(Exception):
 
 @torch.no_grad()
 def block_output(model, layer, tokens):
-    """Returns the output of block `layer`, a tensor or a tuple; nothing later is computed."""
+    """Returns the output of block `layer`, a tensor or a tuple, list or ModelOutput that begins
+    with one; nothing later is computed."""
     def stop(module, inputs, output):
         raise StopForward(output)
 
@@ -1673,7 +1823,7 @@ def block_output(model, layer, tokens):
 def residual_after(model, layer, tokens):
     """Returns the residual stream after block `layer`: [batch, seq, d_in]."""
     output = block_output(model, layer, tokens)
-    return (output[0] if isinstance(output, tuple) else output).to(DEVICE)
+    return (output if torch.is_tensor(output) else output[0]).to(DEVICE)
 
 
 @torch.no_grad()
@@ -1683,8 +1833,10 @@ def logits_from(model, layer, hidden, tokens):
     skipped = find_blocks(model)[:layer + 1]
     real_output = block_output(model, layer, tokens[:1, :1])
     output = hidden.to(model.dtype)
-    if isinstance(real_output, tuple):
-        output = output, *real_output[1:]
+    if isinstance(real_output, dict):  # a ModelOutput
+        output = type(real_output)(**{**real_output, next(iter(real_output)): output})
+    elif not torch.is_tensor(real_output):
+        output = type(real_output)([output, *real_output[1:]])
 
     # accelerate sets block.forward on models spread over devices: it is put back afterwards
     before = [vars(block).get("forward") for block in skipped]
@@ -1733,8 +1885,11 @@ class Store:
         sample = np.arange(min(self.windows.n_train, 2 ** 18 // CONTEXT_LENGTH))
         sums, squares, n = self.moments(np.array_split(sample, len(sample) // 64 + 1))
         mean = sums.sum(0) / n.sum()
-        self.mean = mean.float()
-        self.scale = (squares.sum() / n.sum() - mean.square().sum()).sqrt().item()
+        variance, size = squares.sum() / n.sum() - mean.square().sum(), squares.sum() / n.sum()
+        if not variance > 1e-10 * size:
+            raise RunnerError("the activations after this LAYER are the same at every token: the "
+                              "weights of the model may be missing, or its first blocks broken.")
+        self.mean, self.scale = mean.float(), variance.sqrt().item()
 
     def moments(self, chunks):
         """Returns sums over windows (chunks of ids) at each position: of x [seq, d_in], of |x|^2
@@ -2872,10 +3027,15 @@ def eval_sparse_probing(run):
     return Result(metrics, {"sparse_probing": curves}, {})
 
 
+def probing_texts(dataset):
+    """Returns the Windows of a data set's texts, one a window, and their key."""
+    return probing_windows(
+        dataset, load_tokenizer(), PROBING_SIZE, CONTEXT_LENGTH, cache_folder() / "tokens")
+
+
 def probing_store(run, dataset):
     """Returns the Store of a data set's texts, one a window, scaled as in training."""
-    windows, key = probing_windows(
-        dataset, load_tokenizer(), PROBING_SIZE, CONTEXT_LENGTH, cache_folder() / "tokens")
+    windows, key = probing_texts(dataset)
     run_store = run.store
     folder = run_store.folder.parent / fingerprint(key, run_store.folder.name)
     store = Store(folder, windows, run_store.d_in, run_store.dtype)
@@ -4672,16 +4832,17 @@ def check_config():
                  SELECTION="ratio frequency", BUFFER_POSITIONS="learned sinusoidal",
                  MATCHER="logistic attention", LEVEL_SPARSITY="topk l1")
     rules.whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED "
-                "MATCHED MATCHER_WINDOW COMPOSITION_HEADS COMPOSITION_HEAD_WIDTH "
+                "MATCHED MATCHER_WINDOW COMPOSITION_HEADS COMPOSITION_HEAD_WIDTH PREDICTED "
                 "LIVE_MIN_FIRINGS LIVE_MIN_FILES")
     rules.whole("CONTEXT_LENGTH", 8)
-    rules.whole("EVAL_FILES", 2)
-    rules.whole("BATCH_TOKENS", CONTEXT_LENGTH)
+    rules.whole("EVAL_FILES", max(2, LIVE_MIN_FILES))
     rules.whole("LAYER", 0, [None])
     rules.positive("EXPANSION TIME_BUDGET_MINUTES EPOCHS_SCALE REGULARISATION CONSISTENCY_WEIGHT "
-                   "CONTRAST_WEIGHT LEVEL1_L0_RATIO COSINE_WEIGHT GROUP_WEIGHT")
+                   "CONTRAST_WEIGHT PREDICTION_WEIGHT SLOW_PRIOR LEVEL1_L0_RATIO COSINE_WEIGHT "
+                   "GROUP_WEIGHT")
     rules.positive("CONSISTENT_FRACTION COMPOSITION_SLOTS", 1)
-    rules.positive("COMPOSITIONS", 0.9)
+    rules.positive("COMPOSITIONS SLOW_LATENTS SLOW_PLACES", 0.9)
+    rules.positive("SLOW_DECAY", 0.9999)
     rules.positive("LEARNING_RATE", others=[None])
     rules.positive("TEMPERATURE", others=["learned", "scheduled"])
     rules.text("MODEL_NAME DATASET FORGET")
@@ -4697,6 +4858,29 @@ def check_config():
     check_tables(rules)
     if {"composition", "hierarchy"} & set(EVALS):  # they compare latents of one token
         rules.whole("TARGET_L0", 2)
+
+
+def check_sizes(config):
+    """Raises RunnerError where CONTEXT_LENGTH, BATCH_TOKENS, EXPANSION and TARGET_L0 do not go
+    together on a model of this configuration."""
+    SettingRules(globals()).whole("BATCH_TOKENS", CONTEXT_LENGTH)
+    if TARGET_L0 > (width := round(EXPANSION * config.hidden_size)):
+        raise RunnerError(f"TARGET_L0 = {TARGET_L0}: there are {width} latents, EXPANSION = "
+                          f"{EXPANSION} times {config.hidden_size} channels. Lower it, or raise "
+                          "EXPANSION.")
+
+
+def check_data(windows):
+    """Raises RunnerError where the data lack what one of EVALS needs."""
+    if "temporal" in EVALS:
+        windows.full()
+    if "sparse_probing" in EVALS:
+        for dataset in PROBING:
+            probing_texts(dataset)
+    if "unlearning" in EVALS:
+        unlearning_plan(windows, FORGET, load_tokenizer()).full(windows)
+        for dataset in filter(None, (FORGET_QUESTIONS, RETAIN_QUESTIONS)):
+            next(iter(encoded_questions(dataset, load_tokenizer())))
 
 
 def check_tables(rules):
@@ -4897,11 +5081,8 @@ def preflight(config, cache):
 # region Main
 def make_sae(d_in, d_sae, seed, target_l0=None):
     """Returns an untrained SAE of the variant."""
-    target_l0 = target_l0 or TARGET_L0
-    if target_l0 > d_sae:
-        raise RunnerError(f"TARGET_L0 = {target_l0} of {d_sae} latents: raise EXPANSION.")
     torch.manual_seed(seed)
-    return SAE_VARIANTS[SAE_VARIANT](d_in, d_sae, target_l0).to(DEVICE)
+    return SAE_VARIANTS[SAE_VARIANT](d_in, d_sae, target_l0 or TARGET_L0).to(DEVICE)
 
 
 def run_seed(seed, store, layer, get_model, state, deadline, timing):
@@ -4930,11 +5111,18 @@ def open_store(config, layer, cache):
     with run_stage("reading the data"):
         wanted = Wanted(CONTEXT_LENGTH, TRAIN_TOKENS, EVAL_FILES, TRAIN_WINDOWS_PER_FILE,
                         EVAL_WINDOWS_PER_FILE, MIN_WINDOW, DATA_SEED,
-                        FORGET if "unlearning" in EVALS or TRAIN_ON != "both" else "")
+                        FORGET if "unlearning" in EVALS or TRAIN_ON != "both" else "",
+                        max(2, LIVE_MIN_FILES))
         windows, key = load_windows(DATASET, load_tokenizer(), wanted, cache / "tokens")
+        check_data(windows)
     with run_stage("collecting activations"):
         name = fingerprint(key, model_identity(MODEL_NAME, config), layer, MODEL_DTYPE,
                            SHARD_WINDOWS, code_key(residual_after))
+        if (largest_id := windows.tokens.max()) >= config.vocab_size:
+            raise RunnerError(
+                f"MODEL_NAME = {MODEL_NAME!r}: its tokenizer gives ids up to {largest_id}, and its "
+                f"embedding has {config.vocab_size} rows. They do not belong together, or a token "
+                "was added: model.resize_token_embeddings(len(tokenizer)), then save it again.")
         store = Store(cache / "activations" / name, windows, config.hidden_size, MODEL_DTYPE)
         print(memory_plan(config, store), flush=True)
         get_model = functools.cache(load_model)
@@ -4947,12 +5135,17 @@ def main():
     parser = argparse.ArgumentParser(description="all else is a constant of this file")
     parser.add_argument("--out_dir", help="folder for the results; without it, the next free of "
                         "run_1, run_2, ... beside this file")
-    out_dir = Path(parser.parse_args().out_dir or next_run(HERE)).resolve()
+    arguments, others = parser.parse_known_args()
+    if others:
+        parser.error(f"{' '.join(others)}: there is no such argument. Settings such as "
+                     "LEARNING_RATE are constants at the top of this file: edit them there")
+    out_dir = Path(arguments.out_dir or next_run(HERE)).resolve()
     began, cache, timing, seeds = time.time(), cache_folder(), {}, []
     with run_stage("checking the settings"):
         check_config()
         make_folder(cache, "set SAE_CACHE_DIR to another folder")
         config, layer = load_config(MODEL_NAME, LAYER, CONTEXT_LENGTH)
+        check_sizes(config)
 
     with atomic_run_folder(out_dir, HERE) as partial:
         with run_stage("preflight"), preflight_sandbox():

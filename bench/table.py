@@ -30,10 +30,12 @@ from runtime.provenance import ROOMS, sources_key
 
 MAKING = Lock()
 KEPT = ROOT / "bench" / "results" / "runs"
-VARIANTS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae", "temporal", "temporal_adaptation")
+VARIANTS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae", "slow", "temporal", "temporal_adaptation")
 ROWS = {name: {"SAE_VARIANT": name} for name in VARIANTS}
 ROWS |= {f"temporal, no {part}": {"SAE_VARIANT": "temporal", "ABLATE": (part,)}
          for part in ("attention", "positions", "consistency", "contrastive")}
+ROWS |= {f"slow, no {' or '.join(parts)}": {"SAE_VARIANT": "slow", "ABLATE": parts}
+         for parts in (("memory",), ("residual",), ("prediction",), ("memory", "prediction"))}
 ROWS |= {f"temporal_adaptation, no {part}": {"SAE_VARIANT": "temporal_adaptation", "ABLATE": (part,)}
          for part in ("trace", "sharing", "variance_scaling", "regularisation")}
 ROWS |= {f"temporal_adaptation, T {value}": {"SAE_VARIANT": "temporal_adaptation", "TEMPERATURE": value}
@@ -44,7 +46,7 @@ ROWS |= {"tsae, as released": {"SAE_VARIANT": "tsae", "TSAE_READING": "code"},
          "batch_topk, layer 4": {"SAE_VARIANT": "batch_topk", "LAYER": 4}, "temporal, layer 4": {"SAE_VARIANT": "temporal", "LAYER": 4},
          "temporal, centred": {"SAE_VARIANT": "temporal", "ATTENTION": "centred"},
          **{f"{name}, re-initialised model": {"SAE_VARIANT": name, "MODEL_NAME": "../reinitialised"}
-            for name in ("topk", "batch_topk", "temporal")}}
+            for name in ("topk", "batch_topk", "slow", "temporal")}}
 ROWS |= {f"{name}, positions {low}-{high}": {"SAE_VARIANT": name, "TRAIN_POSITIONS": (low, high)}
          for name in ("standard", "temporal", "temporal_adaptation") for low, high in ((1, 63), (64, 127))}
 ROWS |= {f"{name}, sparse probing": {"SAE_VARIANT": name, "EVALS": ("core", "detection", "sparse_probing")}
@@ -66,7 +68,8 @@ HIERARCHY = {"SAE_VARIANT": "hierarchical", "EVALS": ("core", "detection", "hier
 ROWS |= {"hierarchical": HIERARCHY, "hierarchical, own widths": {**HIERARCHY, "LEVEL_WIDTHS": (144, 96), "TARGET_L0": 12},
          **{f"hierarchical, no {part}": {**HIERARCHY, "ABLATE": (part,)} for part in ("cosine", "group", "start", "nonnegative")},
          "hierarchical, neither group nor nonnegative": {**HIERARCHY, "ABLATE": ("group", "nonnegative")}}
-SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "temporal", "temporal_adaptation"],
+SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "slow", "temporal", "temporal_adaptation"],
+        "slow": ["batch_topk", "tsae", "temporal", *(row for row in ROWS if row.startswith("slow"))],
         "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if row.startswith("temporal") and (row in VARIANTS or ", no " in row or ", T " in row)] + ["hysteresis 1.0"],
         "positions": [row for row in ROWS if ", positions " in row],
         "probing": [row for row in ROWS if ", sparse probing" in row],
@@ -86,7 +89,7 @@ COLUMNS = {"explained_variance": "EV", "l0": "L0", "loss_increase_nats": "loss i
            "smoothness": "smoothness", "smoothness_raw": "raw", "coherence": "coherence",
            "explained_variance_early": "EV, positions 1-63", "explained_variance_late": "EV, 64-127",
            "polysemanticity": "polysemanticity", "probe_token_type": "syntax probe", "probe_context": "context probe",
-           "theta_final": "θ", "live_fraction": "live",
+           "probe_document": "document probe", "theta_final": "θ", "live_fraction": "live",
            **{f"{name}_top_{k}": f"{title}, top {k}" for k in (1, 5, 20) for name, title in
               {"sae": "sparse probing", "channels": "channels"}.items()}, "sae_all": "all latents", "channels_all": "all channels",
            "detection": "detection", "detection_same_token": "among like tokens", "detection_null": "its null",
@@ -106,14 +109,14 @@ COLUMNS |= {"flat_explained_variance": "EV of the flat TopK", "mutual_informatio
             **{f"ami_{kind}{rival}": f"AMI, {kind}" if not rival else title for kind in ("token", "context")
                for rival, title in {"": "", "_ward": "Ward", "_kmeans": "k-means"}.items()},
             "causal_specificity": "causal specificity", "causal_cosine": "causal cosine", "patched_children": "patched children", "patched_children_rival": "of a rival"}
-TESTED = {"explained_variance": "explained variance", "loss_increase_nats": "loss increase",
+TESTED = {"explained_variance": "explained variance", "loss_increase_nats": "loss increase", "probe_document": "document probe",
           "slow_explained_variance": "slow EV", "stability": "stability", "stability_far": "stability, lags 17-32",
           "stability_weighted_one_rate": "stability, weighted, one rate",
           "stability_far_weighted_one_rate": "stability, weighted, one rate, lags 17-32", "smoothness": "smoothness", "probe_token_type": "syntax probe",
           "probe_context": "context probe"}
 BY_FILE = ("fvu", "loss_increase_nats", "slow_explained_variance", "stability", "stability_far",
            "smoothness", "accuracy_token_type", "accuracy_context")
-PEERS = {"temporal": ("batch_topk", "tsae", "hysteresis 1.0"), "temporal_adaptation": ("standard",)}
+PEERS = {"slow": ("batch_topk", "tsae", "temporal"), "temporal": ("batch_topk", "tsae", "hysteresis 1.0"), "temporal_adaptation": ("standard",)}
 PEERS["compositional"] = "topk", "batch_topk"
 PEERS |= {row: (row.split(", no ")[0].split(", T ")[0],) for row in ROWS if ", no " in row or ", T " in row}
 

@@ -1,12 +1,15 @@
 """Documents of the embedded corpus and of named data sets: files, folders, the hub."""
-import glob
+import csv
 import hashlib
 import importlib.metadata
+import io
+import json
 import logging
 import os
 import pickle
 import random
 import re
+import sys
 import sysconfig
 from functools import lru_cache
 from itertools import islice
@@ -40,8 +43,8 @@ MIN_CHARS, MAX_CHARS = 400, 400_000  # of a file; others are left out
 HELDOUT_ONE_IN = 12  # documents, by a hash: held out from the language model and every SAE alike
 
 # ---- Other data sets ----
-# Suffix of a local file -> the builder in `datasets` that reads it.
-BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+# Suffix of a file -> the kind of its rows (see READERS).
+KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}  # as a second suffix: pile.jsonl.zst
 # No hub name ends in one of these.
 OTHER_FILES = {".arrow", ".bin", ".html", ".md", ".pdf", ".pkl", ".tsv", ".xml", ".zip"}
@@ -56,6 +59,7 @@ DOMAIN_COLUMNS = ("domain", "source", "label", "pile_set_name")
 TITLE = re.compile(r"\s?= [^=]+ =\s*$")
 PART_CHARS, SHORTEST_PART = 20_000, 1_000  # of the parts of a long document, at most and at least
 FEW_DOCUMENTS = 48  # with fewer, parts are held out: of whole documents perhaps none would be
+HEAD_ROWS = 10_000  # read at most in search of FEW_DOCUMENTS rows that have a text
 SHUFFLE_CHARS = 20_000_000  # held in memory to draw from: mixes what is nearer than this
 SHARD_SHUFFLE = {"buffer_size": 32, "max_buffer_input_shards": 1}  # files in random order
 
@@ -156,7 +160,7 @@ def load_documents(dataset: str, seed: int) -> Iterator[Document]:
         return _nanogpt_documents(place, seed)
 
     name = place.resolve().name  # "pile.jsonl.zst" is called "pile"
-    while place.is_file() and Path(name).suffix.lower() in set(BUILDERS) | COMPRESSED:
+    while place.is_file() and Path(name).suffix.lower() in set(KINDS) | COMPRESSED:
         name = Path(name).stem
     return _documents(dataset, name, _local_rows(dataset, place), seed)
 
@@ -192,7 +196,7 @@ def find_local(dataset):
     if os.path.exists(path):  # False for a name that cannot be, where Path.exists raises
         return path
 
-    suffixes = set(BUILDERS) | COMPRESSED | OTHER_FILES
+    suffixes = set(KINDS) | COMPRESSED | OTHER_FILES
     if dataset[0] in "./~\\" or path.suffix.lower() in suffixes or dataset.count("/") > 1:
         raise RunnerError(
             f"The data set {dataset!r} looks like a path, and there is no such file or folder "
@@ -220,10 +224,13 @@ def _folder_in_data(name):
 def _documents(dataset, name, open_rows, seed):
     """Returns an iterator of the Documents of open_rows(seed or None) -> iterator of rows, which
     are dictionaries; None asks for the order of the files."""
-    head = list(islice(checked_rows(dataset, open_rows(None)), FEW_DOCUMENTS))
+    head = _head(checked_rows(dataset, open_rows(None)))
     if not head:
         raise RunnerError(f"The data set {dataset!r} is empty: not one row in it.")
     column = _text_column(dataset, head)
+    if skipped := sum(row.get(column) is None for row in head):
+        print(f"note: {skipped} of the first {len(head)} rows of {dataset} have no {column}: such "
+              "rows are left out")
     by_line = _is_by_line([row.get(column) for row in head])
 
     def texts(order):
@@ -242,6 +249,22 @@ def _documents(dataset, name, open_rows, seed):
     # Articles that go on from one file to the next stay whole only in the order of the files.
     order = None if few or by_line else seed
     return _shuffled(_parts(name, texts(order), few, part_chars), seed)
+
+
+def _head(rows):
+    """Returns the rows up to the FEW_DOCUMENTS-th that has a text, of the first HEAD_ROWS."""
+    head, found = [], 0
+    for row in islice(rows, HEAD_ROWS):
+        head.append(row)
+        found += any(_is_text(row.get(column)) for column in row if column not in DOMAIN_COLUMNS)
+        if found == FEW_DOCUMENTS:
+            break
+    return head
+
+
+def _is_text(value):
+    """Returns whether a value is a text; a number written as one, as in a .csv file, is none."""
+    return isinstance(value, str) and not re.fullmatch(r"\s*[-+]?[\d.]+\s*", value)
 
 
 def _parts(name, texts, few, part_chars):
@@ -287,14 +310,19 @@ def _shuffled(documents, seed):
 def _text_column(dataset, rows):
     """Returns the name of the column that holds the text of rows."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    strings = [column for column in columns
-               if any(isinstance(row.get(column), str) for row in rows)]
+    strings = [column for column in columns if any(_is_text(row.get(column)) for row in rows)]
     for column in ("text", "content"):
         if column in strings:
             return column
     candidates = [column for column in strings if column not in DOMAIN_COLUMNS]
     if len(candidates) == 1:
         return candidates[0]
+    for column in (name for name in ("text", "content") if name in columns):
+        kinds = {type(row[column]).__name__ for row in rows if row.get(column) is not None}
+        raise RunnerError(
+            f"The column {column!r} of the data set {dataset!r} holds no text: in its first "
+            f"{len(rows)} rows it is {' or '.join(sorted(kinds)) or 'always null'}. Write each "
+            "document as one string.")
     raise RunnerError(
         f"The data set {dataset!r} has no column of strings named \"text\" or \"content\", and "
         f"{len(candidates)} others that could be meant. Its columns: {', '.join(columns)}. Rename "
@@ -329,32 +357,32 @@ def _articles(rows):
 
 
 # ---- Local files ----
-def _builder(path):
-    """Returns the builder in `datasets` that reads a file, by its suffixes, or None."""
+def _kind(path):
+    """Returns the kind of a file's rows, by its suffixes, or None."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
-    return BUILDERS.get(suffixes[-1]) if suffixes else None
+    return KINDS.get(suffixes[-1]) if suffixes else None
 
 
 def data_files(dataset, place):
-    """Returns the builder of a local file or folder, and its files in the order of their paths."""
+    """Returns the kind of a local file or folder, and its files in the order of their paths."""
     if place.is_file():
-        if not _builder(place):
+        if not _kind(place):
             raise RunnerError(
                 f"The data set {dataset!r} is a file of a kind that is not read. What works: .txt, "
                 ".json, .jsonl, .parquet and .csv, also with .gz, .bz2, .xz or .zst after it.")
-        return _builder(place), [place]
+        return _kind(place), [place]
 
-    by_builder = {}
+    by_kind = {}
     for path in sorted(place.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(place).parts)
-        if path.is_file() and not hidden and path.name not in NOT_DATA and _builder(path):
-            by_builder.setdefault(_builder(path), []).append(path)
-    if len(by_builder) == 1:
-        return next(iter(by_builder.items()))
-    if by_builder:
-        kinds = ", ".join(f"{len(files)} of {builder}" for builder, files in by_builder.items())
+        if path.is_file() and not hidden and path.name not in NOT_DATA and _kind(path):
+            by_kind.setdefault(_kind(path), []).append(path)
+    if len(by_kind) == 1:
+        return next(iter(by_kind.items()))
+    if by_kind:
+        kinds = ", ".join(f"{len(files)} of {kind}" for kind, files in by_kind.items())
         raise RunnerError(f"The data set {dataset!r} is a folder with files of several kinds "
                           f"({kinds}); name a folder with one kind, or one file.")
     raise RunnerError(
@@ -369,19 +397,79 @@ def _local_rows(dataset, place):
         seed=seed, **SHARD_SHUFFLE))
 
 
-def _stream(dataset, builder, files):
+def _stream(dataset, kind, files):
     """Returns the rows of local files, not read before they are iterated over."""
-    files = [file for file in files if file.stat().st_size]  # an empty JSON file ends the reader
+    files = [str(file.resolve()) for file in files if file.stat().st_size]
     if not files:
         raise RunnerError(f"The data set {dataset!r} is empty: 0 bytes.")
-    paths = [glob.escape(str(file.resolve())) for file in files]
-    options = {"sample_by": "document"} if builder == "text" else {}
-    datasets = _datasets_library()
-    try:
-        return datasets.load_dataset(
-            builder, data_files=paths, split="train", streaming=True, **options)
-    except Exception as error:
-        raise _unreadable(dataset, error) from error
+    return _rows_of(kind, files)
+
+
+def _rows_of(kind, files):
+    """Returns the rows of files, local or on the hub, as `datasets` streams them: dictionaries with
+    whatever types they have, since a library that gives each column a type for all files refuses
+    data sets for columns that are never read."""
+    return _datasets_library().IterableDataset.from_generator(
+        _read_files, gen_kwargs={"files": files, "kind": kind})
+
+
+def _read_files(files, kind):
+    """Yields the rows of files of one kind; an error says in which file."""
+    import fsspec
+    for file in files:
+        try:
+            with fsspec.open(file, "rb", compression="infer") as opened:
+                yield from READERS[kind](io.BufferedReader(opened))  # .zst has no lines without
+        except (ValueError, csv.Error) as error:
+            error.add_note(f" (in {Path(file).name})")
+            raise
+
+
+def _text_rows(file):
+    """Yields one row: a file's whole text."""
+    yield {"text": file.read().decode("utf-8-sig")}
+
+
+def _json_rows(file):
+    """Yields the rows of a JSON file: one a line, or a list of all of them."""
+    for number, line in enumerate(file):
+        line = line.decode("utf-8-sig" if number == 0 else "utf-8").strip()
+        if number == 0 and line[:1] == "[" or line == "{":  # not a row a line
+            yield from _json_list(line + file.read().decode())
+            return
+        if line:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number + 1}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number + 1} is a {type(row).__name__}, not a row {{...}}")
+            yield row
+
+
+def _json_list(text):
+    """Returns the rows of a JSON text that is a list of rows, or one row."""
+    rows = json.loads(text)
+    rows = rows if isinstance(rows, list) else [rows]
+    if wrong := [row for row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"a list with a {type(wrong[0]).__name__}, not of rows {{...}}")
+    return rows
+
+
+def _csv_rows(file):
+    """Yields the rows of a .csv file, all values as texts."""
+    csv.field_size_limit(sys.maxsize)
+    yield from csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+
+
+def _parquet_rows(file):
+    """Yields the rows of a .parquet file."""
+    from pyarrow.parquet import ParquetFile
+    for batch in ParquetFile(file).iter_batches(1_000):
+        yield from batch.to_pylist()
+
+
+READERS = {"text": _text_rows, "json": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}
 
 
 def checked_rows(dataset, rows):
@@ -396,7 +484,8 @@ def checked_rows(dataset, rows):
 
 def _unreadable(dataset, error):
     """Returns a RunnerError from a library's error, shortened, without addresses, with advice."""
-    text = " ".join(without_addresses(str(error)).split())[:300]
+    where = "".join(getattr(error, "__notes__", ()))
+    text = " ".join(without_addresses(f"{error}{where}").split())[:300]
     if isinstance(error, UnicodeDecodeError):
         advice = "It is not UTF-8 text: re-encode it."
     elif "zstandard" in text or "zstd" in text.lower():
@@ -493,7 +582,11 @@ def _hub_splits(dataset):
         if name in PARQUET_FILES:
             files = PARQUET_FILES[name]
             return datasets.load_dataset("parquet", data_files=files, streaming=True)
-        return datasets.load_dataset(name, configuration or None, streaming=True)
+        splits = datasets.load_dataset(name, configuration or None, streaming=True)
+        if getattr(next(iter(splits.values())), "builder_name", None) != "json":
+            return splits
+        files = datasets.load_dataset_builder(name, configuration or None).config.data_files
+        return {split: _rows_of("json", list(map(str, files[split]))) for split in splits}
     except Exception as error:
         bare = "" if "/" in name else (
             f" No folder data/{name} was found here or up to three folders above.")
@@ -508,12 +601,12 @@ def read_splits(dataset):
                           "hub data set that has them.")
     if (place := find_local(dataset)) is None:
         return _hub_splits(dataset)
-    builder, files = data_files(dataset, place)
+    kind, files = data_files(dataset, place)
     parts = {"train": [], "test": []}
     for file in files:
         words = re.split("[^a-z]+", file.relative_to(place).as_posix().lower())
         parts["test" if "test" in words else "train"].append(file)
-    return {split: _stream(dataset, builder, chosen) for split, chosen in parts.items() if chosen}
+    return {split: _stream(dataset, kind, chosen) for split, chosen in parts.items() if chosen}
 
 
 def _datasets_library():

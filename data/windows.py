@@ -96,6 +96,7 @@ class Wanted(NamedTuple):
     min_window: int  # tokens; a document's tail shorter than this is left out
     seed: int  # order of documents, choice of windows
     forget: str = ""  # a domain of the data set, or a second data set; "": neither
+    least_eval_files: int = 2  # held-out documents without which nothing can be measured
 
 
 # ---- Making windows ----
@@ -126,13 +127,14 @@ def make_windows(dataset: str, tokenizer, bos: int, wanted: Wanted) -> Windows:
         names.append(document.name)
         domains.append(document.domain)
 
-    if counts[0] < wanted.train_tokens or counts[1] < 2:
+    if counts[0] < wanted.train_tokens or counts[1] < wanted.least_eval_files:
         second = f" and {wanted.forget!r}" if wanted.forget else ""
         raise RunnerError(
             f"DATASET = {dataset!r}{second} ran dry: {len(names):,} documents gave {counts[0]:,} "
-            f"training tokens and {counts[1]} held-out documents (1 in {HELDOUT_ONE_IN}); "
-            f"TRAIN_TOKENS = {wanted.train_tokens:,} and 2 are needed. Lower it or take a larger "
-            "data set.")
+            f"training tokens and {counts[1]} held-out documents (1 in {HELDOUT_ONE_IN}, with "
+            f"{min(wanted.min_window, wanted.context_length - 1)} tokens at least); TRAIN_TOKENS = "
+            f"{wanted.train_tokens:,} and {wanted.least_eval_files} held-out documents are needed. "
+            "Lower it, or take a larger data set.")
     windows, doc_ids = zip(*pieces[0], *pieces[1])
     tokens = padded(windows, wanted.context_length, bos)
     lengths = np.array([len(window) for window in windows])
@@ -167,7 +169,8 @@ def _cut_document(document, tokenizer, bos, wanted, rng):
     labelled = document.heldout and getattr(tokenizer, "is_fast", False)
     options = {"return_offsets_mapping": True} if labelled else {}
     encoded = tokenizer(document.text, add_special_tokens=False, **options)
-    kept = [i != bos for i in encoded["input_ids"]]  # a document may spell the token out
+    spelled_out = first_mark(tokenizer)  # a document may do that
+    kept = [i != spelled_out for i in encoded["input_ids"]]
     ids = list(compress(encoded["input_ids"], kept))
 
     body = wanted.context_length - 1
@@ -218,11 +221,16 @@ def stand_in_windows(context_length, forget, n=16):
 
 
 # ---- Keeping windows ----
+def first_mark(tokenizer):
+    """Returns the id of the mark that begins every window: beginning of sequence; where there is
+    none end of sequence, or None."""
+    marks = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return next((mark for mark in marks if mark is not None), None)
+
+
 def first_token(tokenizer):
-    """Returns the id that begins every window: beginning of sequence; where there is none end of
-    sequence, or 0."""
-    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
-    return next(mark for mark in marks if mark is not None)
+    """Returns the id that begins every window: the first_mark, or 0 where there is none."""
+    return first_mark(tokenizer) or 0
 
 
 def tokenizer_identity(tokenizer):
@@ -240,6 +248,9 @@ def load_windows(dataset: str, tokenizer, wanted: Wanted, folder: Path) -> tuple
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise RunnerError(f"{tokenizer.name_or_path} has no tokenizer (tokenizer.json).")
     bos = first_token(tokenizer)
+    if first_mark(tokenizer) is None:
+        print("note: the tokenizer has no mark for the beginning or end of a text: every window "
+              "begins with its token 0")
     if dataset == "embedded" and wanted.forget in DOMAINS:
         wanted = wanted._replace(forget="")  # its documents are there as they are
 

@@ -57,7 +57,7 @@ def error_report(error, file, about, shown, memory_settings=()):
 
 def script_lines(frames, file):
     """Returns a line of text on each of frames [(frame, line number)] of the script `file`."""
-    source = Path(file).read_text().splitlines()
+    source = Path(file).read_text(encoding="utf-8").splitlines()
     return [f"  line {line} in {frame.f_code.co_name}: {source[line - 1].strip()[:110]}"
             for frame, line in frames]
 

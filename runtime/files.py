@@ -68,7 +68,7 @@ def replacing(path, durable=True):
 def locked(path):
     """Holds the lock at `path`, once no other process does; a killed process holds none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -87,8 +87,8 @@ def cached_json(path, compute):
         value = compute()
         WATCHDOG.renew()
         with replacing(path) as partial:
-            partial.write_text(json.dumps(value))
-    return json.loads(path.read_text())
+            partial.write_text(json.dumps(value), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def folder_identity(folder):

@@ -53,14 +53,16 @@ class SettingRules:
     def several(self, name, options, about="", least=1):
         """Holds a constant to a tuple of at least so many different members of `options`: names, or
         whole numbers where it is a range. `about` follows the names in the message."""
-        kind = int if isinstance(options, range) else str
+        kind, value = int if isinstance(options, range) else str, self.constants[name]
         words = "whole numbers" if kind is int else f"names out of {[*options]}{about}"
+        some = "one or more " * (least > 0) + "different"
+        hint = f": ({value!r},), with the comma" if type(value) is kind else ""
 
         def is_right(value):
             return type(value) is tuple and len(value) >= least and all(
                 type(x) is kind and x in options and value.count(x) == 1 for x in value)
 
-        self.check(name, f"a tuple of different {words}", is_right)
+        self.check(name, f"a tuple of {some} {words}{hint}", is_right)
 
     def span(self, name, end):
         """Holds a constant to None or (low, high), whole numbers with 0 < low < high < end."""

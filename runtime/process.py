@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +18,10 @@ from runtime.memory import bound_memory, keep_freed_memory
 from runtime.ranks import RANKS
 from runtime.shards import WRITING
 
+# what a run imports, late or early, by the names of their modules
+PACKAGES = {"torch", "transformers", "datasets", "numpy", "matplotlib", "seaborn", "sklearn",
+            "scipy", "safetensors", "tokenizers", "huggingface_hub", "pandas", "pyarrow", "fsspec",
+            "tqdm", "regex", "joblib", "networkx", "sympy", "accelerate", "requests", "httpx"}
 
 
 @contextmanager
@@ -103,7 +107,11 @@ def run_script(main, file, shown, variants, name, memory_settings=()):
     bound_memory()
     quiet_libraries()
     RANKS.join()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # one that an edit or a test put there
+            stream.reconfigure(errors="replace")  # a locale may lack characters of a text
     try:
+        refuse_hidden_packages(Path(file).parent)
         main()
         RANKS.leave()
         if "results" not in COMPLETED:
@@ -125,6 +133,15 @@ def run_script(main, file, shown, variants, name, memory_settings=()):
         if WRITING:  # threads that may never come to their end
             os._exit(code)
         sys.exit(code)
+
+
+def refuse_hidden_packages(folder):
+    """Raises RunnerError where a file of the folder, from which Python imports first, has the name
+    of a package that a run needs."""
+    for path in sorted(folder.glob("*.py")):
+        if path.stem in PACKAGES:
+            raise RunnerError(f"{path.name} beside the script hides the package {path.stem!r}, "
+                              "which has the same name: rename the file.")
 
 
 def line_of(classes, name):

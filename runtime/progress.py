@@ -46,7 +46,7 @@ class KnownTimes:
     def __init__(self, path):
         self.path, self.seconds = path, {}
         with suppress(OSError, ValueError):
-            self.seconds = json.loads(path.read_text())
+            self.seconds = json.loads(path.read_text(encoding="utf-8"))
 
     def of(self, names):
         """Returns the seconds of the named steps together, unknown ones as 0, and whether all are
@@ -64,7 +64,7 @@ class KnownTimes:
         yield
         self.seconds[name] = round(time.time() - began, 1)
         with replacing(self.path, durable=False) as partial:
-            partial.write_text(json.dumps(self.seconds))
+            partial.write_text(json.dumps(self.seconds), encoding="utf-8")
 
 
 class Progress:

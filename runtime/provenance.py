@@ -45,7 +45,7 @@ def sources_key(script):
 def write_sources(folder, script):
     """Writes the text `script` as experiment.py into a folder, and the rooms as sources.zip, which
     has the same bytes wherever the texts are the same."""
-    (folder / "experiment.py").write_text(script)
+    (folder / "experiment.py").write_text(script, encoding="utf-8")
     with zipfile.ZipFile(folder / "sources.zip", "w") as archive:
         for name, text in source_files().items():
             archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
@@ -55,7 +55,8 @@ def source_files():
     """Returns {path from the project's folder: text} of the .py and .html files of its rooms."""
     kinds = [(room, kind) for room in ROOMS for kind in ("*.py", "*.html")]
     paths = [path for room, kind in kinds for path in (ROOT / room).rglob(kind)]
-    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(paths)}
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+            for path in sorted(paths)}
 
 
 def digest(*texts):

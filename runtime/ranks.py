@@ -61,8 +61,8 @@ class Ranks:
         """Returns this process's part of the windows `ids` of a step; raises RunnerError where
         there are fewer than processes."""
         if len(ids) < self.size:
-            raise RunnerError(f"{len(ids)} windows a step for {self.size} processes: take more "
-                              "tokens a step, or fewer processes.")
+            raise RunnerError(f"BATCH_TOKENS gives {len(ids)} windows a step for {self.size} "
+                              "processes: raise it, or start fewer processes.")
         return ids[self.rank::self.size]
 
     def agree(self, value):

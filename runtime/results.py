@@ -71,10 +71,10 @@ def write_result_files(folder, info, per_seed, texts, source):
     for name, text in texts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     for path in folder.rglob("*.safetensors"):  # written readable for their owner alone
         path.chmod(0o644)
     np.save(folder / "all_results.npy", per_seed)
     write_sources(folder, source)
     with replacing(folder / "final_info.json") as partial:
-        partial.write_text(json.dumps(info, indent=1, allow_nan=False))
+        partial.write_text(json.dumps(info, indent=1, allow_nan=False), encoding="utf-8")

@@ -196,6 +196,24 @@ class Latents(NamedTuple):
         return part.pairs.rows, part.pairs.ids, part.values
 
 
+def side_by_side(a, b):
+    """Returns the Latents [batch, seq, d_a + d_b] of Latents a and b of the same tokens, without
+    `extra`; at a token those of a come first."""
+    first, second, n = a.pairs, b.pairs, len(a.pairs.ids)
+    of_a = torch.arange(n, device=first.ids.device) + second.starts[first.rows]
+    of_b = torch.arange(len(second.ids), device=first.ids.device)
+    of_b = of_b + F.pad(first.starts, (0, 1), value=n)[1:][second.rows]
+    source = torch.empty(n + len(second.ids), dtype=torch.long, device=first.ids.device)
+    source[torch.cat([of_a, of_b])] = torch.arange(len(source), device=source.device)
+
+    d_a, (batch, seq, d_b) = a.shape[2], b.shape
+    ids = torch.cat([first.ids, second.ids + d_a])[source]
+    values, pre_acts = (torch.cat(parts)[source] for parts in (
+        (a.values, b.values), (a.pre_acts, b.pre_acts)))
+    return Latents(values, pre_acts, Pairs(ids, first.starts + second.starts),
+                   (batch, seq, d_a + d_b))
+
+
 def firings(z, latents):
     """Returns for each of `latents` the tokens on which it fires, ascending, and its values there.
 

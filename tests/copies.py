@@ -14,7 +14,7 @@ SMALL = dict(TRAIN_TOKENS=8_192, CONTEXT_LENGTH=32, EXPANSION=2, TARGET_L0=8, EP
              EVAL_FILES=24)
 FEWER = dict(NULL_DRAWS=3, DETECTED_LATENTS=8)             # where neither nulls nor the page are the point
 IN_SAELENS = ("standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka", "tsae")
-VARIANTS = (*IN_SAELENS, "temporal", "temporal_adaptation", "temporal_context", "compositional", "hierarchical")
+VARIANTS = (*IN_SAELENS, "slow", "temporal", "temporal_adaptation", "temporal_context", "compositional", "hierarchical")
 
 
 def load_module(path):

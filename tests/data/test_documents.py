@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from copies import PROJECT
+from data import documents
 from data.documents import (
     _cut, _shuffled, corpus_hash, corpus_versions, data_identity, Document, DOMAINS,
     embedded_documents, is_heldout, MAX_CHARS, MIN_CHARS, PART_CHARS, SKIP_FILES, SKIP_FOLDERS,
@@ -274,3 +276,61 @@ def test_a_consumer_that_stops_early_ends_cleanly_and_quietly(tmp_path):
            f"print(next(iter(load_documents({str(path)!r}, 0))).domain)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=180)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip() in ("web", "books")
+
+
+# ---- Columns that are never read have any type ----
+ODD = {"a number, then a text": [1, "x1"], "null, then a text": [None, "x1"], "a growing struct": [{"a": 1}, {"a": "x", "b": [2]}],
+       "whole, then broken": [1, 1.5], "a list, then a number": [[1], 2]}
+
+
+@pytest.mark.parametrize("values", ODD.values(), ids=ODD)
+def test_columns_that_are_not_read_may_have_any_type(tmp_path, values):
+    """In one file and in two, and a column that comes late."""
+    first, second = ([row | {"id": value} for row in part] for part, value in zip((rows(60), rows(120)[60:]), values))
+    second[-1]["late"] = 1
+    for name, parts in (("one", [first + second]), ("two", [first, second])):
+        (tmp_path / name).mkdir()
+        for i, part in enumerate(parts):
+            write(tmp_path / name / f"{i}.jsonl", part)
+        assert sorted(d.text for d in load(tmp_path / name)) == sorted(row["text"] for row in rows(120))
+    if values[1] == "x1":
+        for kind in ("csv", "parquet"):
+            (tmp_path / kind).mkdir()
+            for i, part in enumerate((first, second)):
+                write(tmp_path / kind / f"{i}.{kind}", part)
+            assert len(load(tmp_path / kind)) == 120
+
+
+def test_rows_of_a_hub_data_set_of_json_may_have_any_type(tmp_path, monkeypatch):
+    """`datasets` gives a hub's JSON files one type a column for all files; the files are read without."""
+    for name, value in (("a", 1), ("b", "x")):
+        write(tmp_path / f"{name}.jsonl", [row | {"id": value} for row in rows(60)])
+    monkeypatch.setattr(documents, "hub_reachable", lambda: True)
+    splits = documents._hub_splits(str(tmp_path))
+    assert len(list(splits["train"])) == 120
+
+
+def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys):
+    path = write(tmp_path / "some.jsonl", [{"text": None}] * 300 + rows(100))
+    assert len(load(path)) == 100
+    assert "note: 300 of the first 348 rows of" in capsys.readouterr().out
+
+
+def test_a_text_of_another_type_is_said(tmp_path):
+    fails(write(tmp_path / "lists.jsonl", [{"text": ["a", "b"]}] * 60), "holds no text", "it is list", "one string")
+    fails(write(tmp_path / "nulls.jsonl", [{"text": None}] * 60), "holds no text", "always null")
+    frame = pd.DataFrame({"text": [b"some bytes"] * 60})
+    frame.to_parquet(tmp_path / "bytes.parquet")
+    fails(tmp_path / "bytes.parquet", "holds no text", "it is bytes")
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": "two\n')
+    fails(tmp_path / "broken.jsonl", "broken.jsonl", "line 2")
+    (tmp_path / "list.jsonl").write_text('["one"]\n[1]\n')
+    fails(tmp_path / "list.jsonl", "list.jsonl")
+
+
+def test_a_long_text_in_a_csv_file(tmp_path):
+    path = write(tmp_path / "long.csv", [{"id": i, "body": f"{i} " + "word " * 60_000, "source": "web"} for i in range(3)])
+    assert sum(len(d.text) for d in load(path)) == sum(len(f"{i} ") + 300_000 for i in range(3))

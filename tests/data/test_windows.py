@@ -17,13 +17,13 @@ BOS = 7
 
 class Numbering:
     """A tokenizer of texts "document length": an id says which document and where in it the token is."""
-    is_fast, name_or_path, bos_token_id, eos_token_id = False, "numbers", BOS, BOS + 1
+    is_fast, name_or_path, bos_token_id, eos_token_id, first = False, "numbers", BOS, BOS + 1, None
 
     def __call__(self, text, add_special_tokens=True, **options):
         if text == "text":
             return {"input_ids": [1]}
         document, length = map(int, text.split())
-        body = [1_000 + 10_000 * document + i for i in range(length)]
+        body = [self.first] * (self.first is not None) + [1_000 + 10_000 * document + i for i in range(length)]
         return {"input_ids": body if not add_special_tokens else [BOS] + body}
 
 
@@ -137,8 +137,10 @@ def test_the_first_token_where_the_tokenizer_lacks_one(E, settings, monkeypatch,
     settings(CONTEXT_LENGTH=16, TRAIN_TOKENS=200, EVAL_FILES=2)
     tokenizer = Numbering()
     tokenizer.bos_token_id, tokenizer.eos_token_id = bos, eos
+    tokenizer.first = mark              # a document that spells it out, or has the character of id 0
     found = make_windows(E, monkeypatch, documents(E, [100] * 40), tokenizer)
-    assert (found.tokens[:, 0] == mark).all() and (found.tokens[:, 1:] != mark).all()
+    assert (found.tokens[:, 0] == mark).all()
+    assert (found.tokens[:, 1:] == mark).any() == (bos is eos is None)      # a character, where no mark has its id
 
 
 def test_a_tokenizer_that_knows_no_text_is_an_error(E, monkeypatch):

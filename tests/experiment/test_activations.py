@@ -39,7 +39,7 @@ def test_the_runner_asks_for_what_its_constants_say(E, settings, monkeypatch, tm
     (dataset, tokenizer, order, folder), = asked
     assert (dataset, tokenizer, folder) == ("my_data", "the tokenizer", tmp_path / "tokens")
     constants = {name.removeprefix("DATA_").lower(): value for name, value in values.items()}
-    assert order._asdict() == constants | {"forget": forget}
+    assert order._asdict() == constants | {"forget": forget, "least_eval_files": E.LIVE_MIN_FILES}
 
 
 # ---- Collection ----
@@ -119,6 +119,22 @@ def test_batches_are_the_models_activations_centred_and_scaled(E, model, store):
     assert batch.x[batch.mask].square().sum(1).mean().item() == pytest.approx(1, abs=1e-5)
     assert batch.x[batch.mask].mean(0).norm().item() < 1e-5
     assert store.batch([1, 2, 3]).mask is None
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e-20, 1e4])
+def test_activations_that_do_not_vary_are_an_error(E, make_store, value):
+    with pytest.raises(E.RunnerError, match="the same at every token"):
+        make_store(torch.full((20, 6, 8), value), 12)
+
+
+def test_ids_that_the_embedding_lacks_are_an_error(E, settings, monkeypatch, tmp_path):
+    settings(CONTEXT_LENGTH=CONTEXT)
+    windows = some_windows(E)
+    monkeypatch.setattr(E, "load_windows", lambda *order: (windows, "key"))
+    monkeypatch.setattr(E, "load_tokenizer", lambda: None)
+    config = transformers.LlamaConfig(vocab_size=int(windows.tokens.max()))
+    with pytest.raises(E.RunnerError, match=f"ids up to {windows.tokens.max()}.*has {windows.tokens.max()} rows"):
+        E.open_store(config, 0, tmp_path)
 
 
 def test_bos_padding_and_heldout_windows_do_not_move_the_mean(E, make_store):

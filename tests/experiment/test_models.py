@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.modeling_outputs import BaseModelOutput
 
 from model_families import DEPTH, ENCODERS, FAMILIES, save_checkpoint, VOCABULARY, WIDTH
 
@@ -137,9 +138,37 @@ def test_stand_in_has_the_family_and_the_width(E, family):
     assert config.get_text_config().num_hidden_layers == DEPTH and config.get_text_config().vocab_size == VOCABULARY
 
 
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "list", "ModelOutput"])
+def test_whatever_a_block_returns(E, checkpoints, monkeypatch, kind):
+    """A tensor, a tuple, a list or a ModelOutput that begins with the stream; it reads and takes back the same."""
+    monkeypatch.setattr(E, "MODEL_NAME", str(checkpoints / "llama"))
+    model, tokens = E.load_model(), torch.arange(1, 9)[None]
+    with torch.no_grad():
+        own, hidden = model(tokens).logits, E.residual_after(model, 1, tokens)
+    wrap = {"tensor": lambda x: x, "tuple": lambda x: (x, None), "list": lambda x: [x, None],
+            "ModelOutput": lambda x: BaseModelOutput(last_hidden_state=x)}[kind]
+    for block in E.find_blocks(model):
+        plain = block.forward
+        block.forward = lambda x, *args, plain=plain, **kwargs: wrap(plain(x if torch.is_tensor(x) else x[0], *args, **kwargs))
+    norm = model.base_model.norm.forward
+    model.base_model.norm.forward = lambda x: norm(x if torch.is_tensor(x) else x[0])
+    assert torch.equal(E.residual_after(model, 1, tokens), hidden)
+    close(E.logits_from(model, 1, hidden, tokens), own)
+    assert not torch.allclose(E.logits_from(model, 1, 2 * hidden, tokens), own, rtol=0.1)
+
+
+def test_the_reason_why_no_stand_in_can_be_made_is_said(E, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("two layers are not enough")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", broken)
+    with pytest.raises(E.RunnerError, match="two layers are not enough"):
+        E.stand_in(FAMILIES["llama"][0])
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_stand_in_refuses_what_is_no_decoder(E, name):
-    with pytest.raises(E.RunnerError, match="causal"):
+    with pytest.raises(E.RunnerError, match="looks ahead|no model of the next token"):
         E.stand_in(ENCODERS[name])
 
 

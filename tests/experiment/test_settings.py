@@ -1,6 +1,7 @@
 """Rules of the settings: good values pass, bad ones are named with the good."""
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +22,7 @@ RULES = {                                 # constant -> good values, bad ones, w
     "CONTEXT_LENGTH": ((8, 1024), (7, 4, 0, 64.0, "128", None), ("whole number from 8",)),
     "EXPANSION": (ABOVE_0, NOT_ABOVE_0, ("number above 0",)), "TARGET_L0": (WHOLE, NOT_WHOLE, ("whole number from 1",)),
     "SEEDS": (((0,), (5, 0, 2)), ((), (0, 0), 0, [0], (-1,), (0.5,), (2.0,), ("a",), ([0],), (True,), None),
-              ("tuple of different whole numbers",)),
+              ("one or more different whole numbers",)),
     "TIME_BUDGET_MINUTES": (ABOVE_0, NOT_ABOVE_0, ("number above 0",)),
     "EVALS": ((("core",), ("probes", "core"), ("sparse_probing", "unlearning")), ((), ("nope",), ("core", "core"), "core", ["core"], None),
               ("tuple", "'core'", "'temporal'", "'probes'", "'unlearning'", "'sparse_probing'")),
@@ -57,12 +58,18 @@ RULES = {                                 # constant -> good values, bad ones, w
     "LEVEL_SPARSITY": (("topk", "l1"), ("none", None), ("topk, l1",)),
     "LEVEL1_L0_RATIO": (ABOVE_0, NOT_ABOVE_0, ("number above 0",)), "COSINE_WEIGHT": (ABOVE_0, NOT_ABOVE_0, ("number above 0",)),
     "GROUP_WEIGHT": (ABOVE_0, NOT_ABOVE_0, ("number above 0",)),
+    "SLOW_LATENTS": ((0.1, 0.9), (0, 1, -0.1, math.nan, "1", None), ("number above 0", "at most 0.9")),
+    "SLOW_PLACES": ((0.1, 0.9), (0, 1, -0.1, math.nan, "1", None), ("number above 0", "at most 0.9")),
+    "SLOW_DECAY": ((0.5, 0.999), (0, 1, -0.1, math.nan, "1", None), ("number above 0", "at most 0.9999")),
+    "SLOW_PRIOR": (ABOVE_0, NOT_ABOVE_0, ("number above 0",)), "PREDICTION_WEIGHT": (ABOVE_0, NOT_ABOVE_0, ("number above 0",)),
+    "PREDICTED": (WHOLE, NOT_WHOLE, ("whole number from 1",)),
     "COMPOSITION_SLOTS": ((0.01, 1 / 4, 1), (0, 1.1, -0.1, math.nan, "1", None), ("number above 0", "at most 1")),
     "COMPOSITION_HEADS": ((1, 8, 64), NOT_WHOLE, ("whole number from 1",)),
     "COMPOSITION_HEAD_WIDTH": ((1, 16), (0, -8, 8.0, "8", None), ("whole number from 1",)),
 }
+MODEL = SimpleNamespace(hidden_size=192)
 PROTOCOL_RULES = {
-    "EVAL_FILES": ((2, 300), (1, 0, 2.5, None), ("whole number from 2",)),
+    "EVAL_FILES": ((10, 300), (9, 0, 20.5, None), ("whole number from 10",)),
     "LIVE_MIN_FIRINGS": (WHOLE, NOT_WHOLE, ("whole number from 1",)), "LIVE_MIN_FILES": (WHOLE, NOT_WHOLE, ("whole number from 1",)),
     "STABILITY_LAGS": TWO_WHOLE, "FAR_LAGS": TWO_WHOLE, "PROBING_SIZE": TWO_WHOLE, "SYNTHETIC_SAE": TWO_WHOLE,
     "SYNTHETIC_TASKS": ((("boolean",), ("grammar", "arithmetic")), ((), ("logic",), ("boolean", "boolean"), ["boolean"], "boolean", None),
@@ -84,10 +91,13 @@ def test_rules_of_the_settings(E, monkeypatch, name):
         if name == "CONTEXT_LENGTH":
             monkeypatch.setattr(E, "BATCH_TOKENS", 1024)
         E.check_config()
+        if name not in ("TARGET_L0", "EXPANSION"):
+            E.check_sizes(MODEL)
     for value in bad:
         monkeypatch.setattr(E, name, value)
         with pytest.raises(E.RunnerError) as error:
             E.check_config()
+            E.check_sizes(MODEL)
         said = str(error.value)
         assert said.startswith(f"{name} = {value!r} ") and all(part in said for part in parts), said
 

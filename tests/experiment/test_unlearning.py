@@ -399,8 +399,8 @@ def test_another_data_set_is_read_to_be_forgotten(E, settings, tmp_path, monkeyp
         return str(path)
 
     first, second = file_of("first"), file_of("second")
-    settings(DATASET=first, FORGET=second, EVALS=("unlearning",), TRAIN_TOKENS=2_000, CONTEXT_LENGTH=32, EVAL_FILES=8)
+    settings(DATASET=first, FORGET=second, EVALS=("unlearning",), TRAIN_TOKENS=2_000, CONTEXT_LENGTH=32, EVAL_FILES=12)
     monkeypatch.setattr(E.Store, "collect", lambda self, get_model, layer: None)
-    config = transformers.GPTNeoXConfig(**SIZES, intermediate_size=32)
+    config = transformers.GPTNeoXConfig(**SIZES | {"vocab_size": 4_096}, intermediate_size=32)
     store, _ = E.open_store(config, 0, tmp_path / "cache")
     assert second in store.windows.domains

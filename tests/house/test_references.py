@@ -94,7 +94,7 @@ def tree(tmp_path_factory):
 
 CHANGES = {                  # file, a text there, what stands in its place, the parts that are made again
     "a message": ("runtime/errors.py", '"Try: free disk space, or set SAE_CACHE_DIR to a larger disk."', '"Try: a larger disk."', ()),
-    "a message of the rule of windows": ("data/windows.py", '"data set.")', '"set of data.")', ()),
+    "a message of the rule of windows": ("data/windows.py", '"Lower it, or take a larger data set.")', '"Lower it, or take more data.")', ()),
     "a rule of windows": ("data/windows.py", "least = min(body, wanted.min_window)", "least = min(body, wanted.min_window) + 1",
                           ("windows", "activations", "results")),
     "a metric": ("experiment.py", "cosine = encoded.dot /", "cosine = 2 * encoded.dot /", ("results",)),

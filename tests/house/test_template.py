@@ -19,11 +19,11 @@ def test_the_prompt_has_the_harness_s_fields():
 
 
 def test_the_prompt_names_the_variants_that_there_are(E):
-    named = re.search(r"SAE_VARIANTS: (.+?) are published baselines; (.+?) are the systems",
+    named = re.search(r"SAE_VARIANTS: (.+?) are published baselines; (.+?) are the systems under study; (\w+) is a variant of ours",
                       PROMPT["task_description"])
-    baselines, systems = (set(re.split(r", | and ", part)) for part in named.groups())
+    baselines, systems, ours = (set(re.split(r", | and ", part)) for part in named.groups())
     assert systems == set(PLANNED) and not baselines & systems
-    assert baselines < set(E.SAE_VARIANTS) <= baselines | systems
+    assert baselines < set(E.SAE_VARIANTS) <= baselines | systems | ours
 
 
 def test_the_ideas_have_the_harness_s_fields():

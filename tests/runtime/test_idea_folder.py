@@ -9,7 +9,7 @@ from copies import PROJECT
 EXPERIMENT = '''import sys, pathlib
 SAE_VARIANT = "standard"
 TARGET_L0 = 48
-SAE_VARIANTS = {"standard": 1, "topk": 2, "temporal": 3}
+SAE_VARIANTS = {"standard": 1, "topk": 2, "slow": 3}
 folder = pathlib.Path(sys.argv[1].removeprefix("--out_dir="))
 folder.mkdir()
 (folder / "final_info.json").write_text(f"{SAE_VARIANT} {TARGET_L0}")
@@ -53,10 +53,10 @@ def told(idea, i=1):
 def test_the_flagship_is_trained_in_a_copy(make, template):
     finished = make("run")
     assert finished.returncode == 0, finished.stderr
-    idea = template / "ideas" / "temporal"
-    assert told(idea) == "temporal 48" and "drawn: run_0 run_1" in finished.stdout
+    idea = template / "ideas" / "slow"
+    assert told(idea) == "slow 48" and "drawn: run_0 run_1" in finished.stdout
     assert (template / "experiment.py").read_text() == EXPERIMENT
-    assert finished.stdout.rstrip().splitlines()[-1].startswith("Done. Open ideas/temporal/run_1/features.html")
+    assert "\nDone. Open ideas/slow/run_1/features.html" in finished.stdout
 
 
 def test_no_run_is_replaced(make, template):
@@ -95,13 +95,13 @@ def test_sae_variant_in_the_file_is_not_overridden_silently(make, template):
     (template / "experiment.py").write_text(set_to)
     finished = make("run")
     assert 'SAE_VARIANT = "topk", as experiment.py says' in finished.stderr and told(template / "ideas" / "topk") == "topk 48"
-    finished = make("run", "VARIANT=temporal")
-    assert 'experiment.py has SAE_VARIANT = "topk"; the copy has "temporal"' in finished.stderr
-    assert told(template / "ideas" / "temporal") == "temporal 48"
+    finished = make("run", "VARIANT=slow")
+    assert 'experiment.py has SAE_VARIANT = "topk"; the copy has "slow"' in finished.stderr
+    assert told(template / "ideas" / "slow") == "slow 48"
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("VARIANT=topkk",), "VARIANT=topkk is none of standard, topk, temporal"),
+    (("VARIANT=topkk",), "VARIANT=topkk is none of standard, topk, slow"),
     (("VARIANT=a b",), "VARIANT=a b is none of"),
     (("IDEA=../x",), "IDEA='../x': only letters"),
     (("IDEA=..",), "IDEA='..': only letters"),
@@ -123,5 +123,5 @@ def test_an_experiment_that_cannot_be_read(make, template, source, message):
 
 
 def test_help_names_the_variants(make):
-    assert "standard, topk, temporal" in make("help").stdout
+    assert "standard, topk, slow" in make("help").stdout
     assert make().stdout == make("help").stdout

@@ -17,6 +17,7 @@ TRAINED = {
     "gated": {},
     "matryoshka": {},
     "tsae": {},
+    "slow": dict(EVALS=("core", "temporal")),
     "temporal": dict(EVALS=DEFAULT, CHECKPOINT_SECONDS=0),
     "temporal_adaptation": dict(EVALS=("core", "temporal")),
     "temporal_context": dict(DATASET="embedded", EVALS=("core", "unlearning"), GATE_TOKENS=8, EVAL_WINDOWS_PER_FILE=2),

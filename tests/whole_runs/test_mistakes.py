@@ -36,7 +36,11 @@ CONSTANTS = [                             # constant, a bad value, what the mess
     ("MODEL_NAME", "", []),
     ("MODEL_NAME", "../no/such/folder", []),
     ("LAYER", -1, ["None", "whole number"]),
-    ("LAYER", 6, ["6 blocks"]),
+    ("LAYER", 6, ["0 to 5"]),
+    ("MODEL_NAME", "gpt2-smal", ["the hub does not answer", "'embedded/model'"]),
+    ("CONTEXT_LENGTH", 4_096, ["CONTEXT_LENGTH = 4096", "512 at most"]),
+    ("SEEDS", (), ["one or more"]),
+    ("EVALS", "core", ["('core',), with the comma"]),
     ("DATASET", None, []),
     ("DATASET", "no/such/file.jsonl", []),
     ("TRAIN_TOKENS", 0, ["whole number"]),
@@ -53,7 +57,7 @@ CONSTANTS = [                             # constant, a bad value, what the mess
     ("BATCH_TOKENS", 16, ["whole number from 32"]),      # CONTEXT_LENGTH here
     ("BATCH_TOKENS", 10 ** 9, ["no step", "TRAIN_TOKENS"]),
     ("LEARNING_RATE", "fast", ["None", "above 0"]),
-    ("EVAL_FILES", 1, ["whole number from 2"]),
+    ("EVAL_FILES", 1, ["whole number from 10"]),
 ]
 
 
@@ -67,6 +71,25 @@ def test_bad_constants_are_named_with_the_good_values(mistakes, i):
     (name, _, parts), (folder, finished) = CONSTANTS[i], mistakes[bad_constants][i]
     assert is_one_paragraph(finished) and all(part in finished.tail for part in (name, *parts)), finished
     assert finished.cpu < 15 and not (folder / "run_1").exists()
+
+
+def test_an_argument_is_told_where_settings_are(lab):
+    finished = Process(lab.copy("argument"), ["experiment.py", "--out_dir=run_1", "--lr=1"], lab.cache).wait()
+    assert finished.code == 2 and "--lr=1" in finished.tail and "constants at the top" in finished.tail, finished
+
+
+def test_a_file_that_hides_a_package_is_named(lab):
+    folder = lab.copy("hiding")
+    (folder / "datasets.py").write_text("rows = 3")
+    finished = run(folder, lab.cache, kind=Process)
+    assert is_one_paragraph(finished) and "datasets.py" in finished.stderr and "rename" in finished.stderr
+
+
+def test_a_locale_without_unicode(lab):
+    """Files are UTF-8 whatever the locale, and what it cannot show of a text is replaced."""
+    plain = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    finished = Process(lab.copy("locale"), ["experiment.py", "--out_dir=run_1"], lab.cache, **plain).wait()
+    assert finished.code == 0 and finished.stderr == "", finished
 
 
 # ---- Folders ----
@@ -181,8 +204,8 @@ MODELS = {                                # constants, with the folder of models
     "no weights": (dict(MODEL_NAME="*/bare"), ["weights"]),
     "cut weights": (dict(MODEL_NAME="*/cut"), ["weights"]),
     "no tokenizer": (dict(MODEL_NAME="*/mute"), ["tokenizer"]),
-    "bert": (dict(MODEL_NAME="*/bert"), ["bert", "causal"]),
-    "t5": (dict(MODEL_NAME="*/t5"), ["t5", "causal"]),
+    "bert": (dict(MODEL_NAME="*/bert"), ["bert", "looks ahead"]),
+    "t5": (dict(MODEL_NAME="*/t5"), ["t5", "no model of the next token"]),
     "windows longer than it takes": (dict(MODEL_NAME="*/gpt2", CONTEXT_LENGTH=65), ["CONTEXT_LENGTH = 65", "64"]),
 }
 
