@@ -33,6 +33,7 @@ Regions, in order:
     Evaluation: hierarchy        two levels: information, clusters, causal tracing
     Evaluation: composition      interaction and reuse of features
     Evaluation: recovery         planted features of synthetic activations
+    Evaluation: dwell            planted states that last
     Evaluation: detection        predicting where a latent fires from its strongest contexts
     Results                EVALUATIONS, export of the SAE, final_info.json
     Checks                 settings and variants that cannot work, named before anything slow
@@ -83,7 +84,8 @@ from torch import nn
 
 from data.code_labels import LABELS
 from data.documents import data_identity
-from data.synthetic import COMPOSED, DIMENSIONS, PRIMITIVES, TASKS, make_synthetic
+from data.synthetic import (
+    COMPOSED, DIMENSIONS, PRIMITIVES, TASKS, make_sequences, make_synthetic)
 from data.tasks import encoded_questions, probing_windows, unlearning_plan
 from data.token_text import token_texts, vocabulary_texts
 from data.windows import Wanted, load_windows, stand_in_windows
@@ -127,7 +129,8 @@ EXPANSION = 8  # d_sae / d_in
 TARGET_L0 = 48  # active latents per token
 SEEDS = (0,)  # one SAE for each
 TIME_BUDGET_MINUTES = 90  # of the whole run; training shrinks to fit
-# Also "unlearning", "sparse_probing", "recovery"; for their variants "composition", "hierarchy"
+# Also "unlearning", "sparse_probing", "recovery", "dwell"; for their variants "composition" and
+# "hierarchy"
 EVALS = ("core", "temporal", "probes", "detection")
 EPOCHS_SCALE = 1.0  # multiplies the epochs of every stage
 BATCH_TOKENS = 1024  # tokens per training step
@@ -225,6 +228,8 @@ SYNTHETIC_TASKS = ("boolean", "arithmetic", "grammar")
 SYNTHETIC_RHOS = (1.0, 0.5, 0.0)  # strengths of compositions in the first task; the others: 1
 SYNTHETIC_TOKENS = 65_536  # of training
 SYNTHETIC_SAE = (384, 8)  # width, L0
+DWELL_SAE = (384, 16)  # width, L0
+BOUNDARY_TOKENS = 16  # after which a change of state should show
 COMPOSED_TOKENS = 512  # tokens on which features are ablated one by one
 DETECTED_LATENTS = 50  # live ones, drawn at random, that detection is measured on and people rate;
 #                     features.html shows them and those that figures of the run name
@@ -785,8 +790,8 @@ class Slow(BatchTopK):
     """x_hat = s + f + b_dec. The first SLOW_LATENTS of the latents, the slow block, read a running
     mean of x: s_t = BatchTopK((m_t - b_dec) W_enc + b_enc) W_dec, SLOW_PLACES of the k places, with
     m_t = gain sum_{r <= t} decay^(t-r) x_r / (SLOW_PRIOR + sum_{r <= t} decay^(t-r)), decay =
-    SLOW_DECAY, of unit mean squared norm. The others read what the block leaves: f_t =
-    BatchTopK((x_t - s_t - b_dec) W_enc + b_enc) W_dec.
+    SLOW_DECAY; the gain gives it a mean squared norm of 1. The others read what the block leaves:
+    f_t = BatchTopK((x_t - s_t - b_dec) W_enc + b_enc) W_dec.
 
     L = |x - x_hat|^2 + 1/32 auxk + PREDICTION_WEIGHT |mean of x_{t+1} ... x_{t+PREDICTED} - s_t|^2:
     s_t is worth a place only as far as it lasts. ABLATE "memory": m = x; "residual": the others
@@ -803,6 +808,8 @@ class Slow(BatchTopK):
         super().__init__(*sizes)
         self.d_slow, self.k_slow = (max(1, round(share * n)) for share, n in (
             (SLOW_LATENTS, self.d_sae), (SLOW_PLACES, self.k)))
+        if self.k < 2:
+            raise RunnerError("TARGET_L0 = 1: slow needs 2, a place for each of its two parts.")
         self.register_buffer("gain", torch.tensor(1.0))
         self.register_buffer("slow_threshold", torch.tensor(0.0))
         self.register_buffer("slow_least_kept", torch.tensor(0.0), persistent=False)
@@ -4230,7 +4237,9 @@ def eval_recovery(run):
     wanted = [(first, rho) for rho in SYNTHETIC_RHOS] + [(task, 1.0) for task in others]
     metrics, rows = {}, []
     for task, rho in wanted[:1] if run.tiny else wanted:
-        truth, store = synthetic_store(task, rho, 2 ** 13 if run.tiny else SYNTHETIC_TOKENS)
+        tokens = 2 ** 13 if run.tiny else SYNTHETIC_TOKENS
+        truth = make_synthetic(task, rho, CONTEXT_LENGTH, tokens, FORGET)
+        store = synthetic_store(truth)
         scores = recovered(run, truth, store)
         baselines = recovery_baselines(truth, store, task)
         rows.append({"task": task, "rho": rho, "sae": scores} | baselines)
@@ -4238,26 +4247,33 @@ def eval_recovery(run):
     return Result(metrics, {"recovery": rows}, {})
 
 
-def synthetic_store(task, rho, tokens):
-    """Returns synthetic activations of a task as made, and as a Store."""
-    truth, folder = make_synthetic(task, rho, CONTEXT_LENGTH, tokens, FORGET), cache_folder()
-    store = Store(folder / "synthetic", truth.windows, DIMENSIONS, torch.float32)
+def synthetic_store(truth):
+    """Returns synthetic activations as a Store."""
+    store = Store(cache_folder() / "synthetic", truth.windows, DIMENSIONS, torch.float32)
     store.shard_tensors = torch.from_numpy(truth.x).to(DEVICE).split(SHARD_WINDOWS)
     store.normalise()
-    return truth, store
+    return store
 
 
 def recovered(run, truth, store):
     """Returns the recovery_scores of an SAE of this variant, trained on synthetic activations."""
-    width, k = SYNTHETIC_SAE
+    sae, dev, test, fidelity = trained_on(run, store, SYNTHETIC_SAE)
+    return recovery_scores(truth, dev, test, jsonable(sae.directions())) | fidelity
+
+
+def trained_on(run, store, size):
+    """Returns an SAE of this variant, of a size (width, L0), trained on synthetic activations; its
+    latents on DEV and on TEST [token, d_sae]; its explained variance and L0 there, {name:
+    value}."""
+    width, k = size
     sae = make_sae(store.d_in, width, run.seed, k)
     stages = [stage._replace(epochs=1) if run.tiny else stage
               for stage in planned_stages(type(sae))]
     with tempfile.TemporaryDirectory() as state:
         train(sae, store, stages, run.seed, peer_batch(store), math.inf, Path(state, "sae"))
-    encoded = encode_windows(sae.eval(), store, store.windows.heldout())
-    dev, test = np.split(encoded.codes.toarray(), 2)
-    return recovery_scores(truth, dev, test, jsonable(sae.directions().detach())) | {
+    sae.eval().requires_grad_(False)
+    encoded = encode_windows(sae, store, store.windows.heldout())
+    return sae, *np.split(encoded.codes.toarray(), 2), {
         "explained_variance": explained_variance(encoded, variance_by_position(store)[1]),
         "l0": np.nanmean(encoded.l0)}
 
@@ -4362,6 +4378,60 @@ def keep_largest(values, k):
 def signed_parts(values):
     """Returns the positive and the negative parts of values [n, d]: [n, 2 d] >= 0."""
     return np.concatenate([np.maximum(values, 0), np.maximum(-values, 0)], 1)
+# endregion
+
+
+# region Evaluation: dwell
+def eval_dwell(run):
+    """How well an SAE of this variant, trained on sequences of planted states that last 1, 4, 16 or
+    64 tokens, finds their directions, when they are on and where slow ones change. What lasts
+    longer is weaker, so that one token does not show it."""
+    tokens = 2 ** 13 if run.tiny else 2 * SYNTHETIC_TOKENS
+    truth = make_sequences(CONTEXT_LENGTH, tokens)
+    sae, dev, test, fidelity = trained_on(run, synthetic_store(truth), DWELL_SAE)
+    scores = dwell_scores(truth, dev, test, jsonable(sae.directions())) | fidelity
+    random = normalize(np.random.default_rng(run.seed).standard_normal(sae.W_dec.shape))
+    null = dwell_scores(truth, dev, np.roll(test, len(test) // 2, 0), random)
+    return Result({f"dwell_{name}": value for name, value in scores.items()},
+                  {"dwell": {"sae": scores, "null": null}}, {})
+
+
+def dwell_scores(truth, dev, test, dictionary):
+    """Returns, of latents [token, d_sae] >= 0 on truth's DEV and TEST and a dictionary [d_sae,
+    DIMENSIONS], by dwell the mean cosine with the states' directions under the best assignment
+    (Hungarian) and the mean AUROC, on TEST, of the latent that is best on DEV for each state; and
+    `boundary`, the AUROC of a linear probe, fitted on DEV, that tells from the change of the
+    latents over BOUNDARY_TOKENS whether a state of the two longest dwells began within them. The
+    null has a random dictionary, and TEST latents of other sequences."""
+    cosine = truth.directions @ normalize(dictionary).T
+    rows, columns = linear_sum_assignment(-cosine)
+    heldout = slice(truth.windows.n_train, None)
+    on_dev, on_test = np.split(truth.on[heldout].reshape(-1, len(cosine)), 2)
+    auroc = np.full(len(cosine), 0.5)
+    for state in range(len(cosine)):
+        best = aurocs(dev, on_dev[:, state]).argmax()
+        auroc[state] = roc_auc_score(on_test[:, state], test[:, best])
+    scores = {}
+    for dwell in np.unique(truth.dwells):
+        of_dwell = truth.dwells == dwell
+        scores |= {f"{dwell}_cosine": cosine[rows, columns][of_dwell[rows]].mean(),
+                   f"{dwell}_auroc": auroc[of_dwell].mean()}
+    return scores | {"boundary": boundary_auroc(truth, dev, test)}
+
+
+def boundary_auroc(truth, dev, test):
+    """Returns the `boundary` of dwell_scores."""
+    slow = truth.dwells >= np.unique(truth.dwells)[-2]
+    begins = truth.begins[truth.windows.n_train:][..., slow].any(-1)  # [window, seq]
+    recent = np.lib.stride_tricks.sliding_window_view(begins, BOUNDARY_TOKENS, 1).any(-1)[:, 1:]
+    labels, seq = np.split(recent, 2), begins.shape[1]
+    changes = []
+    for latents in (dev, test):
+        z = latents.reshape(-1, seq, latents.shape[1])
+        change = np.abs(z[:, BOUNDARY_TOKENS:] - z[:, :-BOUNDARY_TOKENS])
+        changes.append(csr_array(change.reshape(-1, latents.shape[1])))
+    probe = LogisticRegression(C=0.1, max_iter=200).fit(changes[0], labels[0].ravel())
+    return roc_auc_score(labels[1].ravel(), probe.decision_function(changes[1]))
 # endregion
 
 
@@ -4523,6 +4593,7 @@ EVALUATIONS = {
     "unlearning": Evaluation(eval_unlearning, ("auroc_hybrid",)),
     "sparse_probing": Evaluation(eval_sparse_probing, ("sae_top_1",)),
     "recovery": Evaluation(eval_recovery),
+    "dwell": Evaluation(eval_dwell),
     "composition": Evaluation(eval_composition, needs="compose"),
     "hierarchy": Evaluation(eval_hierarchy, ("causal_specificity",), needs="levels")}
 TRAINING_HEADLINES = ("final_train_loss", "best_val_loss", "total_train_time")
@@ -4833,7 +4904,7 @@ def check_config():
                  MATCHER="logistic attention", LEVEL_SPARSITY="topk l1")
     rules.whole("TRAIN_TOKENS TARGET_L0 WINDOW CONTRAST_SPAN HEADS HEAD_WIDTH BUFFER CLAMPED "
                 "MATCHED MATCHER_WINDOW COMPOSITION_HEADS COMPOSITION_HEAD_WIDTH PREDICTED "
-                "LIVE_MIN_FIRINGS LIVE_MIN_FILES")
+                "LIVE_MIN_FIRINGS LIVE_MIN_FILES BOUNDARY_TOKENS")
     rules.whole("CONTEXT_LENGTH", 8)
     rules.whole("EVAL_FILES", max(2, LIVE_MIN_FILES))
     rules.whole("LAYER", 0, [None])
@@ -4850,8 +4921,8 @@ def check_config():
     rules.span("TRAIN_POSITIONS", CONTEXT_LENGTH)
     rules.check("LEVEL_WIDTHS", "(level 1, level 2), falling to TARGET_L0 at least", lambda v: type(
         v) is tuple and [type(x) for x in v] == [int, int] and v[0] >= v[1] >= TARGET_L0, [None])
-    rules.check("STABILITY_LAGS FAR_LAGS PROBING_SIZE SYNTHETIC_SAE", "two whole numbers from 1",
-                lambda v: type(v) is tuple and len(v) == 2
+    rules.check("STABILITY_LAGS FAR_LAGS PROBING_SIZE SYNTHETIC_SAE DWELL_SAE",
+                "two whole numbers from 1", lambda v: type(v) is tuple and len(v) == 2
                 and all(type(x) is int and x > 0 for x in v))
     rules.several("SYNTHETIC_TASKS", TASKS)
     rules.several("SEEDS", range(2 ** 31))

@@ -1530,6 +1530,32 @@ def fig_recovery(runs):
     return figure
 
 
+def fig_dwell(runs):
+    """Draws how well planted states are found, by how long they last, over the null of the first
+    run."""
+    runs = runs_with(runs, "dwell")
+    if not runs:
+        return None
+    figure, axes = panels(2, 2, 2.6)
+    dwells = sorted(int(name.removesuffix("_auroc")) for name in runs[0].curves[0]["dwell"]["sae"]
+                    if name.endswith("_auroc"))
+    titles = {"auroc": "when a state is on: AUROC ↑", "cosine": "its direction: cosine ↑"}
+    for axis, (name, title) in zip(axes.flat, titles.items()):
+        keys = [f"{dwell}_{name}" for dwell in dwells]
+        for run in runs:
+            draw_band(axis, run, range(len(dwells)), np.array(
+                [[seed["dwell"]["sae"][key] for key in keys] for seed in run.curves], float))
+        axis.plot([runs[0].curves[0]["dwell"]["null"][key] for key in keys], ":",
+                  color=NOTE["color"])
+        axis.set_title(title, loc="left")
+        axis.set_title("dotted: chance", loc="right", **NOTE)
+        axis.set_ylim(None, 1.02)
+        axis.set_xticks(range(len(dwells)), dwells)
+        axis.set_xlabel("tokens that a state lasts, on average")
+    legend(figure, runs, SEEDS_NOTE)
+    return figure
+
+
 def fig_compositions(runs):
     """Draws how much of each composition is lost where a feature is dropped, beside the tokens at
     which it is largest, of the last two runs."""
@@ -1740,7 +1766,7 @@ FIGURES = {"training_curves": fig_training, "headline_metrics": fig_headlines,
            "losses": functools.partial(fig_logged, kind="losses"),
            "variance_scaling": fig_variance_scaling,
            "unlearning": fig_unlearning, "clamped_passage": fig_clamped_passage,
-           "sparse_probing": fig_sparse_probing, "recovery": fig_recovery,
+           "sparse_probing": fig_sparse_probing, "recovery": fig_recovery, "dwell": fig_dwell,
            "compositions": fig_compositions, "reuse": fig_reuse,
            "level_information": fig_information, "causal_tracing": fig_causal,
            "level_tree": fig_tree, "ablations": fig_ablations, "latents": fig_latents}

@@ -29,7 +29,7 @@ ALL = (*FEW, "unlearning", "sparse_probing", "recovery")
 # name -> the constants that differ from SMALL, and the evaluations
 RUNS = {
     "standard": ({}, ALL), "topk": ({}, ALL), "batch_topk": ({}, ALL), "jumprelu": ({}, ALL), "gated": ({}, ALL),
-    "matryoshka": ({}, ALL), "tsae": ({}, ALL), "temporal": ({}, ALL), "temporal_adaptation": ({}, ALL),
+    "matryoshka": ({}, ALL), "tsae": ({}, ALL), "slow": ({}, (*ALL, "dwell")), "temporal": ({}, ALL), "temporal_adaptation": ({}, ALL),
     "temporal_context": ({}, ALL), "compositional": ({}, (*ALL, "composition")), "hierarchical": ({}, (*ALL[:-1], "hierarchy")),
     "temporal, centred, two seeds": (dict(ATTENTION="centred", SEEDS=(0, 1)), FEW),
     "temporal, no attention": (dict(ABLATE=("attention",), CONSISTENT_FRACTION=0.5, TRAIN_POSITIONS=(3, 40)), FEW),

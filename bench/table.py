@@ -68,8 +68,19 @@ HIERARCHY = {"SAE_VARIANT": "hierarchical", "EVALS": ("core", "detection", "hier
 ROWS |= {"hierarchical": HIERARCHY, "hierarchical, own widths": {**HIERARCHY, "LEVEL_WIDTHS": (144, 96), "TARGET_L0": 12},
          **{f"hierarchical, no {part}": {**HIERARCHY, "ABLATE": (part,)} for part in ("cosine", "group", "start", "nonnegative")},
          "hierarchical, neither group nor nonnegative": {**HIERARCHY, "ABLATE": ("group", "nonnegative")}}
+# variants that are not the template's: their file here, where in it they begin, their class
+RIVALS = {"hysteresis": ("hysteresis.py", "HYSTERESIS =", "Hysteresis"), "tfa": ("temporal_peers.py", "TFA_HEADS", "TFA"),
+          "crosscoder": ("temporal_peers.py", "TFA_HEADS", "Crosscoder")}
+ROWS |= {"tfa": {"SAE_VARIANT": "tfa"}, "crosscoder, 48 a window": {"SAE_VARIANT": "crosscoder"},
+         "crosscoder, 48 a token": {"SAE_VARIANT": "crosscoder", "CROSS_K": 2.0}}
+ROWS |= {f"{name}, dwell": {**ROWS[row], "EVALS": ("dwell",), "TRAIN_TOKENS": 16_384} for name, row in (
+    *((name, name) for name in ("topk", "batch_topk", "tsae", "slow", "temporal", "temporal_adaptation", "tfa")),
+    ("crosscoder", "crosscoder, 48 a window"), ("slow, no memory", "slow, no memory"))}
 SETS = {"variants": ["standard", "topk", "batch_topk", "matryoshka", "tsae", "slow", "temporal", "temporal_adaptation"],
-        "slow": ["batch_topk", "tsae", "temporal", *(row for row in ROWS if row.startswith("slow"))],
+        "slow": ["batch_topk", "tsae", "temporal", *(row for row in ROWS if row.startswith("slow") and "dwell" not in row and "model" not in row)],
+        "slow_main": ["slow", "batch_topk", "tsae", "temporal"],
+        "peers": ["tfa", "crosscoder, 48 a window", "crosscoder, 48 a token"],
+        "dwell": [row for row in ROWS if row.endswith(", dwell")],
         "baselines": list(VARIANTS[:6]), "ablations": [row for row in ROWS if row.startswith("temporal") and (row in VARIANTS or ", no " in row or ", T " in row)] + ["hysteresis 1.0"],
         "positions": [row for row in ROWS if ", positions " in row],
         "probing": [row for row in ROWS if ", sparse probing" in row],
@@ -104,6 +115,9 @@ COLUMNS |= {f"{task}_{name}": f"{task.replace('_', ', ρ ')}: {title}" for task,
             for name, title in {"cosine_primitives": "cosine of primitives", "cosine_compositions": "cosine of compositions",
                                 "auroc_seen": "AUROC", "minimum_seen": "of the smaller primitive", "auroc_unseen": "AUROC unseen"}.items()
             if name in names.split()}
+COLUMNS |= {f"dwell_{name}": f"{title}" for name, title in {
+    **{f"{dwell}_{kind}": f"dwell {dwell}: {title}" for kind, title in (("cosine", "cosine"), ("auroc", "AUROC")) for dwell in (1, 4, 16, 64)},
+    "boundary": "boundary", "explained_variance": "EV", "l0": "L0"}.items()}
 COLUMNS |= {"flat_explained_variance": "EV of the flat TopK", "mutual_information": "mutual information",
             "mutual_information_non_edges": "non-edges", "mutual_information_ward": "Ward parents", "mutual_information_untrained": "level 2 untrained",
             **{f"ami_{kind}{rival}": f"AMI, {kind}" if not rival else title for kind in ("token", "context")
@@ -131,10 +145,11 @@ def edited(source, **constants):
 
 def source_of(row, seed):
     source = (ROOT / "experiment.py").read_text()
-    if row.startswith("hysteresis"):
-        rival = (ROOT / "bench" / "hysteresis.py").read_text()
-        rival = rival[rival.index("HYSTERESIS ="):]
-        source = source.replace("SAE_VARIANTS = {", rival.strip() + '\n\n\nSAE_VARIANTS = {"hysteresis": Hysteresis, ', 1)
+    if (variant := ROWS[row]["SAE_VARIANT"]) in RIVALS:
+        file, first, name = RIVALS[variant]
+        rival = (ROOT / "bench" / file).read_text()
+        rival = rival[rival.index(first):]
+        source = source.replace("SAE_VARIANTS = {", f'{rival.strip()}\n\n\nSAE_VARIANTS = {{"{variant}": {name}, ', 1)
     return edited(source, **ROWS[row], SEEDS=(seed,))
 
 

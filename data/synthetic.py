@@ -1,4 +1,5 @@
-"""Synthetic activations with known features: primitives, and compositions of two of them."""
+"""Synthetic activations with known features: primitives and compositions of two of them; and
+states that last."""
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,10 @@ AMOUNTS = (0.5, 1.5)  # of an active primitive, uniform
 ACTIVE = (2, 3, 4)  # primitives of a token
 PLANTED = 0.5  # of the tokens hold a pair that makes something; others may by chance
 NEVER_TOGETHER = 0.2  # of the pairs in training
+# tokens that a state lasts -> strength of its direction, and slots for such states; an eighth of
+# what is on lasts for long, as SLOW_PLACES supposes
+DWELLS = {1: (1.0, 7), 4: (1.0, 7), 16: (0.5, 1), 64: (0.5, 1)}
+STATES = 12  # of a slot, which holds one at a time
 NOUNS = "cat dog bird horse child river train star king writer garden clock ship lamp friend song"
 VERBS = "run sleep turn stop shine break move fall wait change grow stand speak return start end"
 
@@ -172,3 +177,47 @@ def make_synthetic(task, rho, context_length, n_tokens, forget="", seed=0):
     x = amounts @ directions[:PRIMITIVES] + rho * synthetic.composed() @ directions[PRIMITIVES:]
     synthetic.x[:, 1:] = (x + NOISE * rng.standard_normal(x.shape)).reshape(n, seq, -1)
     return synthetic
+
+
+# ---- States that last ----
+class Sequences(NamedTuple):
+    """x_t = sum of strength * a * d of the states that are on + noise, in windows, and what made
+    it. One state of each slot of DWELLS is on; each lasts a random time with that mean."""
+    x: np.ndarray  # [window, context_length, 96] float32; the first position, BOS, is 0
+    windows: Windows  # the training ones, then DEV, then as many of TEST
+    on: np.ndarray  # [window, seq, state] bool
+    begins: np.ndarray  # [window, seq, state] bool: here it comes on, not at the first position
+    directions: np.ndarray  # [state, 96], unit norm
+    dwells: np.ndarray  # [state] mean number of tokens that it lasts
+
+
+def make_sequences(context_length, n_tokens, seed=0):
+    """Returns the Sequences of about n_tokens training tokens and half as many for each of DEV and
+    TEST. A token's id is 1 + the state of dwell 1 in the first slot."""
+    rng, seq = np.random.default_rng(seed), context_length - 1
+    n_train = max(8, n_tokens // seq)
+    n = n_train + 2 * max(4, n_tokens // seq // 2)
+    slots = [(dwell, strength) for dwell, (strength, n_slots) in DWELLS.items()
+             for _ in range(n_slots)]
+    amounts = np.zeros((n, seq, len(slots), STATES), np.float32)
+    begins = np.zeros(amounts.shape, bool)
+    for i, (dwell, strength) in enumerate(slots):
+        state, amount = rng.integers(STATES, size=n), rng.uniform(*AMOUNTS, n)
+        for t in range(seq):
+            change = rng.random(n) < 1 / dwell if t else np.zeros(n, bool)
+            other = (state + rng.integers(1, STATES, n)) % STATES
+            state = np.where(change, other, state)
+            amount = np.where(change, rng.uniform(*AMOUNTS, n), amount)
+            amounts[np.arange(n), t, i, state] = strength * amount
+            begins[np.arange(n)[change], t, i, state[change]] = True
+
+    amounts, begins = (a.reshape(n, seq, -1) for a in (amounts, begins))
+    directions = normalize(rng.standard_normal((amounts.shape[2], DIMENSIONS)))
+    x = np.zeros((n, context_length, DIMENSIONS), np.float32)
+    x[:, 1:] = amounts @ directions + NOISE * rng.standard_normal((n, seq, DIMENSIONS))
+    tokens = np.zeros((n, context_length), np.int32)
+    tokens[:, 1:] = 1 + amounts[..., :STATES].argmax(-1)
+    windows = Windows(tokens, np.full(n, context_length), np.arange(n), n_train,
+                      [f"sequence#{i}" for i in range(n)], ["sequences"] * n)
+    dwells = np.repeat([dwell for dwell, _ in slots], STATES)
+    return Sequences(x, windows, amounts > 0, begins, directions, dwells)

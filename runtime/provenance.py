@@ -21,9 +21,10 @@ def code_key(*parts):
     A function or class counts with every function, class and constant of the project's own files
     that it names, and that those name; of runtime/ only sparse_ops.py counts, as the rest never
     changes a value. Comments, docstrings, `print` statements and what `raise` and `assert` say do
-    not count. A constant that is a number, a text or a tuple of these counts by its present value.
-    What a function defines inside itself counts by the whole function. Other parts count by their
-    repr, containers by what they hold. Raises ValueError where a repr differs between processes.
+    not count, nor does a table of classes. A constant that is a number, a text or a tuple of these
+    counts by its present value. What a function defines inside itself counts by the whole function.
+    Other parts count by their repr, containers by what they hold. Raises ValueError where a repr
+    differs between processes.
     """
     given, definitions = [], []
     for part in members_of(parts):
@@ -120,7 +121,7 @@ def reached_texts(definitions):
                 continue
             if is_plain(value):
                 texts.add(f"{name} = {value!r}")
-            else:
+            elif not is_table_of_classes(value):
                 todo += [(home, found) for found in parsed(home["__file__"])[1].get(name, ())]
         seen.add(node)
     return texts
@@ -186,6 +187,12 @@ def dotted(node):
     if isinstance(node, ast.Attribute):
         return (*start, node.attr) if (start := dotted(node.value)) else ()
     return (node.id,) if isinstance(node, ast.Name) else ()
+
+
+def is_table_of_classes(value):
+    """Returns whether a value is a dict of classes, of which a run uses one: its key is given that
+    one besides."""
+    return isinstance(value, dict) and all(isinstance(part, type) for part in value.values())
 
 
 def resolve(namespace, path, scripts):

@@ -310,3 +310,23 @@ def test_two_processes_at_once_collect_once(E, store, tmp_path):
     store, collected = store
     store.collect(no_model, 0)
     assert torch.equal(store.raw(np.arange(N)), table()[torch.from_numpy(some_windows(E).tokens).long()])
+
+
+# ---- What evaluations need of the data, before anything slow ----
+def test_what_the_evaluations_need_of_the_data(E, settings, monkeypatch):
+    """Windows without padding for the temporal evaluation, windows of FORGET for unlearning, texts for sparse probing."""
+    windows = some_windows(E)
+    settings(CONTEXT_LENGTH=CONTEXT, EVALS=("core",), FORGET="no such domain")
+    E.check_data(windows)
+    monkeypatch.setattr(E, "EVALS", ("temporal",))
+    E.check_data(windows)
+    with pytest.raises(E.RunnerError, match="fill CONTEXT_LENGTH"):
+        E.check_data(windows._replace(lengths=np.full(N, CONTEXT - 1)))
+    monkeypatch.setattr(E, "load_tokenizer", lambda: None)
+    monkeypatch.setattr(E, "EVALS", ("unlearning",))
+    with pytest.raises(E.RunnerError, match="no such domain"):
+        E.check_data(windows)
+    monkeypatch.setattr(E, "EVALS", ("sparse_probing",))
+    monkeypatch.setattr(E, "PROBING", ("no_such_file.jsonl",))
+    with pytest.raises(E.RunnerError, match="no_such_file"):
+        E.check_data(windows)

@@ -71,7 +71,8 @@ MODEL = SimpleNamespace(hidden_size=192)
 PROTOCOL_RULES = {
     "EVAL_FILES": ((10, 300), (9, 0, 20.5, None), ("whole number from 10",)),
     "LIVE_MIN_FIRINGS": (WHOLE, NOT_WHOLE, ("whole number from 1",)), "LIVE_MIN_FILES": (WHOLE, NOT_WHOLE, ("whole number from 1",)),
-    "STABILITY_LAGS": TWO_WHOLE, "FAR_LAGS": TWO_WHOLE, "PROBING_SIZE": TWO_WHOLE, "SYNTHETIC_SAE": TWO_WHOLE,
+    "STABILITY_LAGS": TWO_WHOLE, "FAR_LAGS": TWO_WHOLE, "PROBING_SIZE": TWO_WHOLE, "SYNTHETIC_SAE": TWO_WHOLE, "DWELL_SAE": TWO_WHOLE,
+    "BOUNDARY_TOKENS": (WHOLE, NOT_WHOLE, ("whole number from 1",)),
     "SYNTHETIC_TASKS": ((("boolean",), ("grammar", "arithmetic")), ((), ("logic",), ("boolean", "boolean"), ["boolean"], "boolean", None),
                         ("tuple", "'boolean'", "'arithmetic'", "'grammar'")),
 }

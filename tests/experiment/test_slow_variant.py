@@ -84,6 +84,11 @@ def test_the_gain_gives_the_memory_the_size_of_x(E, small):
     assert small.memory(batch).square().sum(-1).mean().item() == pytest.approx(1.0)
 
 
+def test_one_place_is_too_few(E):
+    with pytest.raises(E.RunnerError, match="TARGET_L0 = 1"):
+        E.SAE_VARIANTS["slow"](D_IN, D_SAE, 1)
+
+
 def test_each_part_has_its_places(E, small):
     """In training on average over the batch, k_slow and the rest; their sum is TARGET_L0."""
     batch = random_batch(E, rows=8, seq=16)

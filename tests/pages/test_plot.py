@@ -16,7 +16,7 @@ from copies import load_module, PROJECT
 
 FIGURES = ("training_curves", "headline_metrics", "sparsity_fidelity", "position", "stability_fidelity", "autocorrelation",
            "feature_evolution", "similarity", "parameters", "losses", "variance_scaling", "unlearning", "clamped_passage",
-           "sparse_probing", "recovery", "compositions", "reuse", "level_information", "causal_tracing", "level_tree",
+           "sparse_probing", "recovery", "dwell", "compositions", "reuse", "level_information", "causal_tracing", "level_tree",
            "ablations", "latents")
 FILES, SEQ = 64, 127
 TOKENS = ["import", " numpy", "\n", "\t", "$x$", "漢字", "\x00", " averylongidentifier", "_", "\n        "] * 13
@@ -39,7 +39,10 @@ def other_entries(seeds):
     recovery = [{"task": "boolean", "rho": rho, **dict.fromkeys(("sae", "pca", "nmf", "random"), scores)} for rho in (1.0, 0.5, 0.0)]
     patterns = {"compositions": [3, 8], "features": [5, 6, 9], "effects": [[1.0, 0.2, 0.0], [0.0, -0.5, 0.7]],
                 "tokens": [[" a", "\n"], ["$x$"]], "pairs": [[(5, 6, 0.3)], []]}
-    return {"recovery": {"means": {}, "metrics": {"boolean_1_auroc_seen": 0.9}, "curves": [{"recovery": recovery}] * seeds},
+    dwell = {"sae": {f"{n}_{name}": 0.9 - n / 200 for n in (1, 4, 16, 64) for name in ("cosine", "auroc")} | {"boundary": 0.7},
+             "null": {f"{n}_{name}": value for n in (1, 4, 16, 64) for name, value in (("cosine", 0.3), ("auroc", 0.5))}}
+    return {"dwell": {"means": {}, "metrics": {"dwell_64_auroc": 0.58}, "curves": [{"dwell": dwell}] * seeds},
+            "recovery": {"means": {}, "metrics": {"boolean_1_auroc_seen": 0.9}, "curves": [{"recovery": recovery}] * seeds},
             "composition": {"means": {}, "metrics": {"reuse_gini": 0.4, "reuse_gini_null_95": 0.3}, "curves": [{
                 "patterns": patterns, "reuse": [5, 3, 0, 1], "reuse_null": [4.0, 3.2, 1.1]}] * seeds},
             "hierarchy": {"means": {"causal_specificity_mean": 8.0}, "metrics": {
@@ -710,6 +713,18 @@ def test_windows_of_different_lengths_are_whole(tmp_path):
     runs[1].curves[0]["similarity_matrix"] = np.eye(16).tolist()
     first, second, _ = plot.fig_similarity(runs).axes
     assert first.get_ylim() == (128, 0) and second.get_ylim() == (32, 0)
+    plot.plt.close("all")
+
+
+def test_planted_states_by_how_long_they_last(tmp_path):
+    plot, runs = several(tmp_path, 2, seeds=3)
+    left, right = plot.fig_dwell(runs).axes
+    for axis, chance in ((left, 0.5), (right, 0.3)):
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "4", "16", "64"]
+        *lines, null = axis.lines
+        assert [(line.get_color(), list(line.get_ydata())) for line in lines] == [
+            (run.color, pytest.approx([0.895, 0.88, 0.82, 0.58])) for run in runs]
+        assert list(null.get_ydata()) == [chance] * 4
     plot.plt.close("all")
 
 

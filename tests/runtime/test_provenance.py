@@ -176,6 +176,17 @@ def test_key_of_a_class_counts_bases_and_methods(load):
     assert code_key(before.Derived) != code_key(other.Derived)
 
 
+def test_a_table_of_classes_does_not_count(load):
+    """One of them is given beside it: a new variant changes no key but its own."""
+    table = "\n\nTABLE = {'derived': Derived}\n\n\ndef made(name):\n    return TABLE[name]()\n"
+    end = SCRIPT[SCRIPT.rindex("\n\n"):]
+    before, others = load(end, end + table), load(end, end + table.replace("}", ", 'other': int}"))
+    changed = load("return LOWEST", "return 0")
+    assert code_key(before.made) == code_key(others.made)
+    assert code_key(before.made, before.Derived) == code_key(others.made, others.Derived)
+    assert code_key(before.Derived) != code_key(changed.Derived)
+
+
 def test_cycles_end_and_count(load):
     before, after = load(), load("n != 0 and", "n and")
     assert code_key(before.even) == code_key(load().even) != code_key(after.even)
