@@ -370,14 +370,18 @@ class SAE(nn.Module):
         inputs, centre, W_enc = self.encoder_inputs(batch)
         expect_shape("the encoder's input", inputs, (*batch.x.shape[:2], len(W_enc)))
         x = inputs.flatten(0, 1)  # [n_tokens, d]
-
         with torch.no_grad():
             pairs = self.select(x - centre, W_enc, batch)
-        pre_acts = PairEncode.apply(x, centre, W_enc, self.b_enc, pairs)
+        return self.at_pairs(batch, pairs, x, centre, W_enc, self.b_enc)
+
+    def at_pairs(self, batch, pairs, x, centre, W_enc, b_enc):
+        """Returns the Latents [batch, seq, width] at the Pairs, of the encoder's inputs x
+        [n_tokens, d], their centre [d], W_enc [d, width] and b_enc [width]."""
+        pre_acts = PairEncode.apply(x, centre, W_enc, b_enc, pairs)
         if batch.mask is not None:
             pre_acts = pre_acts.masked_fill(~batch.mask.flatten()[pairs.rows], MASKED_PRE_ACT)
 
-        shape = (*inputs.shape[:2], self.d_sae)
+        shape = (*batch.x.shape[:2], len(b_enc))
         latents = Latents(values=pre_acts, pre_acts=pre_acts, pairs=pairs, shape=shape)
         return latents._replace(values=self.activate(latents))
 
@@ -855,10 +859,7 @@ class Slow(BatchTopK):
         with torch.no_grad():
             pre_acts = torch.addmm(b_enc, x - self.b_dec, W_enc)
             pairs = self.largest_of_batch(pre_acts, batch, *limits)
-        pre_acts = PairEncode.apply(x, self.b_dec, W_enc, b_enc, pairs)
-        if batch.mask is not None:
-            pre_acts = pre_acts.masked_fill(~batch.mask.flatten()[pairs.rows], MASKED_PRE_ACT)
-        return Latents(F.relu(pre_acts), pre_acts, pairs, (*batch.x.shape[:2], len(b_enc)))
+        return self.at_pairs(batch, pairs, x, self.b_dec, W_enc, b_enc)
 
     def losses(self, batch, latents):
         """Returns BatchTopK's losses, and "prediction", over tokens that have all those tokens

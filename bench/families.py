@@ -7,6 +7,7 @@ of the preflight; the residual stream after each block but the last against `out
 computed from it against the model's own. A family that fails is listed with the reason.
 """
 import multiprocessing
+import re
 import resource
 import sys
 import warnings
@@ -27,6 +28,7 @@ SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_atte
              v_head_dim=16, n_group=1, topk_group=1, mamba_n_heads=8, mamba_d_head=16, mamba_expand=2, state_size=8, time_step_rank=4,
              attention_hidden_size=64, query_pre_attn_scalar=16, hidden_size_per_layer_input=0,
              sliding_window=8, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+OTHERS = {"gpt_neo": {"attention_types": [[["global", "local"], 2]]}}  # sizes of one family
 SECONDS = 20  # for one family
 IDS = torch.arange(1, 13).repeat(2, 1)
 
@@ -36,7 +38,7 @@ def small(kind):
     plain = kind()
     text = plain.get_text_config()
     names = set(text.to_dict()) | set(getattr(text, "attribute_map", {}))
-    sizes = {name: value for name, value in SMALL.items() if name in names}
+    sizes = {name: value for name, value in SMALL.items() if name in names} | OTHERS.get(kind.model_type, {})
     config = type(text)(**sizes) if type(text) is kind else plain.get_text_config()
     return config if type(text) is kind else type(text)(**sizes)
 
@@ -77,7 +79,8 @@ def tell(kind, answers):
     try:
         answers.put(verdict(kind))
     except BaseException as error:
-        answers.put(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        text = re.sub(r"^MODEL_NAME = '[^']*'( \([\w-]+\))?:? ", "", " ".join(str(error).split())).split(" Families that work")[0]
+        answers.put(text[:200] if isinstance(error, E.RunnerError) else f"{type(error).__name__}: {text[:160]}")
 
 
 def main():

@@ -100,9 +100,9 @@ class Wanted(NamedTuple):
 
 
 # ---- Making windows ----
-def make_windows(dataset: str, tokenizer, bos: int, wanted: Wanted) -> Windows:
+def make_windows(dataset: str, tokenizer, bos: int | None, wanted: Wanted) -> Windows:
     """Returns Windows, a random choice from each document, of the first documents that give what is
-    wanted.
+    wanted. bos: the tokenizer's first_mark; None: there is none, and windows begin with the id 0.
 
     Where `wanted.forget` names no domain of the data set, it names a second one: its documents
     alternate one for one with the first one's until either ends, its name is their domain, and what
@@ -136,7 +136,7 @@ def make_windows(dataset: str, tokenizer, bos: int, wanted: Wanted) -> Windows:
             f"{wanted.train_tokens:,} and {wanted.least_eval_files} held-out documents are needed. "
             "Lower it, or take a larger data set.")
     windows, doc_ids = zip(*pieces[0], *pieces[1])
-    tokens = padded(windows, wanted.context_length, bos)
+    tokens = padded(windows, wanted.context_length, bos or 0)
     lengths = np.array([len(window) for window in windows])
     return Windows(tokens, lengths, np.array(doc_ids), len(pieces[0]), names, domains,
                    np.concatenate(labels))
@@ -169,8 +169,7 @@ def _cut_document(document, tokenizer, bos, wanted, rng):
     labelled = document.heldout and getattr(tokenizer, "is_fast", False)
     options = {"return_offsets_mapping": True} if labelled else {}
     encoded = tokenizer(document.text, add_special_tokens=False, **options)
-    spelled_out = first_mark(tokenizer)  # a document may do that
-    kept = [i != spelled_out for i in encoded["input_ids"]]
+    kept = [i != bos for i in encoded["input_ids"]]  # a document may spell the mark out
     ids = list(compress(encoded["input_ids"], kept))
 
     body = wanted.context_length - 1
@@ -178,7 +177,7 @@ def _cut_document(document, tokenizer, bos, wanted, rng):
     most = wanted.eval_windows_per_file if document.heldout else wanted.train_windows_per_file
     starts = [i for i in range(0, len(ids), body) if len(ids) - i >= least]
     starts = [starts[i] for i in sorted(rng.permutation(len(starts))[:most])]
-    windows = [[bos] + ids[start:start + body] for start in starts]
+    windows = [[bos or 0] + ids[start:start + body] for start in starts]
     if not document.heldout:
         return windows, None
 
@@ -247,8 +246,8 @@ def load_windows(dataset: str, tokenizer, wanted: Wanted, folder: Path) -> tuple
     """
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise RunnerError(f"{tokenizer.name_or_path} has no tokenizer (tokenizer.json).")
-    bos = first_token(tokenizer)
-    if first_mark(tokenizer) is None:
+    bos = first_mark(tokenizer)
+    if bos is None:
         print("note: the tokenizer has no mark for the beginning or end of a text: every window "
               "begins with its token 0")
     if dataset == "embedded" and wanted.forget in DOMAINS:

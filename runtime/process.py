@@ -111,7 +111,7 @@ def run_script(main, file, shown, variants, name, memory_settings=()):
         with suppress(AttributeError):  # one that an edit or a test put there
             stream.reconfigure(errors="replace")  # a locale may lack characters of a text
     try:
-        refuse_hidden_packages(Path(file).parent)
+        check_python(Path(file).parent)
         main()
         RANKS.leave()
         if "results" not in COMPLETED:
@@ -135,9 +135,12 @@ def run_script(main, file, shown, variants, name, memory_settings=()):
         sys.exit(code)
 
 
-def refuse_hidden_packages(folder):
-    """Raises RunnerError where a file of the folder, from which Python imports first, has the name
-    of a package that a run needs."""
+def check_python(folder):
+    """Raises RunnerError where Python strips docstrings, or where a file of the folder, from which
+    it imports first, has the name of a package that a run needs."""
+    if sys.flags.optimize > 1:
+        raise RunnerError("python -OO strips docstrings, without which transformers makes no "
+                          "model: leave -OO out.")
     for path in sorted(folder.glob("*.py")):
         if path.stem in PACKAGES:
             raise RunnerError(f"{path.name} beside the script hides the package {path.stem!r}, "

@@ -85,6 +85,11 @@ def test_a_file_that_hides_a_package_is_named(lab):
     assert is_one_paragraph(finished) and "datasets.py" in finished.stderr and "rename" in finished.stderr
 
 
+def test_python_without_docstrings(lab):
+    finished = Process(lab.copy("stripped"), ["-OO", "experiment.py", "--out_dir=run_1"], lab.cache).wait()
+    assert finished.code == 2 and "leave -OO out" in finished.tail, finished
+
+
 def test_a_locale_without_unicode(lab):
     """Files are UTF-8 whatever the locale, and what it cannot show of a text is replaced."""
     plain = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
