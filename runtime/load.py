@@ -42,6 +42,11 @@ class Passage(NamedTuple):
     value: float  # of the latent at the token
     document: str
 
+    def __str__(self):
+        """The passage as text, the token in brackets."""
+        text = f"{self.before}[{self.token}]{self.after}"
+        return f"{self.value:.2f} in {self.document}: {' '.join(text.split())}"
+
 
 def load_run(folder, seed=None):
     """Returns the LoadedRun of a finished run's folder; of the first of its seeds, or of another

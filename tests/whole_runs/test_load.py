@@ -44,6 +44,7 @@ def test_passages_are_the_strongest_held_out_ones(lab, cache):
     run = load_run(lab.trained("topk")[0] / "run_1")
     latent = run.strongest(TEXT, n=1)[0].latent
     passages = run.passages(latent, n=3, reach=5)
+    assert all(str(each).startswith(f"{each.value:.2f} in {each.document}: ") and "[" in str(each) for each in passages)
     largest = run.heldout_codes[:, [latent]].toarray().max()
     assert passages[0].value == pytest.approx(largest) and len({passage.document for passage in passages}) == len(passages)
     assert [passage.value for passage in passages] == sorted((passage.value for passage in passages), reverse=True)
